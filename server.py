@@ -1,0 +1,1155 @@
+"""An OpenAI-compatible HTTP server for one local model: `python server.py`.
+
+This file knows nothing of KV caches or batches; engine.py does that. The order of the file is
+the way of a request:
+
+    1  settings     config.yaml, environment, flags
+    2  errors       every refusal is an ApiError, raised anywhere, written in one place
+    3  validation   JSON into dataclasses, driven by the fields' types and metadata
+    4  bodies       what a client may send, field by field
+    5  HTTP         socket, head, body, route, and how an answer is written
+    6  generation   prompt, submit, events
+    7  rendering    events into chunks; the unstreamed reply is folded from the chunks
+    8  main         start, signals, drain
+
+Threads: the main thread waits for a signal, one thread accepts connections, one thread per
+connection handles its requests, and the engine has its own.
+"""
+
+import argparse
+import collections
+import dataclasses
+import difflib
+import http.server
+import json
+import logging
+import math
+import os
+import queue
+import secrets
+import select
+import signal
+import socket
+import socketserver
+import sys
+import threading
+import time
+import types
+import typing
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+import engine
+
+NAME, VERSION = "twofile", "0.1.0"
+HERE = Path(__file__).resolve().parent
+log = logging.getLogger("server")
+
+# ======================================================================================
+# 1. Settings
+# ======================================================================================
+
+
+def setting(section: str, default, **limits):
+    """A field of Config: its section in config.yaml, its default, and its limits (part 3)."""
+    return dataclasses.field(default=default, metadata={"section": section, **limits})
+
+
+@dataclasses.dataclass
+class Config:
+    """Every setting; config.yaml explains each. A key is unique, so sections are optional."""
+
+    host: str = setting("server", "127.0.0.1")
+    port: int = setting("server", 8080, low=0, high=65535)
+    log_messages: bool = setting("server", False)
+    max_body_mb: float = setting("server", 16.0, low=0.001)
+    max_queue: int = setting("server", 128, low=1)
+    client_timeout: float = setting("server", 60.0, low=0.1)
+    drain_seconds: float = setting("server", 30.0, low=0)
+
+    model_path: str | None = setting("model", None)
+    model_aliases: list[str] = setting("model", ())
+    n_ctx: int = setting("model", 4096, low=0)
+    parallel: int = setting("model", 4, low=1, high=256)  # llama.cpp's LLAMA_MAX_SEQ
+    n_batch: int = setting("model", 256, low=1)
+    n_ubatch: int = setting("model", 512, low=1)
+    prefill_chunk: int = setting("model", 96, low=1)
+    n_threads: int = setting("model", 0, low=0)
+    n_gpu_layers: int = setting("model", -1, low=-1)
+    flash_attn: bool | Literal["auto"] = setting("model", "auto")
+
+    max_tokens: int | None = setting("generation", None, low=1)
+    temperature: float = setting("generation", 0.7, low=0, high=2)
+    top_p: float = setting("generation", 0.95, low=0, high=1)
+    top_k: int = setting("generation", 40, low=-1)
+    min_p: float = setting("generation", 0.05, low=0, high=1)
+
+
+class ConfigError(Exception):
+    """A setting is wrong; the message says where, what was found, and what is allowed."""
+
+
+def load_config(argv: list[str], environ: typing.Mapping[str, str]) -> Config:
+    """Defaults, then config.yaml, then environment variables, then flags; the later wins.
+
+    Raises ConfigError; exits like argparse for a bad flag or --help.
+    """
+    parser = argparse.ArgumentParser(prog="server.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", help="settings file (default: config.yaml beside server.py)")
+    parser.add_argument("--host", help="address to listen on")
+    parser.add_argument("--port", type=int, help="port to listen on, 0 for any free one")
+    parser.add_argument("--model", dest="model_path", help="GGUF file, or a folder with one")
+    parser.add_argument("--version", action="version", version=f"{NAME} {VERSION}")
+    flags = vars(parser.parse_args(argv))
+    values = read_config_file(flags.pop("config"))
+    hints = typing.get_type_hints(Config)
+    for name, hint in hints.items():
+        text = environ.get(name.upper())
+        if text is not None:
+            plain = hint in (str, str | None)
+            values[name] = (f"environment variable {name.upper()}",
+                            text if plain else yaml.safe_load(text))
+    for name, value in flags.items():
+        if value is not None:
+            values[name] = (f"--{name.replace('model_path', 'model')}", value)
+    config = Config()
+    for field in dataclasses.fields(Config):
+        if field.name in values:
+            source, value = values[field.name]
+            try:
+                if value is not None or field.default is not None:
+                    value = read_value(hints[field.name], value, field.name, field.metadata, [])
+            except ApiError as error:
+                raise ConfigError(f"{source}: {error.message}") from error
+            setattr(config, field.name, value)
+    if config.parallel > config.n_batch:
+        raise ConfigError(f"n_batch is {config.n_batch} but must be at least parallel "
+                          f"({config.parallel}): each slot needs a row in the batch")
+    return config
+
+
+def read_config_file(path: str | None) -> dict[str, tuple[str, Any]]:
+    """Return {key: (source, value)} from a YAML file with keys in their sections or flat."""
+    file = Path(path) if path else HERE / "config.yaml"
+    if not path and not file.exists():
+        return {}
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected `key: value` lines, found {describe(content)}")
+    sections = {field.name: field.metadata["section"] for field in dataclasses.fields(Config)}
+    values: dict[str, tuple[str, Any]] = {}
+    for key, value in content.items():
+        in_section = key in sections.values()
+        if in_section and value is not None and not isinstance(value, dict):
+            raise ConfigError(f"{file}: section {key} holds keys, not {describe(value)}")
+        for name, setting_value in ((value or {}).items() if in_section else [(key, value)]):
+            allowed = [n for n, section in sections.items() if not in_section or section == key]
+            if name not in allowed:
+                near = difflib.get_close_matches(str(name), list(sections), n=1, cutoff=0)[0]
+                raise ConfigError(f"{file}: unknown key {name!r}"
+                                  f"{f' in section {key}' if in_section else ''}; the nearest is "
+                                  f"{near!r} in section {sections[near]}")
+            if name in values:
+                raise ConfigError(f"{file}: {name} is set twice")
+            values[name] = (str(file), setting_value)
+    _, model_path = values.get("model_path", (None, None))
+    if isinstance(model_path, str):  # a path in the file is relative to the file
+        values["model_path"] = (str(file), str(file.parent / Path(model_path).expanduser()))
+    return values
+
+
+# ======================================================================================
+# 2. Errors
+# ======================================================================================
+
+
+class ApiError(Exception):
+    """A refusal that is also its own response, in the OpenAI error shape:
+    https://platform.openai.com/docs/guides/error-codes"""
+
+    def __init__(self, status: int, message: str, param: str | None = None,
+                 code: str | None = None, headers: dict[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = headers or {}
+
+    def body(self) -> dict:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param,
+                          "code": self.code}}
+
+
+def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:
+    """400: a field has a wrong type or value."""
+    return ApiError(400, message, param, code)
+
+
+RETRY_SECONDS = 2  # what `Retry-After` advises: about one short reply
+
+
+def unavailable(message: str, code: str) -> ApiError:
+    """503: come back in a moment."""
+    return ApiError(503, message, code=code, headers={"Retry-After": str(RETRY_SECONDS)})
+
+
+class ClientGone(Exception):
+    """The client closed its connection; nobody will read an answer."""
+
+
+# ======================================================================================
+# 3. Validation: JSON into dataclasses
+# ======================================================================================
+#
+# A field's type says what JSON it takes. Its metadata may say:
+#   low, high              inclusive limits of a number, also inside a list or object
+#   min_length, max_length items of a list
+#   refused                why a field of the OpenAI API is not served; null and empty pass
+#   no_effect              accepted for compatibility; changes nothing here
+
+KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+MAX_SHOWN = 60  # characters of a wrong value quoted in a message
+
+
+def describe(value) -> str:
+    """A value as JSON, short enough for an error message."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+
+
+def expected(hint) -> str:
+    """A type in words: `str | list[int]` is "a string or a list of integers"."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(expected(arg) for arg in args if arg is not types.NoneType)
+    if origin is Literal:
+        return " or ".join(map(repr, args))
+    if origin is list:
+        return f"a list (each item {expected(args[0])})"
+    return KINDS.get(hint, "an object")
+
+
+def read_value(hint, value, at: str, limits: typing.Mapping, ignored: list[str]):
+    """Return `value` as the type `hint`, or raise a 400 that names the place `at`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return read_union(hint, value, at, limits, ignored)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return read_object(hint, value, at, ignored)
+    if origin is Literal and value in args and type(value) in map(type, args):
+        return value
+    if origin is list and isinstance(value, list):
+        low, high = limits.get("min_length", 0), limits.get("max_length", math.inf)
+        if not low <= len(value) <= high:
+            raise invalid(at, f"{at}: {len(value)} items were sent, the limit is "
+                              + (f"at least {low}" if len(value) < low else f"at most {high}"))
+        return [read_value(args[0], item, f"{at}[{i}]", limits, ignored)
+                for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {key: read_value(args[1], item, f"{at}.{key}", limits, ignored)
+                for key, item in value.items()}
+    if hint is str and isinstance(value, str):
+        return read_text(value, at)
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if hint is float or value == int(value):
+            return read_number(hint, value, at, limits)
+    raise invalid(at, f"{at}: expected {expected(hint)}, got {describe(value)}", "invalid_type")
+
+
+def read_union(hint, value, at: str, limits: typing.Mapping, ignored: list[str]):
+    """The first alternative that fits. If none does, the alternative of the same JSON kind
+    explains why (its message is about the content), else all are named."""
+    reason = None
+    for option in typing.get_args(hint):
+        if option is types.NoneType:
+            if value is None:
+                return None
+            continue
+        try:
+            return read_value(option, value, at, limits, ignored)
+        except ApiError as error:
+            if error.code != "invalid_type" or error.param != at:
+                reason = reason or error
+    raise reason or invalid(at, f"{at}: expected {expected(hint)}, got {describe(value)}",
+                            "invalid_type")
+
+
+def read_text(value: str, at: str) -> str:
+    """A string that is valid Unicode: JSON's \\ud800 escapes can smuggle in half a character."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise invalid(at, f"{at}: contains an unpaired surrogate (half of a UTF-16 pair), which "
+                          "is not text") from None
+    return value
+
+
+def read_number(hint, value, at: str, limits: typing.Mapping):
+    """A number within its limits."""
+    low, high = limits.get("low", -math.inf), limits.get("high", math.inf)
+    if not low <= value <= high:
+        bounds = (f"at least {low}" if high == math.inf else f"between {low} and {high}")
+        raise invalid(at, f"{at}: {describe(value)} was sent, but it must be {bounds}")
+    return hint(value)
+
+
+def read_object(cls, value: dict, at: str, ignored: list[str]):
+    """An instance of dataclass `cls`; fields it does not know are added to `ignored` by name."""
+    prefix = f"{at}." if at else ""
+    hints = typing.get_type_hints(cls)
+    given = {}
+    for field in dataclasses.fields(cls):
+        name, sent = field.name, value.get(field.name)
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if name not in value or (sent is None and not required):  # null means "not given"
+            if required:
+                raise invalid(prefix + name, f"{prefix + name} is required", "missing_field")
+            continue
+        refused = field.metadata.get("refused")
+        if refused and sent not in (False, "", [], {}, "none", "auto"):
+            raise invalid(prefix + name, f"{prefix + name}: {refused}", "unsupported_parameter")
+        given[name] = read_value(hints[name], sent, prefix + name, field.metadata, ignored)
+    ignored += [prefix + name for name in value if name not in hints]
+    return cls(**given)
+
+
+# ======================================================================================
+# 4. Bodies: what a client may send
+# ======================================================================================
+# Field by field from https://platform.openai.com/docs/api-reference
+
+
+def option(default=None, **limits):
+    """An optional field of a body, with its limits."""
+    return dataclasses.field(default=default, metadata=limits)
+
+
+@dataclasses.dataclass
+class TextPart:
+    """One part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
+@dataclasses.dataclass
+class Message:
+    """One turn of a conversation. `developer` is OpenAI's newer name for `system`."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = option(no_effect=True)
+    tool_calls: Any = option(refused="tool calls are not supported")
+    function_call: Any = option(refused="function calls are not supported")
+
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content)
+
+
+@dataclasses.dataclass
+class StreamOptions:
+    """What a stream carries besides the text."""
+
+    include_usage: bool = False
+
+
+@dataclasses.dataclass
+class GenerationBody:
+    """What chat and plain completions have in common."""
+
+    model: str | None = None
+    max_tokens: int | None = option(low=1)
+    temperature: float | None = option(low=0, high=2)
+    top_p: float | None = option(low=0, high=1)
+    top_k: int | None = option(low=-1)
+    min_p: float | None = option(low=0, high=1)
+    n: int = option(1, low=1, high=128)
+    stop: str | list[str] | None = option(max_length=16)
+    seed: int | None = option(low=-(2**63), high=2**63 - 1)
+    presence_penalty: float = option(0.0, low=-2, high=2)
+    frequency_penalty: float = option(0.0, low=-2, high=2)
+    logit_bias: dict[str, float] | None = option(low=-100, high=100)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = option(no_effect=True)
+
+    def stops(self) -> list[str]:
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if "" in stops:
+            raise invalid("stop", "stop: an empty stop sequence was sent; it would end every reply "
+                                  "before its first token")
+        return stops
+
+
+@dataclasses.dataclass
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions"""
+
+    messages: list[Message] = dataclasses.field(kw_only=True, metadata={"min_length": 1})
+    max_completion_tokens: int | None = option(low=1)
+    logprobs: bool = False
+    top_logprobs: int | None = option(low=0, high=20)
+    tools: Any = option(refused="tools are not supported")
+    tool_choice: Any = option(refused="tools are not supported")
+    functions: Any = option(refused="functions are not supported")
+    function_call: Any = option(refused="functions are not supported")
+    response_format: Any = option(refused="structured output is not supported")
+    modalities: Any = option(refused="only text is supported")
+    audio: Any = option(refused="only text is supported")
+    prediction: Any = option(refused="predicted outputs are not supported")
+    web_search_options: Any = option(refused="web search is not supported")
+
+    def reply_limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    def n_top_logprobs(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise invalid("top_logprobs", f"top_logprobs: {self.top_logprobs} was sent, but it "
+                                          "needs logprobs: true")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+LEGACY_MAX_TOKENS = 16  # the OpenAI reference's default for /v1/completions
+
+
+@dataclasses.dataclass
+class CompletionBody(GenerationBody):
+    """POST /v1/completions"""
+
+    prompt: str = dataclasses.field(kw_only=True)
+    logprobs: int | None = option(low=0, high=20)
+    echo: Any = option(refused="echo is not supported")
+    suffix: Any = option(refused="insertion is not supported")
+    best_of: Any = option(refused="best_of is not supported")
+
+    def reply_limit(self) -> int | None:
+        return self.max_tokens or LEGACY_MAX_TOKENS
+
+    def n_top_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+# ======================================================================================
+# 5. HTTP: socket, head, body, route, answer
+# ======================================================================================
+
+SOCKET_BACKLOG = 128  # connections the kernel holds while all are accepted one by one
+LINGER_SECONDS = 2.0  # how long a refused upload is still read, so that the refusal arrives
+MAX_LINE = 200  # characters of a request line in the log
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """The listening socket, and what handlers share: settings, engine, state."""
+
+    daemon_threads = True
+    request_queue_size = SOCKET_BACKLOG
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.started = int(time.time())
+        self.engine: engine.Engine | None = None  # None while the model loads
+        self.load_progress = 0.0
+        self.stopping = threading.Event()  # set by a signal or a failed load
+        self.load_error: str | None = None
+        # Guards `in_flight`, and is notified when it reaches 0.
+        self.idle = threading.Condition()
+        self.in_flight = 0
+        self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        super().__init__((config.host, config.port), Handler)
+
+    def server_bind(self) -> None:
+        """Bind without the reverse DNS look-up of HTTPServer, which can take seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.config.host, self.server_address[1]
+
+    def handle_error(self, request, client_address) -> None:
+        """A connection that broke is worth a line, not a traceback."""
+        error = sys.exc_info()[1]
+        log.log(logging.DEBUG if isinstance(error, OSError) else logging.ERROR,
+                "connection from %s: %s: %s", client_address[0], type(error).__name__, error)
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        return f"http://{host}:{self.server_port}"
+
+    def load(self) -> None:
+        """Load the model and start the engine; on failure stop the server with `load_error`."""
+        config = self.config
+
+        def on_progress(fraction: float) -> bool:
+            self.load_progress = fraction
+            return not self.stopping.is_set()
+
+        try:
+            path = engine.find_model_file(config.model_path, HERE / "models")
+            self.engine = engine.load_engine(
+                path, on_progress=on_progress, n_ctx=config.n_ctx, parallel=config.parallel,
+                n_batch=config.n_batch, n_ubatch=config.n_ubatch, n_threads=config.n_threads,
+                n_gpu_layers=config.n_gpu_layers, flash_attn=config.flash_attn,
+                prefill_chunk=config.prefill_chunk, max_queue=config.max_queue)
+        except engine.ModelError as error:
+            self.load_error = str(error)
+            self.stopping.set()
+
+    def drain(self) -> None:
+        """Stop accepting, let running requests finish for `drain_seconds`, free the engine."""
+        self.stopping.set()
+        self.shutdown()
+        self.server_close()
+        if self.engine:
+            self.engine.close(self.config.drain_seconds)
+        last_writes = 5.0  # seconds for handlers to write their last event
+        with self.idle:
+            self.idle.wait_for(lambda: self.in_flight == 0, timeout=last_writes)
+
+
+@dataclasses.dataclass
+class Tally:
+    """What the access line says about a request."""
+
+    id: str = dataclasses.field(default_factory=lambda: f"req_{secrets.token_hex(8)}")
+    started: float = dataclasses.field(default_factory=time.monotonic)
+    status: int = 0
+    prompt: int = 0  # tokens
+    cached: int = 0
+    generated: int = 0
+    first_token: float | None = None  # seconds after the start
+
+    def line(self, route: str) -> str:
+        first = f"{self.first_token:.3f}s" if self.first_token is not None else "-"
+        return (f"{self.id} {route} {self.status} prompt={self.prompt} cached={self.cached} "
+                f"generated={self.generated} first={first} "
+                f"total={time.monotonic() - self.started:.3f}s")
+
+
+STATUS_CLIENT_GONE = 499  # nginx's name for a client that hung up; only ever in the log
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection: reads heads and bodies, finds the route, writes the answer."""
+
+    server: Server
+    protocol_version = "HTTP/1.1"
+    default_request_version = "HTTP/1.1"  # for malformed requests: the stdlib would omit the head
+    disable_nagle_algorithm = True  # a token must not wait for the next one
+
+    def setup(self) -> None:
+        self.timeout = self.server.config.client_timeout  # of each read and write, in seconds
+        self.lingers = False
+        self.tally = Tally()
+        super().setup()
+        self.hangup = select.poll()
+        self.hangup.register(self.connection, select.POLLIN)
+
+    def finish(self) -> None:
+        """Close. After a refused upload, read on for a moment: closing with unread bytes would
+        reset the connection, and the client would never see why."""
+        if self.lingers:
+            until = time.monotonic() + LINGER_SECONDS
+            try:
+                self.connection.shutdown(socket.SHUT_WR)
+                self.connection.settimeout(LINGER_SECONDS)
+                while time.monotonic() < until and self.connection.recv(1 << 16):
+                    pass
+            except OSError:
+                pass
+        try:
+            super().finish()
+        except OSError:
+            pass
+
+    # ---- one request -----------------------------------------------------------------
+
+    def handle_one(self) -> None:
+        """Answer one request, whatever happens, and log it."""
+        self.tally, self.ignored, self.head_sent = Tally(), [], False
+        with self.server.idle:
+            self.server.in_flight += 1
+        try:
+            self.answer()
+        except ApiError as error:
+            self.send_api_error(error)
+        except (ClientGone, OSError):  # OSError: a broken pipe, a reset, a write that timed out
+            self.tally.status = STATUS_CLIENT_GONE
+            self.close_connection = True
+        except Exception as error:
+            log.exception("%s failed", self.tally.id)
+            self.send_api_error(ApiError(500, f"internal error: {type(error).__name__}"))
+        finally:
+            with self.server.idle:
+                self.server.in_flight -= 1
+                self.server.idle.notify_all()
+            log.info("%s", self.tally.line(self.shown_line()))
+
+    # The stdlib calls do_METHOD; all methods meet at the route table.
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = handle_one
+
+    def shown_line(self) -> str:
+        """Method and path, without what could forge or flood the log."""
+        method_and_path = " ".join(self.requestline.split()[:2])[:MAX_LINE]
+        return "".join(char if char.isprintable() else "?" for char in method_and_path) or "-"
+
+    def answer(self) -> None:
+        if len(self.requestline.split()) != 3:
+            self.lingers = self.close_connection = True
+            raise ApiError(400, "the request line must be `METHOD PATH HTTP/1.1`")
+        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+        body = self.read_body()
+        route, rest = find_route(self.command, path)
+        route(self, *rest) if self.command != "POST" else route(self, self.parse_json(body))
+
+    def read_body(self) -> bytes:
+        """The request body, also where the route ignores it: the next request starts behind it."""
+        length = self.headers.get("Content-Length")
+        limit = int(self.server.config.max_body_mb * 2**20)
+        unread = None
+        if self.headers.get("Transfer-Encoding") is not None:
+            unread = ApiError(411, "Transfer-Encoding is not supported: send Content-Length",
+                              code="length_required")
+        elif length is None:
+            if self.command != "POST":
+                return b""
+            unread = ApiError(411, "a POST needs a Content-Length header", code="length_required")
+        elif not (length.isascii() and length.isdigit()):
+            unread = ApiError(400, f"Content-Length is {describe(length)}, not a number of bytes")
+        elif len(length) > len(str(limit)) or int(length) > limit:
+            unread = ApiError(413, f"the body has {length[:MAX_LINE]} bytes, the limit is {limit} "
+                                   "(max_body_mb)", code="body_too_large")
+        if unread:
+            self.lingers = self.close_connection = True
+            raise unread
+        try:
+            body = self.rfile.read(int(length))
+        except TimeoutError:
+            self.lingers = self.close_connection = True
+            raise ApiError(408, f"the body did not arrive within "
+                                f"{self.timeout:g} seconds", code="request_timeout") from None
+        if len(body) < int(length):
+            raise ClientGone
+        return body
+
+    def parse_json(self, body: bytes) -> dict:
+        """The body as a JSON object (RFC 8259: no NaN, no Infinity)."""
+        def refuse_constant(name):
+            raise ValueError(f"{name} is not JSON")
+        try:
+            parsed = json.loads(body.decode(), parse_constant=refuse_constant)
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else error
+            raise ApiError(400, f"the body is not valid JSON: {reason}",
+                           code="invalid_json") from None
+        if not isinstance(parsed, dict):
+            raise ApiError(400, f"the body must be a JSON object, got {describe(parsed)}",
+                           code="invalid_json")
+        return parsed
+
+    def read_request(self, cls, body: dict):
+        """The body as dataclass `cls`; what it does not know is named to the client and the log."""
+        request = read_object(cls, body, "", self.ignored)
+        if self.ignored:
+            log.warning("%s ignored unknown fields: %s", self.tally.id, self.shown_ignored())
+        return request
+
+    def shown_ignored(self) -> str:
+        """The ignored fields for a header or the log: printable ASCII, and not too many."""
+        names = (ascii(name)[1:-1] for name in self.ignored)
+        return ", ".join(names).replace(",,", ",")[:MAX_LINE]
+
+    # ---- answers ---------------------------------------------------------------------
+
+    def send_head(self, status: int, headers: dict[str, str]) -> bytes:
+        """Return the response head; note the status for the access line."""
+        self.tally.status, self.head_sent = status, True
+        if self.server.stopping.is_set() or self.request_version == "HTTP/1.0":
+            self.close_connection = True
+        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
+                 f"Date: {self.date_time_string()}", f"x-request-id: {self.tally.id}"]
+        if self.ignored:
+            lines.append(f"x-ignored-fields: {self.shown_ignored()}")
+        if self.close_connection:
+            lines.append("Connection: close")
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        return "\r\n".join([*lines, "\r\n"]).encode("latin-1", "replace")
+
+    def send_json(self, value, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        """Write a whole response in one piece."""
+        body = to_json(value) + b"\n"
+        head = self.send_head(status, {"Content-Type": "application/json",
+                                       "Content-Length": str(len(body)), **(headers or {})})
+        self.wfile.write(head if self.command == "HEAD" else head + body)
+
+    def send_api_error(self, error: ApiError) -> None:
+        """Write an error: as a response, or as an event when a stream has begun."""
+        try:
+            if not self.head_sent:
+                self.send_json(error.body(), error.status, error.headers)
+            else:
+                self.close_connection = True
+                self.write_event(error.body())
+                self.end_stream()
+        except OSError:
+            self.close_connection = True
+
+    def send_error(self, code: int, message: str | None = None, explain=None) -> None:
+        """What the stdlib calls for malformed HTTP, before a request reaches `handle_one`."""
+        self.tally, self.ignored, self.head_sent = Tally(), [], False
+        self.lingers = self.close_connection = True
+        self.command = self.command or ""
+        self.send_api_error(ApiError(code, f"malformed HTTP request: {message or explain or code}"))
+        log.info("%s", self.tally.line(self.shown_line()))
+
+    def log_message(self, *_args) -> None:
+        """The stdlib's own log lines; ours is the access line."""
+
+    # Server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html) in
+    # chunked transfer coding (RFC 9112, 7.1). An HTTP/1.0 client gets them bare, to the end.
+
+    def start_stream(self) -> None:
+        headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+        self.is_chunked = self.request_version != "HTTP/1.0"
+        if self.is_chunked:
+            headers["Transfer-Encoding"] = "chunked"
+        self.wfile.write(self.send_head(200, headers))
+
+    def write_event(self, data: dict | str) -> None:
+        event = b"data: " + (data.encode() if isinstance(data, str) else to_json(data)) + b"\n\n"
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(event), event) if self.is_chunked else event)
+
+    def end_stream(self) -> None:
+        if self.is_chunked:
+            self.wfile.write(b"0\r\n\r\n")
+
+    def check_connection(self) -> None:
+        """Raise ClientGone when the client has closed its side."""
+        if self.hangup.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
+            raise ClientGone
+
+    # ---- routes ----------------------------------------------------------------------
+
+    def loaded_engine(self) -> engine.Engine:
+        """The engine; 503 while there is none."""
+        if self.server.stopping.is_set():
+            raise unavailable("the server is shutting down", "shutting_down")
+        if self.server.engine is None:
+            raise unavailable("the model is still loading "
+                              f"({self.server.load_progress:.0%}), try again soon", "loading")
+        return self.server.engine
+
+    def get_root(self) -> None:
+        self.send_json({"name": NAME, "version": VERSION, "openai_base_url": "/v1",
+                        "links": [path for _, path in ROUTES]})
+
+    def get_health(self) -> None:
+        try:
+            loaded = self.loaded_engine()
+        except ApiError as error:
+            self.send_json({"status": error.code, "progress": round(self.server.load_progress, 2)},
+                           error.status, error.headers)
+            return
+        self.send_json({"status": "ok", "model": loaded.model.name,
+                        **dataclasses.asdict(loaded.stats)})
+
+    def get_models(self) -> None:
+        self.send_json({"object": "list", "data": [
+            self.model_entry(name) for name in self.model_names()]})
+
+    def get_model(self, name: str) -> None:
+        self.check_model(name)
+        self.send_json(self.model_entry(name))
+
+    def model_names(self) -> list[str]:
+        return [self.loaded_engine().model.name, *self.server.config.model_aliases]
+
+    def model_entry(self, name: str) -> dict:
+        """One entry of the model list; `max_model_len` is vLLM's name for the context length of
+        a request, `meta` has llama-server's names."""
+        loaded = self.loaded_engine()
+        return {"id": name, "object": "model", "created": self.server.started, "owned_by": NAME,
+                "max_model_len": loaded.n_ctx,
+                "meta": {"n_ctx": loaded.n_ctx, "n_ctx_train": loaded.model.n_ctx_train,
+                         "n_params": loaded.model.n_params, "size": loaded.model.size_bytes}}
+
+    def check_model(self, name: str | None) -> None:
+        names = self.model_names()
+        if name is not None and name not in names:
+            raise ApiError(404, f"the model {describe(name)} does not exist; this server has "
+                                f"{', '.join(names)}", "model", "model_not_found")
+
+    def post_chat(self, body: dict) -> None:
+        chat = self.read_request(ChatBody, body)
+        self.check_model(chat.model)
+        if self.server.config.log_messages:
+            for message in chat.messages:
+                log.info("%s %s: %s", self.tally.id, message.role, message.text())
+        turns = [{"role": "system" if message.role == "developer" else message.role,
+                  "content": message.text()} for message in chat.messages]
+        try:
+            prompt = self.loaded_engine().model.render_chat(turns)
+        except engine.TemplateError as error:
+            raise invalid("messages", f"messages: the model's chat template refuses them: {error}",
+                          "template_error") from None
+        self.generate(chat, prompt, "messages", ChatRenderer)
+
+    def post_completion(self, body: dict) -> None:
+        completion = self.read_request(CompletionBody, body)
+        self.check_model(completion.model)
+        if self.server.config.log_messages:
+            log.info("%s prompt: %s", self.tally.id, completion.prompt)
+        self.generate(completion, completion.prompt, "prompt", TextRenderer)
+
+    # ==================================================================================
+    # 6. Generation: prompt, submit, events
+    # ==================================================================================
+
+    def generate(self, body: GenerationBody, prompt: str, param: str, renderer: type) -> None:
+        """Submit the choices, and write their reply: streamed, or folded into one."""
+        if body.stream_options and not body.stream:
+            raise invalid("stream_options", "stream_options needs stream: true")
+        loaded = self.loaded_engine()
+        choices = self.make_choices(loaded, body, prompt, param)
+        reply = renderer(body.model or loaded.model.name, choices, loaded.model)
+        try:
+            loaded.submit(choices)
+            with_usage = bool(body.stream_options and body.stream_options.include_usage)
+            chunks = reply.chunks(self.events(choices), with_usage or not body.stream)
+            if not body.stream:
+                self.send_json(reply.fold(chunks))
+                return
+            first = next(chunks)  # the status is decided by the first event
+            self.start_stream()
+            self.write_event(first)
+            for chunk in chunks:
+                self.write_event(chunk)
+            self.write_event("[DONE]")
+            self.end_stream()
+        except (engine.QueueFull, engine.EngineClosed) as error:
+            code = "queue_full" if isinstance(error, engine.QueueFull) else "shutting_down"
+            raise unavailable(str(error), code) from None
+        finally:
+            for choice in choices:
+                choice.cancel()
+            self.tally.cached = choices[0].n_reused
+            self.tally.generated = sum(choice.n_generated for choice in choices)
+
+    def make_choices(self, loaded: engine.Engine, body: GenerationBody, prompt: str,
+                     param: str) -> list[engine.Request]:
+        """Everything that can be refused is refused here, before the engine hears of it."""
+        stops, n_top = body.stops(), body.n_top_logprobs()
+        bias = read_logit_bias(body.logit_bias or {}, loaded.model.n_vocab)
+        tokens = loaded.model.tokenize(prompt)
+        self.tally.prompt = len(tokens)
+        if not len(tokens):
+            raise invalid(param, f"{param}: the prompt is empty; send at least one token")
+        if len(tokens) >= loaded.n_ctx:
+            raise invalid(param, f"{param}: the prompt has {len(tokens)} tokens, but the context "
+                                 f"is {loaded.n_ctx} tokens, and the reply needs at least one of "
+                                 "them; shorten the prompt or raise n_ctx",
+                          "context_length_exceeded")
+        config = self.server.config
+        params = engine.SamplingParams(
+            temperature=given(body.temperature, config.temperature),
+            top_k=max(0, given(body.top_k, config.top_k)), top_p=given(body.top_p, config.top_p),
+            min_p=given(body.min_p, config.min_p), presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty, logit_bias=bias)
+        limit = given(body.reply_limit(), config.max_tokens) or loaded.n_ctx
+        events: queue.SimpleQueue = queue.SimpleQueue()
+        choices = []
+        for index in range(body.n):
+            seed = None if body.seed is None else body.seed + index
+            sampler = engine.Sampler(dataclasses.replace(params, seed=seed),
+                                     loaded.model.n_vocab, loaded.n_ctx)
+            choices.append(engine.Request(tokens, sampler, limit, stops, n_top, index, events))
+        return choices
+
+    def events(self, choices: list[engine.Request]) -> Iterator[engine.Event]:
+        """Yield the engine's events until each choice has ended. Raises ClientGone as soon as
+        the client hangs up, and ApiError for the engine's own failure."""
+        unfinished = len(choices)
+        while unfinished:
+            try:
+                event = choices[0].events.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                event = None
+            self.check_connection()
+            if event is None:
+                continue
+            if event.error:
+                raise ApiError(500, event.error, code="engine_error")
+            if self.tally.first_token is None:
+                self.tally.first_token = time.monotonic() - self.tally.started
+            unfinished -= event.finish_reason is not None
+            yield event
+
+
+POLL_SECONDS = 0.1  # how often a silent request looks whether its client is still there
+
+
+def given(value, default):
+    """`value`, or the default where the client sent none."""
+    return default if value is None else value
+
+
+def read_logit_bias(bias: dict[str, float], n_vocab: int) -> dict[int, float]:
+    """Token ids from JSON's string keys; an id outside the vocabulary must not reach the model."""
+    for token in bias:
+        if not (token.isascii() and token.isdigit() and int(token[:12]) < n_vocab):
+            raise invalid("logit_bias", f"logit_bias: the key {describe(token)} is not a token id "
+                                        f"of this model (0 to {n_vocab - 1})")
+    return {int(token): value for token, value in bias.items()}
+
+
+# ======================================================================================
+# 7. Rendering: events into chunks, chunks into a reply
+# ======================================================================================
+
+LOWEST_LOGPROB = -9999.0  # what the OpenAI API sends for an impossible token; JSON has no -inf
+
+
+def to_json(value) -> bytes:
+    """Compact JSON, UTF-8."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+class Renderer:
+    """Writes one reply. Subclasses give the two endpoints their shapes."""
+
+    id_prefix: str
+    stream_object: str
+    reply_object: str
+
+    def __init__(self, model_name: str, choices: list[engine.Request], model: engine.Model):
+        self.choices = choices
+        self.model = model
+        self.head = {"id": f"{self.id_prefix}-{secrets.token_hex(12)}",
+                     "object": self.stream_object, "created": int(time.time()),
+                     "model": model_name, "system_fingerprint": f"{NAME}-{VERSION}"}
+
+    def chunks(self, events: Iterator[engine.Event], with_usage: bool) -> Iterator[dict]:
+        """Yield the reply's stream, one chunk after the other, without [DONE]."""
+        begun: set[int] = set()
+        for event in events:
+            index = event.request.index
+            if index not in begun:
+                begun.add(index)
+                yield from self.opening(index, with_usage)
+            if event.text or event.logprobs:
+                yield self.chunk(self.delta(event), index, None, with_usage)
+            if event.finish_reason:
+                yield self.chunk(self.closing(), index, event.finish_reason, with_usage)
+        if with_usage:
+            yield {**self.head, "choices": [], "usage": self.usage()}
+
+    def chunk(self, part: dict, index: int, finish_reason: str | None, with_usage: bool) -> dict:
+        choice = {"index": index, **part, "finish_reason": finish_reason}
+        chunk = {**self.head, "choices": [choice]}
+        if with_usage:
+            chunk["usage"] = None
+        return chunk
+
+    def usage(self) -> dict:
+        n_prompt = len(self.choices[0].prompt)
+        n_generated = sum(choice.n_generated for choice in self.choices)
+        return {"prompt_tokens": n_prompt, "completion_tokens": n_generated,
+                "total_tokens": n_prompt + n_generated,
+                "prompt_tokens_details": {"cached_tokens": self.choices[0].n_reused}}
+
+    def fold(self, chunks: Iterator[dict]) -> dict:
+        """The unstreamed reply: the stream's chunks, put together."""
+        parts: dict[int, list[dict]] = collections.defaultdict(list)
+        usage = None
+        for chunk in chunks:
+            usage = chunk["usage"] or usage
+            for choice in chunk["choices"]:
+                parts[choice["index"]].append(choice)
+        choices = [{"index": index, **self.whole(parts[index]),
+                    "finish_reason": parts[index][-1]["finish_reason"]} for index in sorted(parts)]
+        return {**self.head, "object": self.reply_object, "choices": choices, "usage": usage}
+
+    def token_text(self, token: int) -> str:
+        return self.model.piece(token, special=True).decode("utf-8", "replace")
+
+
+class ChatRenderer(Renderer):
+    """https://platform.openai.com/docs/api-reference/chat"""
+
+    id_prefix = "chatcmpl"
+    stream_object = "chat.completion.chunk"
+    reply_object = "chat.completion"
+
+    def opening(self, index: int, with_usage: bool) -> Iterator[dict]:
+        part = {"delta": {"role": "assistant", "content": "", "refusal": None}, "logprobs": None}
+        yield self.chunk(part, index, None, with_usage)
+
+    def delta(self, event: engine.Event) -> dict:
+        return {"delta": {"content": event.text}, "logprobs": self.logprobs(event)}
+
+    def closing(self) -> dict:
+        return {"delta": {}, "logprobs": None}
+
+    def logprobs(self, event: engine.Event) -> dict | None:
+        if event.request.n_top_logprobs is None:
+            return None
+        return {"content": [{**self.token_entry(entry.token, entry.logprob),
+                             "top_logprobs": [self.token_entry(*other) for other in entry.top]}
+                            for entry in event.logprobs], "refusal": None}
+
+    def token_entry(self, token: int, logprob: float) -> dict:
+        return {"token": self.token_text(token), "logprob": max(logprob, LOWEST_LOGPROB),
+                "bytes": list(self.model.piece(token, special=True))}
+
+    def whole(self, parts: list[dict]) -> dict:
+        text = "".join(part["delta"].get("content", "") for part in parts)
+        logprobs = None
+        if self.choices[0].n_top_logprobs is not None:
+            content = [entry for part in parts if part["logprobs"]
+                       for entry in part["logprobs"]["content"]]
+            logprobs = {"content": content, "refusal": None}
+        return {"message": {"role": "assistant", "content": text, "refusal": None},
+                "logprobs": logprobs}
+
+
+class TextRenderer(Renderer):
+    """https://platform.openai.com/docs/api-reference/completions"""
+
+    id_prefix = "cmpl"
+    stream_object = reply_object = "text_completion"
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.offsets: dict[int, int] = collections.defaultdict(int)  # of each choice's next token
+
+    def opening(self, index: int, with_usage: bool) -> Iterator[dict]:
+        return iter(())
+
+    def delta(self, event: engine.Event) -> dict:
+        return {"text": event.text, "logprobs": self.logprobs(event)}
+
+    def closing(self) -> dict:
+        return {"text": "", "logprobs": None}
+
+    def logprobs(self, event: engine.Event) -> dict | None:
+        """The legacy shape; offsets count characters from the start of the reply's text."""
+        if event.request.n_top_logprobs is None:
+            return None
+        tokens, offsets = [self.token_text(entry.token) for entry in event.logprobs], []
+        for token in tokens:
+            offsets.append(self.offsets[event.request.index])
+            self.offsets[event.request.index] += len(token)
+        return {"tokens": tokens, "text_offset": offsets,
+                "token_logprobs": [max(e.logprob, LOWEST_LOGPROB) for e in event.logprobs],
+                "top_logprobs": [{self.token_text(token): max(logprob, LOWEST_LOGPROB)
+                                  for token, logprob in e.top} for e in event.logprobs]}
+
+    def whole(self, parts: list[dict]) -> dict:
+        logprobs = None
+        if self.choices[0].n_top_logprobs is not None:
+            logprobs = {"tokens": [], "text_offset": [], "token_logprobs": [], "top_logprobs": []}
+            for part in filter(None, (part["logprobs"] for part in parts)):
+                for name, values in part.items():
+                    logprobs[name] += values
+        return {"text": "".join(part["text"] for part in parts), "logprobs": logprobs}
+
+
+ROUTES = {
+    ("GET", "/"): Handler.get_root,
+    ("GET", "/health"): Handler.get_health,
+    ("GET", "/v1/models"): Handler.get_models,
+    ("GET", "/v1/models/{id}"): Handler.get_model,
+    ("POST", "/v1/chat/completions"): Handler.post_chat,
+    ("POST", "/v1/completions"): Handler.post_completion,
+}
+
+
+def find_route(method: str, path: str) -> tuple[typing.Callable, list[str]]:
+    """The handler for a method and path, and what stands at the path's {id}. 404 or 405."""
+    path = path.rstrip("/") or "/"
+    allowed = []
+    for (route_method, pattern), handler in ROUTES.items():
+        stem, has_id, _ = pattern.partition("{id}")
+        if path == pattern and not has_id:
+            rest = []
+        elif has_id and path.startswith(stem) and len(path) > len(stem):
+            rest = [path[len(stem):]]
+        else:
+            continue
+        if method == route_method or (method, route_method) == ("HEAD", "GET"):
+            return handler, rest
+        allowed.append(route_method)
+    if allowed:
+        raise ApiError(405, f"{describe(path)} does not take {method}, but "
+                            f"{', '.join(allowed)}", code="method_not_allowed",
+                       headers={"Allow": ", ".join(allowed)})
+    raise ApiError(404, f"unknown path {describe(path)}; GET / lists what there is",
+                   code="not_found")
+
+
+# ======================================================================================
+# 8. Main: start, signals, drain
+# ======================================================================================
+
+EXIT_OK, EXIT_UNUSABLE = 0, 2
+
+
+def banner(server: Server) -> str:
+    """What the console says when the server is ready."""
+    loaded = server.engine
+    body = json.dumps({"model": loaded.model.name,
+                       "messages": [{"role": "user", "content": "Say hello."}]})
+    return (f"{NAME} {VERSION} listens on {server.url}\n"
+            f"model {loaded.model.name}: {loaded.context.parallel} slots of {loaded.n_ctx} tokens\n"
+            f"try: curl {server.url}/v1/chat/completions -H 'Content-Type: application/json' "
+            f"-d '{body}'")
+
+
+def stop_on_signals(server: Server) -> None:
+    """The first SIGINT or SIGTERM drains, the second ends at once."""
+    def on_signal(_number, _frame):
+        if server.stopping.is_set():
+            os._exit(EXIT_OK)
+        server.stopping.set()
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until a signal. Returns the exit code: 0, or 2 for unusable settings or model."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(message)s")
+    try:
+        server = Server(load_config(sys.argv[1:] if argv is None else argv, os.environ))
+    except (ConfigError, OSError) as error:
+        where = "" if isinstance(error, ConfigError) else "cannot listen: "
+        print(f"error: {where}{error}", file=sys.stderr)
+        return EXIT_UNUSABLE
+    stop_on_signals(server)
+    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
+
+    def load_and_tell():
+        server.load()
+        if server.engine:
+            print(banner(server), flush=True)
+
+    threading.Thread(target=load_and_tell, name="load", daemon=True).start()
+    server.stopping.wait()
+    if server.load_error:
+        print(f"error: {server.load_error}", file=sys.stderr)
+        return EXIT_UNUSABLE
+    log.info("shutting down: running requests have %g seconds", server.config.drain_seconds)
+    server.drain()
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
