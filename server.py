@@ -868,7 +868,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         events: queue.SimpleQueue = queue.SimpleQueue()
         choices = []
         for index in range(body.n):
-            seed = None if body.seed is None else body.seed + index
+            seed = None if body.seed is None else body.seed + index * SEED_STRIDE
             sampler = engine.Sampler(dataclasses.replace(params, seed=seed),
                                      loaded.model.n_vocab, loaded.n_ctx)
             choices.append(engine.Request(tokens, sampler, limit, stops, n_top, index, events))
@@ -894,6 +894,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             yield event
 
 
+SEED_STRIDE = 0x9E3779B9  # 2**32 / golden ratio: choice 2 of a seed is not choice 1 of the next
 POLL_SECONDS = 0.1  # how often a silent request looks whether its client is still there
 
 
