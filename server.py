@@ -49,9 +49,7 @@ NAME, VERSION = "twofile", "0.1.0"
 HERE = Path(__file__).resolve().parent
 log = logging.getLogger("server")
 
-# ======================================================================================
-# 1. Settings
-# ======================================================================================
+# ==== 1. Settings =======================================================================
 
 
 def setting(section: str, default, **limits):
@@ -105,27 +103,16 @@ def load_config(argv: list[str], environ: typing.Mapping[str, str]) -> Config:
     parser.add_argument("--model", dest="model_path", help="GGUF file, or a folder with one")
     parser.add_argument("--version", action="version", version=f"{NAME} {VERSION}")
     flags = vars(parser.parse_args(argv))
-    values = read_config_file(flags.pop("config"))
-    hints = typing.get_type_hints(Config)
-    for name, hint in hints.items():
-        text = environ.get(name.upper())
-        if text is not None:
-            plain = hint in (str, str | None)
-            values[name] = (f"environment variable {name.upper()}",
-                            text if plain else yaml.safe_load(text))
-    for name, value in flags.items():
-        if value is not None:
-            values[name] = (f"--{name.replace('model_path', 'model')}", value)
-    config = Config()
-    for field in dataclasses.fields(Config):
-        if field.name in values:
-            source, value = values[field.name]
-            try:
-                if value is not None or field.default is not None:
-                    value = read_value(hints[field.name], value, field.name, field.metadata, [])
-            except ApiError as error:
-                raise ConfigError(f"{source}: {error.message}") from error
-            setattr(config, field.name, value)
+    found = read_config_file(flags.pop("config"))  # {key: (where it was set, value)}
+    for name, hint in typing.get_type_hints(Config).items():
+        if (text := environ.get(name.upper())) is not None:
+            value = text if hint in (str, str | None) else yaml.safe_load(text)
+            found[name] = (f"environment variable {name.upper()}", value)
+    found |= {name: ("flag", value) for name, value in flags.items() if value is not None}
+    try:
+        config = read_object(Config, {name: value for name, (_, value) in found.items()}, "", [])
+    except ApiError as error:
+        raise ConfigError(f"{found[error.param.split('[')[0]][0]}: {error.message}") from error
     if config.parallel > config.n_batch:
         raise ConfigError(f"n_batch is {config.n_batch} but must be at least parallel "
                           f"({config.parallel}): each slot needs a row in the batch")
@@ -133,7 +120,7 @@ def load_config(argv: list[str], environ: typing.Mapping[str, str]) -> Config:
 
 
 def read_config_file(path: str | None) -> dict[str, tuple[str, Any]]:
-    """Return {key: (source, value)} from a YAML file with keys in their sections or flat."""
+    """Return {key: (file, value)} from a YAML file with keys in their sections or flat."""
     file = Path(path) if path else HERE / "config.yaml"
     if not path and not file.exists():
         return {}
@@ -144,30 +131,25 @@ def read_config_file(path: str | None) -> dict[str, tuple[str, Any]]:
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected `key: value` lines, found {describe(content)}")
     sections = {field.name: field.metadata["section"] for field in dataclasses.fields(Config)}
-    values: dict[str, tuple[str, Any]] = {}
-    for key, value in content.items():
-        in_section = key in sections.values()
-        if in_section and value is not None and not isinstance(value, dict):
-            raise ConfigError(f"{file}: section {key} holds keys, not {describe(value)}")
-        for name, setting_value in ((value or {}).items() if in_section else [(key, value)]):
-            allowed = [n for n, section in sections.items() if not in_section or section == key]
-            if name not in allowed:
-                near = difflib.get_close_matches(str(name), list(sections), n=1, cutoff=0)[0]
-                raise ConfigError(f"{file}: unknown key {name!r}"
-                                  f"{f' in section {key}' if in_section else ''}; the nearest is "
-                                  f"{near!r} in section {sections[near]}")
-            if name in values:
+    found: dict[str, tuple[str, Any]] = {}
+    for key, content_of_key in content.items():
+        section = key if key in sections.values() else None
+        if section and not isinstance(content_of_key or {}, dict):
+            raise ConfigError(f"{file}: section {key} holds keys, not {describe(content_of_key)}")
+        for name, value in ((content_of_key or {}).items() if section else [(key, content_of_key)]):
+            if name not in sections or section not in (None, sections[name]):
+                near = difflib.get_close_matches(str(name), sections, n=1, cutoff=0)[0]
+                raise ConfigError(f"{file}: unknown key {name!r} in section {section or 'none'}; "
+                                  f"the nearest is {near!r} in section {sections[near]}")
+            if name in found:
                 raise ConfigError(f"{file}: {name} is set twice")
-            values[name] = (str(file), setting_value)
-    _, model_path = values.get("model_path", (None, None))
-    if isinstance(model_path, str):  # a path in the file is relative to the file
-        values["model_path"] = (str(file), str(file.parent / Path(model_path).expanduser()))
-    return values
+            if name == "model_path" and isinstance(value, str):  # relative to the file
+                value = str(file.parent / Path(value).expanduser())
+            found[name] = (str(file), value)
+    return found
 
 
-# ======================================================================================
-# 2. Errors
-# ======================================================================================
+# ==== 2. Errors =========================================================================
 
 
 class ApiError(Exception):
@@ -203,9 +185,7 @@ class ClientGone(Exception):
     """The client closed its connection; nobody will read an answer."""
 
 
-# ======================================================================================
-# 3. Validation: JSON into dataclasses
-# ======================================================================================
+# ==== 3. Validation: JSON into dataclasses ==============================================
 #
 # A field's type says what JSON it takes. Its metadata may say:
 #   low, high              inclusive limits of a number, also inside a list or object
@@ -323,9 +303,7 @@ def read_object(cls, value: dict, at: str, ignored: list[str]):
     return cls(**given)
 
 
-# ======================================================================================
-# 4. Bodies: what a client may send
-# ======================================================================================
+# ==== 4. Bodies: what a client may send =================================================
 # Field by field from https://platform.openai.com/docs/api-reference
 
 
@@ -441,9 +419,7 @@ class CompletionBody(GenerationBody):
         return self.logprobs
 
 
-# ======================================================================================
-# 5. HTTP: socket, head, body, route, answer
-# ======================================================================================
+# ==== 5. HTTP: socket, head, body, route, answer ========================================
 
 SOCKET_BACKLOG = 128  # connections the kernel holds while all are accepted one by one
 LINGER_SECONDS = 2.0  # how long a refused upload is still read, so that the refusal arrives
@@ -810,9 +786,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             log.info("%s prompt: %s", self.tally.id, completion.prompt)
         self.generate(completion, completion.prompt, "prompt", TextRenderer)
 
-    # ==================================================================================
-    # 6. Generation: prompt, submit, events
-    # ==================================================================================
+    # ==== 6. Generation: prompt, submit, events =========================================
 
     def generate(self, body: GenerationBody, prompt: str, param: str, renderer: type) -> None:
         """Submit the choices, and write their reply: streamed, or folded into one."""
@@ -824,7 +798,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             loaded.submit(choices)
             with_usage = bool(body.stream_options and body.stream_options.include_usage)
-            chunks = reply.chunks(self.events(choices), with_usage or not body.stream)
+            chunks = reply.chunks(self.events(choices), with_usage)
             if not body.stream:
                 self.send_json(reply.fold(chunks))
                 return
@@ -849,15 +823,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Everything that can be refused is refused here, before the engine hears of it."""
         stops, n_top = body.stops(), body.n_top_logprobs()
         bias = read_logit_bias(body.logit_bias or {}, loaded.model.n_vocab)
-        tokens = loaded.model.tokenize(prompt)
-        self.tally.prompt = len(tokens)
-        if not len(tokens):
-            raise invalid(param, f"{param}: the prompt is empty; send at least one token")
-        if len(tokens) >= loaded.n_ctx:
-            raise invalid(param, f"{param}: the prompt has {len(tokens)} tokens, but the context "
-                                 f"is {loaded.n_ctx} tokens, and the reply needs at least one of "
-                                 "them; shorten the prompt or raise n_ctx",
-                          "context_length_exceeded")
+        tokens = self.tokenize(loaded, prompt, param)
         config = self.server.config
         params = engine.SamplingParams(
             temperature=given(body.temperature, config.temperature),
@@ -873,6 +839,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                      loaded.model.n_vocab, loaded.n_ctx)
             choices.append(engine.Request(tokens, sampler, limit, stops, n_top, index, events))
         return choices
+
+    def tokenize(self, loaded: engine.Engine, prompt: str, param: str):
+        """The prompt's tokens; 400 when there are none, or more than the context holds."""
+        n_tokens, tokens = loaded.model.fewest_tokens(prompt), None
+        if n_tokens < loaded.n_ctx:
+            tokens = loaded.model.tokenize(prompt)
+            n_tokens = self.tally.prompt = len(tokens)
+        if n_tokens >= loaded.n_ctx:
+            raise invalid(param, f"{param}: the prompt has {'' if tokens is not None else 'over '}"
+                                 f"{n_tokens} tokens, but the context is {loaded.n_ctx} tokens, "
+                                 "and the reply needs at least one of them; shorten the prompt or "
+                                 "raise n_ctx", "context_length_exceeded")
+        if n_tokens == 0:
+            raise invalid(param, f"{param}: the prompt is empty; send at least one token")
+        return tokens
 
     def events(self, choices: list[engine.Request]) -> Iterator[engine.Event]:
         """Yield the engine's events until each choice has ended. Raises ClientGone as soon as
@@ -912,9 +893,7 @@ def read_logit_bias(bias: dict[str, float], n_vocab: int) -> dict[int, float]:
     return {int(token): value for token, value in bias.items()}
 
 
-# ======================================================================================
-# 7. Rendering: events into chunks, chunks into a reply
-# ======================================================================================
+# ==== 7. Rendering: events into chunks, chunks into a reply =============================
 
 LOWEST_LOGPROB = -9999.0  # what the OpenAI API sends for an impossible token; JSON has no -inf
 
@@ -924,12 +903,27 @@ def to_json(value) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
 
 
+def merge(whole: dict, part: dict) -> dict:
+    """Fold a delta into what came before: text and lists grow, null changes nothing."""
+    for name, value in part.items():
+        old = whole.get(name)
+        if isinstance(value, dict):
+            whole[name] = merge(old or {}, value)
+        elif isinstance(old, (str, list)) and value is not None:
+            whole[name] = old + value
+        elif value is not None or name not in whole:
+            whole[name] = value
+    return whole
+
+
 class Renderer:
     """Writes one reply. Subclasses give the two endpoints their shapes."""
 
     id_prefix: str
     stream_object: str
     reply_object: str
+    opening: dict | None  # what the first and last chunk of a choice carry
+    closing: dict
 
     def __init__(self, model_name: str, choices: list[engine.Request], model: engine.Model):
         self.choices = choices
@@ -940,22 +934,25 @@ class Renderer:
 
     def chunks(self, events: Iterator[engine.Event], with_usage: bool) -> Iterator[dict]:
         """Yield the reply's stream, one chunk after the other, without [DONE]."""
-        begun: set[int] = set()
+        begun: set[engine.Request] = set()
         for event in events:
-            index = event.request.index
-            if index not in begun:
-                begun.add(index)
-                yield from self.opening(index, with_usage)
+            choice = event.request
+            if choice not in begun:
+                begun.add(choice)
+                if self.opening:
+                    yield self.chunk(choice, self.opening, (), with_usage)
             if event.text or event.logprobs:
-                yield self.chunk(self.delta(event), index, None, with_usage)
+                yield self.chunk(choice, self.delta(event.text), event.logprobs, with_usage)
             if event.finish_reason:
-                yield self.chunk(self.closing(), index, event.finish_reason, with_usage)
+                yield self.chunk(choice, self.closing, (), with_usage, event.finish_reason)
         if with_usage:
             yield {**self.head, "choices": [], "usage": self.usage()}
 
-    def chunk(self, part: dict, index: int, finish_reason: str | None, with_usage: bool) -> dict:
-        choice = {"index": index, **part, "finish_reason": finish_reason}
-        chunk = {**self.head, "choices": [choice]}
+    def chunk(self, choice: engine.Request, part: dict, tokens: tuple[engine.TokenLogprob, ...],
+              with_usage: bool, finish_reason: str | None = None) -> dict:
+        logprobs = self.logprobs(choice.index, tokens) if choice.n_top_logprobs is not None else None
+        chunk = {**self.head, "choices": [{"index": choice.index, **part, "logprobs": logprobs,
+                                           "finish_reason": finish_reason}]}
         if with_usage:
             chunk["usage"] = None
         return chunk
@@ -969,15 +966,12 @@ class Renderer:
 
     def fold(self, chunks: Iterator[dict]) -> dict:
         """The unstreamed reply: the stream's chunks, put together."""
-        parts: dict[int, list[dict]] = collections.defaultdict(list)
-        usage = None
+        choices: dict[int, dict] = collections.defaultdict(dict)
         for chunk in chunks:
-            usage = chunk["usage"] or usage
             for choice in chunk["choices"]:
-                parts[choice["index"]].append(choice)
-        choices = [{"index": index, **self.whole(parts[index]),
-                    "finish_reason": parts[index][-1]["finish_reason"]} for index in sorted(parts)]
-        return {**self.head, "object": self.reply_object, "choices": choices, "usage": usage}
+                merge(choices[choice["index"]], choice)
+        return {**self.head, "object": self.reply_object, "usage": self.usage(),
+                "choices": [self.whole(choices[index]) for index in sorted(choices)]}
 
     def token_text(self, token: int) -> str:
         return self.model.piece(token, special=True).decode("utf-8", "replace")
@@ -990,36 +984,24 @@ class ChatRenderer(Renderer):
     stream_object = "chat.completion.chunk"
     reply_object = "chat.completion"
 
-    def opening(self, index: int, with_usage: bool) -> Iterator[dict]:
-        part = {"delta": {"role": "assistant", "content": "", "refusal": None}, "logprobs": None}
-        yield self.chunk(part, index, None, with_usage)
+    opening = {"delta": {"role": "assistant", "content": "", "refusal": None}}
+    closing = {"delta": {}}
 
-    def delta(self, event: engine.Event) -> dict:
-        return {"delta": {"content": event.text}, "logprobs": self.logprobs(event)}
+    def delta(self, text: str) -> dict:
+        return {"delta": {"content": text}}
 
-    def closing(self) -> dict:
-        return {"delta": {}, "logprobs": None}
-
-    def logprobs(self, event: engine.Event) -> dict | None:
-        if event.request.n_top_logprobs is None:
-            return None
+    def logprobs(self, index: int, tokens: tuple[engine.TokenLogprob, ...]) -> dict:
         return {"content": [{**self.token_entry(entry.token, entry.logprob),
                              "top_logprobs": [self.token_entry(*other) for other in entry.top]}
-                            for entry in event.logprobs], "refusal": None}
+                            for entry in tokens], "refusal": None}
 
     def token_entry(self, token: int, logprob: float) -> dict:
         return {"token": self.token_text(token), "logprob": max(logprob, LOWEST_LOGPROB),
                 "bytes": list(self.model.piece(token, special=True))}
 
-    def whole(self, parts: list[dict]) -> dict:
-        text = "".join(part["delta"].get("content", "") for part in parts)
-        logprobs = None
-        if self.choices[0].n_top_logprobs is not None:
-            content = [entry for part in parts if part["logprobs"]
-                       for entry in part["logprobs"]["content"]]
-            logprobs = {"content": content, "refusal": None}
-        return {"message": {"role": "assistant", "content": text, "refusal": None},
-                "logprobs": logprobs}
+    def whole(self, choice: dict) -> dict:
+        return {"index": choice["index"], "message": choice["delta"],
+                "logprobs": choice["logprobs"], "finish_reason": choice["finish_reason"]}
 
 
 class TextRenderer(Renderer):
@@ -1027,41 +1009,28 @@ class TextRenderer(Renderer):
 
     id_prefix = "cmpl"
     stream_object = reply_object = "text_completion"
+    opening, closing = None, {"text": ""}
 
     def __init__(self, *args):
         super().__init__(*args)
         self.offsets: dict[int, int] = collections.defaultdict(int)  # of each choice's next token
 
-    def opening(self, index: int, with_usage: bool) -> Iterator[dict]:
-        return iter(())
+    def delta(self, text: str) -> dict:
+        return {"text": text}
 
-    def delta(self, event: engine.Event) -> dict:
-        return {"text": event.text, "logprobs": self.logprobs(event)}
-
-    def closing(self) -> dict:
-        return {"text": "", "logprobs": None}
-
-    def logprobs(self, event: engine.Event) -> dict | None:
+    def logprobs(self, index: int, tokens: tuple[engine.TokenLogprob, ...]) -> dict:
         """The legacy shape; offsets count characters from the start of the reply's text."""
-        if event.request.n_top_logprobs is None:
-            return None
-        tokens, offsets = [self.token_text(entry.token) for entry in event.logprobs], []
-        for token in tokens:
-            offsets.append(self.offsets[event.request.index])
-            self.offsets[event.request.index] += len(token)
-        return {"tokens": tokens, "text_offset": offsets,
-                "token_logprobs": [max(e.logprob, LOWEST_LOGPROB) for e in event.logprobs],
+        texts, offsets = [self.token_text(entry.token) for entry in tokens], []
+        for text in texts:
+            offsets.append(self.offsets[index])
+            self.offsets[index] += len(text)
+        return {"tokens": texts, "text_offset": offsets,
+                "token_logprobs": [max(entry.logprob, LOWEST_LOGPROB) for entry in tokens],
                 "top_logprobs": [{self.token_text(token): max(logprob, LOWEST_LOGPROB)
-                                  for token, logprob in e.top} for e in event.logprobs]}
+                                  for token, logprob in entry.top} for entry in tokens]}
 
-    def whole(self, parts: list[dict]) -> dict:
-        logprobs = None
-        if self.choices[0].n_top_logprobs is not None:
-            logprobs = {"tokens": [], "text_offset": [], "token_logprobs": [], "top_logprobs": []}
-            for part in filter(None, (part["logprobs"] for part in parts)):
-                for name, values in part.items():
-                    logprobs[name] += values
-        return {"text": "".join(part["text"] for part in parts), "logprobs": logprobs}
+    def whole(self, choice: dict) -> dict:
+        return choice
 
 
 ROUTES = {
@@ -1097,9 +1066,7 @@ def find_route(method: str, path: str) -> tuple[typing.Callable, list[str]]:
                    code="not_found")
 
 
-# ======================================================================================
-# 8. Main: start, signals, drain
-# ======================================================================================
+# ==== 8. Main: start, signals, drain ====================================================
 
 EXIT_OK, EXIT_UNUSABLE = 0, 2
 

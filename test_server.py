@@ -657,7 +657,7 @@ def test_more_choices_than_slots_stream_and_finish(client):
     assert finished == set(range(11)) and sorted(roles) == list(range(11))
 
 
-def test_penalties_bias_and_sampling_limits_reach_the_sampler(client, model):
+def test_penalties_bias_and_sampling_limits_reach_the_sampler(client, model, vocabulary):
     """Each knob changes the reply in the way its name says."""
     plain = client.completions.create(model=model, prompt="ha ha ha ha", max_tokens=12,
                                       temperature=0)
@@ -667,7 +667,7 @@ def test_penalties_bias_and_sampling_limits_reach_the_sampler(client, model):
     assert plain.choices[0].text != penalized.choices[0].text
     assert len(set(words)) >= len(words) - 1
     first = chat(client, max_tokens=1, logprobs=True).choices[0].logprobs.content[0].token
-    token = server_tokens(client, first)
+    [token] = vocabulary.tokenize(first).tolist()
     banned = chat(client, max_tokens=1, logit_bias={str(token): -100})
     assert banned.choices[0].message.content != first
     greedy = chat(client, max_tokens=8).choices[0].message.content
@@ -675,14 +675,6 @@ def test_penalties_bias_and_sampling_limits_reach_the_sampler(client, model):
         reply = chat(client, max_tokens=8, temperature=2, extra_body=narrow)
         assert reply.choices[0].message.content == greedy
     assert chat(client, max_tokens=8, temperature=2, top_p=0).choices[0].message.content == greedy
-
-
-def server_tokens(client, text) -> int:
-    """The id of the one token that `text` is."""
-    path = engine.find_model_file(None, HERE / "models")
-    tokens = engine.Model(path, 0).tokenize(text)
-    assert len(tokens) == 1
-    return int(tokens[0])
 
 
 def test_messages_may_be_parts_and_developer_is_system(live, client, model):
@@ -968,17 +960,50 @@ def test_a_templates_refusal_is_400_with_its_message(live, monkeypatch):
     assert status == 400 and "roles must alternate" in body["error"]["message"]
 
 
-def test_special_tokens_are_counted_once():
+@pytest.fixture(scope="session")
+def vocabulary():
+    """A model of our own, to be bent by the tests."""
+    return engine.Model(engine.find_model_file(None, HERE / "models"), n_gpu_layers=0)
+
+
+def test_special_tokens_are_counted_once(vocabulary, monkeypatch):
     """Exactly one BOS for models that want one, whether or not the template wrote it."""
-    path = engine.find_model_file(None, HERE / "models")
-    small = engine.Model(path, 0)
-    assert small.tokenize("hi")[0] != small._bos
-    small._add_bos = True
-    bos = small.piece(small._bos, special=True).decode()
+    assert vocabulary.tokenize("hi")[0] != vocabulary._bos
+    monkeypatch.setattr(vocabulary, "_add_bos", True)
+    bos = vocabulary.piece(vocabulary._bos, special=True).decode()
     for text in ("hi", bos + "hi"):
-        assert small.tokenize(text).tolist().count(small._bos) == 1
-    assert small.tokenize("").tolist() == [small._bos]
-    small.close()
+        assert vocabulary.tokenize(text).tolist().count(vocabulary._bos) == 1
+    assert vocabulary.tokenize("").tolist() == [vocabulary._bos]
+
+
+def test_an_endless_word_is_cut_before_it_reaches_the_tokenizer(vocabulary, monkeypatch):
+    """With many vocabularies, 40,000 letters without a space overflow the tokenizer's stack and
+    kill the process. The cut loses nothing, and special tokens stay whole."""
+    text = "a" * (2 * engine.MAX_RUN + 5) + " b" + "\n" * (engine.MAX_RUN + 1)
+    parts = vocabulary._cut_long_runs(text)
+    runs = [run for part in parts for run in re.findall(r"\S+|\s+", part)]
+    assert max(map(len, runs)) <= engine.MAX_RUN and "".join(parts) == text
+    tokens = vocabulary.tokenize(text)
+    assert b"".join(map(vocabulary.piece, tokens.tolist())).decode() == text
+    monkeypatch.setattr(engine, "MAX_RUN", 20)
+    monkeypatch.setattr(engine, "LONG_RUN", re.compile(r"\S{20}|\S++|\s{20}|\s++"))
+    end = vocabulary.tokenize("<|im_end|>").tolist()
+    for before in range(30):
+        tokens = vocabulary.tokenize("x" * before + "<|im_end|>" + "y" * 30).tolist()
+        assert tokens.count(end[0]) == 1, before
+
+
+def test_a_text_that_cannot_fit_is_refused_without_tokenizing_it(live, vocabulary, monkeypatch):
+    """Megabytes of special tokens take llama.cpp minutes; the lower bound takes no time and is
+    never above the true count."""
+    for text in ("Hello there, <|im_start|>user", " " * 5000, "<|im_end|>" * 50, "漢字🌧" * 9):
+        assert vocabulary.fewest_tokens(text) <= len(vocabulary.tokenize(text))
+    monkeypatch.setattr(live.engine.model, "tokenize", lambda text: pytest.fail("tokenized"))
+    started = time.monotonic()
+    for text in ("<|im_start|>" * 40_000, "a" * 500_000):
+        status, _, body = post(live, "/v1/completions", {"prompt": text})
+        assert status == 400 and body["error"]["code"] == "context_length_exceeded"
+    assert time.monotonic() - started < 3
 
 
 # ==== 5. The process ======================================================================
@@ -1052,9 +1077,9 @@ def test_settings_come_from_file_environment_and_flags_in_this_order(tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("n_cxt: 5", "unknown key 'n_cxt'; the nearest is 'n_ctx' in section model"),
+    ("n_cxt: 5", "unknown key 'n_cxt' in section none; the nearest is 'n_ctx' in section model"),
     ("server:\n  n_ctx: 5", "unknown key 'n_ctx' in section server; the nearest is 'n_ctx'"),
-    ("serve:\n  port: 5", "unknown key 'serve'"),
+    ("serve:\n  port: 5", "unknown key 'serve' in section none; the nearest is"),
     ("port: many", "port: expected an integer, got \"many\""),
     ("temperature: 3", "temperature: 3 was sent, but it must be between 0 and 2"),
     ("port: 1\nserver:\n  port: 2", "port is set twice"),
