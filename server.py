@@ -81,7 +81,7 @@ class Config:
     n_gpu_layers: int = setting("model", -1, low=-1, high=INT32_MAX)
     flash_attn: bool | Literal["auto"] = setting("model", "auto")
 
-    max_tokens: int | None = setting("generation", None, low=1)
+    max_tokens: int | None = setting("generation", 1024, low=1)
     temperature: float = setting("generation", 0.7, low=0, high=2)
     top_p: float = setting("generation", 0.95, low=0, high=1)
     top_k: int = setting("generation", 40, low=-1, high=INT32_MAX)
@@ -107,8 +107,11 @@ def load_config(argv: list[str], environ: typing.Mapping[str, str]) -> Config:
     found = read_config_file(flags.pop("config"))  # {key: (where it was set, value)}
     for name, hint in typing.get_type_hints(Config).items():
         if (text := environ.get(name.upper())) is not None:
-            value = text if hint in (str, str | None) else yaml.safe_load(text)
-            found[name] = (f"environment variable {name.upper()}", value)
+            source = f"environment variable {name.upper()}"
+            try:
+                found[name] = (source, text if hint in (str, str | None) else yaml.safe_load(text))
+            except yaml.YAMLError as error:
+                raise ConfigError(f"{source}: {text!r} is not a value") from error
     found |= {name: ("flag", value) for name, value in flags.items() if value is not None}
     try:
         config = read_object(Config, {name: value for name, (_, value) in found.items()}, "", [])
@@ -128,7 +131,7 @@ def read_config_file(path: str | None) -> dict[str, tuple[str, Any]]:
     try:
         content = yaml.safe_load(file.read_text()) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read {file}: {error}") from error
+        raise ConfigError(f"cannot read {file}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected `key: value` lines, found {describe(content)}")
     sections = {field.name: field.metadata["section"] for field in dataclasses.fields(Config)}
@@ -138,10 +141,13 @@ def read_config_file(path: str | None) -> dict[str, tuple[str, Any]]:
         if section and not isinstance(content_of_key or {}, dict):
             raise ConfigError(f"{file}: section {key} holds keys, not {describe(content_of_key)}")
         for name, value in ((content_of_key or {}).items() if section else [(key, content_of_key)]):
-            if name not in sections or section not in (None, sections[name]):
-                near = difflib.get_close_matches(str(name), sections, n=1, cutoff=0)[0]
-                raise ConfigError(f"{file}: unknown key {name!r} in section {section or 'none'}; "
-                                  f"the nearest is {near!r} in section {sections[near]}")
+            if name not in sections:
+                names = [*sections, *sections.values()]
+                near = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0)[0]
+                raise ConfigError(f"{file}: unknown key {name!r}; the nearest is {near!r}")
+            if section not in (None, sections[name]):
+                raise ConfigError(f"{file}: {name} belongs in section {sections[name]}, not "
+                                  f"{section}")
             if name in found:
                 raise ConfigError(f"{file}: {name} is set twice")
             if name == "model_path" and isinstance(value, str):  # relative to the file
@@ -191,16 +197,22 @@ class ClientGone(Exception):
 # A field's type says what JSON it takes. Its metadata may say:
 #   low, high              inclusive limits of a number, also inside a list or object
 #   min_length, max_length items of a list
-#   refused                why a field of the OpenAI API is not served; null and empty pass
+#   refused                why a field of the OpenAI API is not served, ...
+#   harmless               ... and its values that ask for nothing, besides null and empty
 #   no_effect              accepted for compatibility; changes nothing here
 
 KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
 MAX_SHOWN = 60  # characters of a wrong value quoted in a message
 
 
+def quoted(value) -> str:
+    """A value as JSON on one line: no newline or escape sequence of a client's gets through."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
 def describe(value) -> str:
     """A value as JSON, short enough for an error message."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = quoted(value)
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
 
 
@@ -230,8 +242,8 @@ def read_value(hint, value, at: str, limits: typing.Mapping, ignored: list[str])
     if origin is list and isinstance(value, list):
         low, high = limits.get("min_length", 0), limits.get("max_length", math.inf)
         if not low <= len(value) <= high:
-            raise invalid(at, f"{at}: {len(value)} items were sent, the limit is "
-                              + (f"at least {low}" if len(value) < low else f"at most {high}"))
+            bounds = f"at least {low}" if len(value) < low else f"at most {high}"
+            raise invalid(at, f"{at} must have {bounds} items, got {len(value)}")
         return [read_value(args[0], item, f"{at}[{i}]", limits, ignored)
                 for i, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
@@ -242,7 +254,7 @@ def read_value(hint, value, at: str, limits: typing.Mapping, ignored: list[str])
     if hint is bool and isinstance(value, bool):
         return value
     if hint in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if hint is float or value == int(value):
+        if hint is float or (math.isfinite(value) and value == int(value)):
             return read_number(hint, value, at, limits)
     raise invalid(at, f"{at}: expected {expected(hint)}, got {describe(value)}", "invalid_type")
 
@@ -279,8 +291,8 @@ def read_number(hint, value, at: str, limits: typing.Mapping):
     """A number within its limits."""
     low, high = limits.get("low", -math.inf), limits.get("high", math.inf)
     if not low <= value <= high:
-        bounds = (f"at least {low}" if high == math.inf else f"between {low} and {high}")
-        raise invalid(at, f"{at}: {describe(value)} was sent, but it must be {bounds}")
+        bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+        raise invalid(at, f"{at} must be {bounds}, got {describe(value)}")
     return hint(value)
 
 
@@ -297,8 +309,9 @@ def read_object(cls, value: dict, at: str, ignored: list[str]):
                 raise invalid(prefix + name, f"{prefix + name} is required", "missing_field")
             continue
         refused = field.metadata.get("refused")
-        if refused and sent not in (False, "", [], {}, "none", "auto"):
-            raise invalid(prefix + name, f"{prefix + name}: {refused}", "unsupported_parameter")
+        if refused and sent not in (False, "", [], {}, *field.metadata.get("harmless", ())):
+            raise invalid(prefix + name, f"{prefix + name}: {refused}; got {describe(sent)}, leave "
+                                         "it out", "unsupported_parameter")
         given[name] = read_value(hints[name], sent, prefix + name, field.metadata, ignored)
     ignored += [prefix + name for name in value if name not in hints]
     return cls(**given)
@@ -381,11 +394,12 @@ class ChatBody(GenerationBody):
     logprobs: bool = False
     top_logprobs: int | None = option(low=0, high=20)
     tools: Any = option(refused="tools are not supported")
-    tool_choice: Any = option(refused="tools are not supported")
+    tool_choice: Any = option(refused="tools are not supported", harmless=("none", "auto"))
     functions: Any = option(refused="functions are not supported")
-    function_call: Any = option(refused="functions are not supported")
-    response_format: Any = option(refused="structured output is not supported")
-    modalities: Any = option(refused="only text is supported")
+    function_call: Any = option(refused="functions are not supported", harmless=("none", "auto"))
+    response_format: Any = option(refused="structured output is not supported",
+                                  harmless=({"type": "text"},))
+    modalities: Any = option(refused="only text is supported", harmless=(["text"],))
     audio: Any = option(refused="only text is supported")
     prediction: Any = option(refused="predicted outputs are not supported")
     web_search_options: Any = option(refused="web search is not supported")
@@ -411,7 +425,7 @@ class CompletionBody(GenerationBody):
     logprobs: int | None = option(low=0, high=20)
     echo: Any = option(refused="echo is not supported")
     suffix: Any = option(refused="insertion is not supported")
-    best_of: Any = option(refused="best_of is not supported")
+    best_of: Any = option(refused="best_of is not supported", harmless=(1,))
 
     def reply_limit(self) -> int | None:
         return self.max_tokens or LEGACY_MAX_TOKENS
@@ -424,7 +438,7 @@ class CompletionBody(GenerationBody):
 
 SOCKET_BACKLOG = 128  # connections the kernel holds while all are accepted one by one
 LINGER_SECONDS = 2.0  # how long a refused upload is still read, so that the refusal arrives
-MAX_LINE = 200  # characters of a request line in the log
+MAX_LINE = 200  # characters of a request line or an error in the log
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -471,15 +485,18 @@ class Server(http.server.ThreadingHTTPServer):
             return not self.stopping.is_set()
 
         try:
-            path = engine.find_model_file(config.model_path, HERE / "models")
+            path = engine.find_model_file(config.model_path, HERE / "models",
+                                          lambda: not self.stopping.is_set())
+            print(f"loading {path.name} ...", flush=True)
             self.engine = engine.load_engine(
                 path, on_progress=on_progress, n_ctx=config.n_ctx, parallel=config.parallel,
                 n_batch=config.n_batch, n_ubatch=config.n_ubatch, n_threads=config.n_threads,
                 n_gpu_layers=config.n_gpu_layers, flash_attn=config.flash_attn,
                 prefill_chunk=config.prefill_chunk, max_queue=config.max_queue)
         except engine.ModelError as error:
-            self.load_error = str(error)
-            self.stopping.set()
+            if not self.stopping.is_set():  # else it is the stop that interrupted the loading
+                self.load_error = str(error)
+                self.stopping.set()
 
     def drain(self) -> None:
         """Stop accepting, let running requests finish for `drain_seconds`, free the engine."""
@@ -504,12 +521,19 @@ class Tally:
     cached: int = 0
     generated: int = 0
     first_token: float | None = None  # seconds after the start
+    error: str = ""
 
     def line(self, route: str) -> str:
         first = f"{self.first_token:.3f}s" if self.first_token is not None else "-"
         return (f"{self.id} {route} {self.status} prompt={self.prompt} cached={self.cached} "
                 f"generated={self.generated} first={first} "
-                f"total={time.monotonic() - self.started:.3f}s")
+                f"total={time.monotonic() - self.started:.3f}s"
+                f"{' error=' if self.error else ''}{self.error}")
+
+
+def printable(text: str) -> str:
+    """A client's text for the log: one line, not too long, no escape sequences."""
+    return "".join(char if char.isprintable() else "?" for char in text[:MAX_LINE])
 
 
 STATUS_CLIENT_GONE = 499  # nginx's name for a client that hung up; only ever in the log
@@ -576,8 +600,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def shown_line(self) -> str:
         """Method and path, without what could forge or flood the log."""
-        method_and_path = " ".join(self.requestline.split()[:2])[:MAX_LINE]
-        return "".join(char if char.isprintable() else "?" for char in method_and_path) or "-"
+        return printable(" ".join(self.requestline.split()[:2])) or "-"
 
     def answer(self) -> None:
         if len(self.requestline.split()) != 3:
@@ -670,6 +693,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_api_error(self, error: ApiError) -> None:
         """Write an error: as a response, or as an event when a stream has begun."""
+        self.tally.error = printable(error.message)
         try:
             if not self.head_sent:
                 self.send_json(error.body(), error.status, error.headers)
@@ -770,7 +794,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.check_model(chat.model)
         if self.server.config.log_messages:
             for message in chat.messages:
-                log.info("%s %s: %s", self.tally.id, message.role, message.text())
+                log.info("%s %s: %s", self.tally.id, message.role, quoted(message.text()))
         turns = [{"role": "system" if message.role == "developer" else message.role,
                   "content": message.text()} for message in chat.messages]
         try:
@@ -784,7 +808,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         completion = self.read_request(CompletionBody, body)
         self.check_model(completion.model)
         if self.server.config.log_messages:
-            log.info("%s prompt: %s", self.tally.id, completion.prompt)
+            log.info("%s prompt: %s", self.tally.id, quoted(completion.prompt))
         self.generate(completion, completion.prompt, "prompt", TextRenderer)
 
     # ==== 6. Generation: prompt, submit, events =========================================
@@ -1076,13 +1100,13 @@ def find_route(method: str, path: str) -> tuple[typing.Callable, list[str]]:
 EXIT_OK, EXIT_UNUSABLE = 0, 2
 
 
-def banner(server: Server) -> str:
+def ready_lines(server: Server) -> str:
     """What the console says when the server is ready."""
     loaded = server.engine
-    body = json.dumps({"model": loaded.model.name,
-                       "messages": [{"role": "user", "content": "Say hello."}]})
-    return (f"{NAME} {VERSION} listens on {server.url}\n"
-            f"model {loaded.model.name}: {loaded.context.parallel} slots of {loaded.n_ctx} tokens\n"
+    body = json.dumps({"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 64})
+    where = "the GPU" if loaded.model.on_gpu else f"{loaded.context.n_threads} CPU threads"
+    return (f"ready: {loaded.model.name} on {where}, {loaded.context.parallel} slots of "
+            f"{loaded.n_ctx} tokens\n"
             f"try: curl {server.url}/v1/chat/completions -H 'Content-Type: application/json' "
             f"-d '{body}'")
 
@@ -1101,25 +1125,29 @@ def main(argv: list[str] | None = None) -> int:
     """Serve until a signal. Returns the exit code: 0, or 2 for unusable settings or model."""
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(message)s")
     try:
-        server = Server(load_config(sys.argv[1:] if argv is None else argv, os.environ))
-    except (ConfigError, OSError) as error:
-        where = "" if isinstance(error, ConfigError) else "cannot listen: "
-        print(f"error: {where}{error}", file=sys.stderr)
+        config = load_config(sys.argv[1:] if argv is None else argv, os.environ)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_UNUSABLE
+    try:
+        server = Server(config)
+    except OSError as error:
+        print(f"error: cannot listen on host {config.host}, port {config.port}: {error.strerror} "
+              "(choose others with --host and --port)", file=sys.stderr)
         return EXIT_UNUSABLE
     stop_on_signals(server)
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
-
-    def load_and_tell():
-        server.load()
-        if server.engine:
-            print(banner(server), flush=True)
-
-    threading.Thread(target=load_and_tell, name="load", daemon=True).start()
+    print(f"{NAME} {VERSION} listens on {server.url}", flush=True)
+    loading = threading.Thread(target=server.load, name="load", daemon=True)
+    loading.start()
+    loading.join()  # a stop signal interrupts the loading, too
+    if server.engine and not server.stopping.is_set():
+        print(ready_lines(server), flush=True)
     server.stopping.wait()
     if server.load_error:
         print(f"error: {server.load_error}", file=sys.stderr)
         return EXIT_UNUSABLE
-    log.info("shutting down: running requests have %g seconds", server.config.drain_seconds)
+    log.info("shutting down: running requests have %g seconds", config.drain_seconds)
     server.drain()
     return EXIT_OK
 

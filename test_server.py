@@ -140,9 +140,11 @@ HI = [{"role": "user", "content": "hi"}]
     ({"temperature": "hot"}, "temperature", 'expected a number, got "hot"'),
     ({"temperature": 2.1}, "temperature", "between 0 and 2"),
     ({"temperature": True}, "temperature", "got true"),
-    ({"top_p": -0.1}, "top_p", "-0.1 was sent"),
+    ({"top_p": -0.1}, "top_p", "between 0 and 1, got -0.1"),
     ({"n": 0}, "n", "between 1 and 128"),
     ({"n": 1.5}, "n", "an integer"),
+    ({"max_tokens": float("inf")}, "max_tokens", "an integer"),
+    ({"top_k": 2**31}, "top_k", "between -1 and 2147483647"),
     ({"max_tokens": 0}, "max_tokens", "at least 1"),
     ({"max_completion_tokens": -3}, "max_completion_tokens", "at least 1"),
     ({"stop": 5}, "stop", "a string or a list"),
@@ -153,7 +155,7 @@ HI = [{"role": "user", "content": "hi"}]
     ({"stream": "yes"}, "stream", "true or false"),
     ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "true or false"),
     ({"top_logprobs": 21}, "top_logprobs", "between 0 and 20"),
-    ({"tools": [{"type": "function"}]}, "tools", "not supported"),
+    ({"tools": [{"type": "function"}]}, "tools", "not supported; got [{"),
     ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
 ])
 def test_a_wrong_field_is_refused_by_name_with_the_limit(change, param, words):
@@ -166,7 +168,8 @@ def test_a_wrong_field_is_refused_by_name_with_the_limit(change, param, words):
 def test_what_openai_clients_send_as_nothing_is_nothing():
     """SDKs send null for what was not set, and 4.0 for 4 from languages without integers."""
     body = {"messages": HI, "temperature": None, "stop": None, "tools": None, "functions": [],
-            "tool_choice": "none", "max_tokens": 4.0}
+            "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"],
+            "max_tokens": 4.0}
     chat = server.read_object(server.ChatBody, body, "", [])
     assert chat.temperature is None and chat.max_tokens == 4 and type(chat.max_tokens) is int
 
@@ -1017,10 +1020,10 @@ def start(*flags, **environ):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def wait_for_url(process) -> str:
-    """The address from the start-up lines."""
+def wait_until_ready(process) -> str:
+    """Read the start-up lines; return the curl line's address."""
     for line in process.stdout:
-        if match := re.search(r"listens on (http://\S+)", line):
+        if match := re.match(r"try: curl (http://\S+)/v1/chat/completions -H", line):
             return match[1]
     raise AssertionError(process.stderr.read())
 
@@ -1078,11 +1081,13 @@ def test_settings_come_from_file_environment_and_flags_in_this_order(tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("n_cxt: 5", "unknown key 'n_cxt' in section none; the nearest is 'n_ctx' in section model"),
-    ("server:\n  n_ctx: 5", "unknown key 'n_ctx' in section server; the nearest is 'n_ctx'"),
-    ("serve:\n  port: 5", "unknown key 'serve' in section none; the nearest is"),
+    ("n_cxt: 5", "unknown key 'n_cxt'; the nearest is 'n_ctx'"),
+    ("server:\n  N_CTX: 5", "unknown key 'N_CTX'; the nearest is 'n_ctx'"),
+    ("server:\n  n_ctx: 5", "n_ctx belongs in section model, not server"),
+    ("serve:\n  port: 5", "unknown key 'serve'; the nearest is 'server'"),
+    ("n_ctx: .inf", "n_ctx: expected an integer"),
     ("port: many", "port: expected an integer, got \"many\""),
-    ("temperature: 3", "temperature: 3 was sent, but it must be between 0 and 2"),
+    ("temperature: 3", "temperature must be between 0 and 2, got 3"),
     ("port: 1\nserver:\n  port: 2", "port is set twice"),
     ("- a", "expected `key: value` lines"),
     ("a: [", "cannot read"),
@@ -1099,14 +1104,31 @@ def test_a_wrong_setting_is_one_sentence(tmp_path, text, words):
 def test_an_address_in_use_is_one_sentence_and_exit_code_2(live):
     process = start("--port", str(live.server_port))
     _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 2 and "cannot listen" in stderr and "Traceback" not in stderr
+    assert process.returncode == 2 and stderr.count("\n") == 1
+    assert f"cannot listen on host 127.0.0.1, port {live.server_port}" in stderr
+
+
+def test_a_wrong_environment_variable_is_one_sentence_and_exit_code_2():
+    for value, words in (("[1", "'[1' is not a value"), ("x", "port: expected an integer")):
+        process = subprocess.run([sys.executable, str(HERE / "server.py")], text=True,
+                                 env={**os.environ, "PORT": value}, capture_output=True)
+        assert process.returncode == 2 and process.stderr.count("\n") == 1
+        assert "environment variable PORT" in process.stderr and words in process.stderr
+
+
+def test_a_signal_during_the_download_stops_it_and_leaves_nothing(tmp_path):
+    """The download's process ends with the server's, and half a model is no model."""
+    asked = itertools.count()
+    with pytest.raises(engine.ModelError):
+        engine.find_model_file(None, tmp_path, go_on=lambda: next(asked) < 2)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_running_requests_finish_and_exits_0(number):
     """New requests are refused meanwhile; the access log and the messages are on the console."""
-    process = start(N_CTX="512", PARALLEL="2", LOG_MESSAGES="true")
-    url = wait_for_url(process)
+    process = start(N_CTX="512", PARALLEL="2", LOG_MESSAGES="true", DRAIN_SECONDS="120")
+    url = wait_until_ready(process)
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
     stream = chat(client, "Tell me a long story.", stream=True, max_tokens=60, model=None,
                   extra_body={"model": None})
@@ -1114,9 +1136,9 @@ def test_a_signal_lets_running_requests_finish_and_exits_0(number):
     process.send_signal(number)
     rest = list(stream)
     assert rest[-1].choices[0].finish_reason in ("length", "stop")
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and err == ""
-    assert re.search(r"req_\w+ user: Tell me a long story\.", out)
+    assert re.search(r"req_\w+ user: \"Tell me a long story\.\"", out)
     assert re.search(r"req_\w+ POST /v1/chat/completions 200 prompt=\d+ cached=0 generated=\d+ "
                      r"first=\d\.\d+s total=\d+\.\d+s", out)
 
