@@ -130,7 +130,7 @@ def read_config_file(path: str | None) -> dict[str, tuple[str, Any]]:
         return {}
     try:
         content = yaml.safe_load(file.read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read {file}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected `key: value` lines, found {describe(content)}")
@@ -207,7 +207,10 @@ MAX_SHOWN = 60  # characters of a wrong value quoted in a message
 
 def quoted(value) -> str:
     """A value as JSON on one line: no newline or escape sequence of a client's gets through."""
-    return json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError):  # YAML knows keys and cycles that JSON doesn't
+        return repr(value)
 
 
 def describe(value) -> str:
@@ -553,7 +556,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.tally = Tally()
         super().setup()
         self.hangup = select.poll()
-        self.hangup.register(self.connection, select.POLLIN)
+        self.hangup.register(self.connection, getattr(select, "POLLRDHUP", select.POLLHUP))
 
     def finish(self) -> None:
         """Close. After a refused upload, read on for a moment: closing with unread bytes would
@@ -734,8 +737,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"0\r\n\r\n")
 
     def check_connection(self) -> None:
-        """Raise ClientGone when the client has closed its side."""
-        if self.hangup.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
+        """Raise ClientGone when the client has closed its side, whatever it sent before."""
+        if self.hangup.poll(0):
             raise ClientGone
 
     # ---- routes ----------------------------------------------------------------------
@@ -1131,8 +1134,9 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_UNUSABLE
     try:
         server = Server(config)
-    except OSError as error:
-        print(f"error: cannot listen on host {config.host}, port {config.port}: {error.strerror} "
+    except (OSError, ValueError) as error:  # ValueError: a host that cannot be a name
+        reason = error.strerror if isinstance(error, OSError) else error
+        print(f"error: cannot listen on host {config.host!r}, port {config.port}: {reason} "
               "(choose others with --host and --port)", file=sys.stderr)
         return EXIT_UNUSABLE
     stop_on_signals(server)

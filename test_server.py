@@ -888,8 +888,9 @@ def test_http_1_0_gets_a_stream_without_chunks(live):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_disconnect_frees_the_slot_within_moments(live, stream):
-    """Nobody generates for a closed connection, streamed or not."""
+@pytest.mark.parametrize("last_words", [b"", b"GET /health HTTP/1.1\r\n"])
+def test_a_disconnect_frees_the_slot_within_moments(live, stream, last_words):
+    """Nobody generates for a closed connection, streamed or not, whatever it sent at last."""
     settle(live)
     body = json.dumps({"prompt": "Once", "max_tokens": 1000, "stream": stream,
                        "logit_bias": {"0": -100, "2": -100, "4": -100}}).encode()
@@ -899,6 +900,7 @@ def test_a_disconnect_frees_the_slot_within_moments(live, stream):
     while not live.engine.stats.busy:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    raw.sendall(last_words)
     raw.close()
     started = time.monotonic()
     settle(live)
@@ -1086,6 +1088,10 @@ def test_settings_come_from_file_environment_and_flags_in_this_order(tmp_path):
     ("server:\n  n_ctx: 5", "n_ctx belongs in section model, not server"),
     ("serve:\n  port: 5", "unknown key 'serve'; the nearest is 'server'"),
     ("n_ctx: .inf", "n_ctx: expected an integer"),
+    ("n_ctx: {2024-01-01: 1}", "n_ctx: expected an integer"),
+    ("n_ctx: &a [*a]", "n_ctx: expected an integer"),
+    ("n_ctx: 2024-13-45", "cannot read"),
+    ("n_ctx: " + "[" * 3000, "cannot read"),
     ("port: many", "port: expected an integer, got \"many\""),
     ("temperature: 3", "temperature must be between 0 and 2, got 3"),
     ("port: 1\nserver:\n  port: 2", "port is set twice"),
@@ -1105,7 +1111,7 @@ def test_an_address_in_use_is_one_sentence_and_exit_code_2(live):
     process = start("--port", str(live.server_port))
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 2 and stderr.count("\n") == 1
-    assert f"cannot listen on host 127.0.0.1, port {live.server_port}" in stderr
+    assert f"cannot listen on host '127.0.0.1', port {live.server_port}" in stderr
 
 
 def test_a_wrong_environment_variable_is_one_sentence_and_exit_code_2():
