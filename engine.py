@@ -135,8 +135,8 @@ class StopMatcher:
 class TextStream:
     """One request's way from token bytes to text: incremental UTF-8, then stop sequences.
 
-    A character split over tokens appears when its last byte does; bytes that can never be
-    UTF-8 become U+FFFD. `n_decoded` and `n_sent` count characters, so that log-probabilities
+    A character split over tokens appears when its last byte does; one that the end of the reply
+    cuts off never appears. Bytes that can never be UTF-8 become U+FFFD. `n_decoded` and `n_sent` count characters, so that log-probabilities
     can be sent with the text their token belongs to.
     """
 
@@ -148,7 +148,7 @@ class TextStream:
 
     def feed(self, piece: bytes, final: bool = False) -> tuple[str, bool]:
         """Take one token's bytes; return the text to send and whether a stop was completed."""
-        decoded = self._utf8.decode(piece, final)
+        decoded = self._utf8.decode(piece)
         self.n_decoded += len(decoded)
         text, stopped = self._stops.feed(decoded)
         if final and not stopped:
