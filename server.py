@@ -1106,7 +1106,8 @@ EXIT_OK, EXIT_UNUSABLE = 0, 2
 def ready_lines(server: Server) -> str:
     """What the console says when the server is ready."""
     loaded = server.engine
-    body = json.dumps({"messages": [{"role": "user", "content": "What is gravity?"}], "max_tokens": 64})
+    body = json.dumps({"messages": [{"role": "user", "content": "What is gravity?"}],
+                       "max_tokens": 64})
     where = "the GPU" if loaded.model.on_gpu else f"{loaded.context.n_threads} CPU threads"
     return (f"ready: {loaded.model.name} on {where}, {loaded.context.parallel} slots of "
             f"{loaded.n_ctx} tokens\n"
