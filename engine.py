@@ -20,12 +20,15 @@ Threads: one engine thread runs `Engine.step` for ever. Handler threads prepare 
 
 import codecs
 import collections
+import concurrent.futures
+import copy
 import ctypes
 import dataclasses
 import functools
 import hashlib
 import itertools
 import logging
+import math
 import os
 import queue
 import re
@@ -36,6 +39,7 @@ import tempfile
 import threading
 import time
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jinja2
@@ -246,7 +250,119 @@ def _unpack_default_model(scratch: Path) -> Path:
     return unpacked
 
 
-# ==== 4. The model ======================================================================
+# ==== 4. Chat formats ===================================================================
+
+NO_SYSTEM = "System role not supported"  # says so in a template: see prepare_messages
+
+
+def _turns(turn: str, reply: str = "", opening: str = "") -> str:
+    """A Jinja template: an opening, each message `m` written as `turn`, the reply's beginning."""
+    return (opening + "{% for m in messages %}" + turn + "{% endfor %}"
+            "{% if add_generation_prompt %}" + reply + "{% endif %}")
+
+
+FAMILIES = {  # name: (pattern, template); the first pattern wins, as fine-tunes name their base too
+    "chatml": ("qwen|smollm|internlm2|chatml|dolphin|openorca|openhermes|hermes-?[23]", _turns(
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n")),
+    "zephyr": ("zephyr|tinyllama", _turns(
+        "<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n", "<|assistant|>\n")),
+    "glm4": ("(?<!chat)glm-?4", _turns(
+        "<|{{ m.role }}|>\n{{ m.content }}", "<|assistant|>\n", "[gMASK]<sop>")),
+    "chatglm": ("chatglm", _turns(  # version 3
+        "<|{{ m.role }}|>\n {{ m.content }}", "<|assistant|>", "[gMASK]sop")),
+    "gemma": ("gemma", _turns(
+        "<start_of_turn>{{ 'model' if m.role == 'assistant' else 'user' }}\n"
+        "{{ m.content | trim }}<end_of_turn>\n", "<start_of_turn>model\n",
+        "{# " + NO_SYSTEM + " #}{{ bos_token }}")),
+    "mistral": ("mi[sx]tral", _turns(
+        "{% if m.role == 'assistant' %} {{ m.content | trim }}{{ eos_token }}"
+        "{% else %}[INST] {{ m.content }} [/INST]{% endif %}",
+        opening="{# " + NO_SYSTEM + " #}{{ bos_token }}")),
+    "llama3": ("llama[-_ ]?3", _turns(
+        "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n", "{{ bos_token }}")),
+    "llama2": ("llama[-_ ]?2|codellama", _turns(
+        "{% if m.role == 'assistant' %} {{ m.content | trim }} {{ eos_token }}{% else %}"
+        "{% if loop.first or loop.previtem.role != 'system' %}{{ bos_token }}[INST] {% endif %}"
+        "{% if m.role == 'system' %}{{ '<<SYS>>\n' ~ m.content ~ '\n<</SYS>>\n\n' }}"
+        "{% else %}{{ m.content | trim }} [/INST]{% endif %}{% endif %}")),
+    "plain": ("$^", _turns("{{ m.role }}: {{ m.content }}\n", "assistant:")),
+}
+FAMILY_TEMPLATES = {family: template for family, (_, template) in FAMILIES.items()}
+
+
+def family_of(architecture: str, file_name: str) -> str:
+    """The family of a GGUF: by its `general.architecture` where that decides (several share
+    `llama`, two share `chatglm`), then by its file's name."""
+    decides = architecture not in ("llama", "chatglm")
+    return next((family for name in (architecture * decides, file_name, architecture)
+                 for family, (pattern, _) in FAMILIES.items()
+                 if re.search(pattern, name.lower() or " ")), "plain")
+
+
+# ---- how a model writes reasoning and tool calls
+
+REASONING_TAGS = {  # open: close
+    "<think>": "</think>", "[THINK]": "[/THINK]", "<seed:think>": "</seed:think>",
+    "<|START_THINKING|>": "<|END_THINKING|>",
+    "<|channel|>analysis<|message|>": "<|end|><|start|>assistant<|channel|>final<|message|>",
+    "<|channel|>final<|message|>": "",  # gpt-oss without reasoning: only the tag goes
+}
+
+
+def unclosed_reasoning(prompt: str) -> str:
+    """The close tag of the reasoning that the last words of a prompt open, else ""."""
+    return next((close for tag, close in REASONING_TAGS.items()
+                 if prompt.rstrip().endswith(tag)), "")
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolFormat:
+    """The literals around tool calls, for the grammar, the parser and the history alike: trigger
+    opening CALL (separator CALL)* closing, where CALL is NAME between ARGUMENTS ending."""
+
+    pattern: str  # found in the source of a template that makes its model write this
+    trigger: str  # what makes a reply a call
+    opening: str
+    between: str
+    ending: str
+    separator: str = ""  # empty: one call only
+    closing: str = ""
+    at_start: bool = False  # the trigger counts only where the reply (after reasoning) begins
+    xml: bool = False  # ARGUMENTS are <parameter=P> elements, not a JSON object
+    short_ids: bool = False  # the template takes ids of exactly 9 alphanumerics
+    native: bool = True  # the template describes the tools, and renders calls and results
+
+
+TOOL_FORMATS = {  # the first whose pattern is found wins
+    "qwen3-coder": ToolFormat(
+        r"<tool_call>.{0,20}<function=.*<parameter=", "<tool_call>", "\n<function=", ">\n",
+        "</function>\n</tool_call>", "\n<tool_call>\n<function=", xml=True),
+    "mistral": ToolFormat(r"\[TOOL_CALLS\].*\[ARGS\]", "[TOOL_CALLS]", "", "[ARGS]", "",
+                          "[TOOL_CALLS]", short_ids=True),
+    "mistral-nemo": ToolFormat(r"\[TOOL_CALLS\] ?\[", "[TOOL_CALLS]", '[{"name": "',
+                               '", "arguments": ', "}", ', {"name": "', "]", short_ids=True),
+    "llama3": ToolFormat(r'\{"name": function name, "parameters": ', '{"name": "', "",
+                         '", "parameters": ', "}", at_start=True),
+    "hermes": ToolFormat(  # xml_tools: SmolLM 3 takes tools by that name, and renders no calls
+        r'^(?!.*xml_tools).*<tool_call>.{0,30}\{\\?"name\\?":', "<tool_call>", '\n{"name": "',
+        '", "arguments": ', "}\n</tool_call>", '\n<tool_call>\n{"name": "'),
+}
+GENERIC = dataclasses.replace(TOOL_FORMATS["hermes"], native=False)
+PARAMETER, PARAMETER_END = "<parameter=", "\n</parameter>\n"
+# subtle: [TOOL_CALLS], [THINK] and others are control tokens, which show as nothing in a reply.
+# The engine must show a control token that is part of one of these texts.
+SHOWN_TEXTS = [*REASONING_TAGS, *REASONING_TAGS.values()] + [
+    text for form in TOOL_FORMATS.values() for text in (form.trigger, form.between, form.ending)]
+
+
+def tool_format_of(template_source: str | None) -> ToolFormat:
+    """How a template makes its model write calls; GENERIC where that is not known."""
+    return next((form for form in TOOL_FORMATS.values()
+                 if re.search(form.pattern, template_source or "", re.DOTALL)), GENERIC)
+
+
+# ==== 5. The model ======================================================================
 
 NATIVE_ERROR = 4  # ggml.h: GGML_LOG_LEVEL_ERROR
 native_errors: collections.deque[str] = collections.deque(maxlen=8)  # llama.cpp's last complaints
@@ -262,6 +378,11 @@ def _on_native_log(level: int, text: bytes, _user_data) -> None:
 # Tokens that a text may name: control, user defined, unknown (llama.h: enum llama_token_attr).
 SPECIAL_TOKEN = (llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
                  | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN)
+MAX_TEMPLATE_SECONDS = 2.0  # a long conversation takes milliseconds
+TEMPLATE_FILE = "<template>"  # what Jinja calls the code of a template
+MAX_METADATA = 256  # bytes of a value
+N_BYTES = 256
+NO_TEXT = N_BYTES  # where a byte is expected: the token has none
 MAX_RUN = 8192  # characters: up to 430 bytes of stack each, in threads of 8 MB
 LONG_RUN = re.compile(rf"\S{{{MAX_RUN}}}|\S++|\s{{{MAX_RUN}}}|\s++")
 
@@ -269,11 +390,13 @@ LONG_RUN = re.compile(rf"\S{{{MAX_RUN}}}|\S++|\s{{{MAX_RUN}}}|\s++")
 class Model:
     """Weights, vocabulary and chat template of one GGUF file. Safe to use from any thread."""
 
-    def __init__(self, path: Path, n_gpu_layers: int = -1, on_progress=lambda fraction: True):
+    def __init__(self, path: Path, n_gpu_layers: int = -1, on_progress=lambda fraction: True,
+                 chat_template_file: str | None = None):
         """Load the file.
 
         n_gpu_layers: layers to put on the GPU, -1 for all. on_progress: called with 0.0 to 1.0;
-        loading stops when it returns False. Raises ModelError.
+        loading stops when it returns False. chat_template_file: a Jinja template in place of the
+        GGUF's. Raises ModelError.
         """
         llama_cpp.llama_log_set(_on_native_log, ctypes.c_void_p(None))
         llama_cpp.llama_backend_init()
@@ -288,22 +411,41 @@ class Model:
         if not self._model:
             reason = native_errors[0] if native_errors else "loading was interrupted"
             raise ModelError(f"cannot load {path}: {reason}")
-        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self.vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self.vocab)
+        self.n_embd: int = llama_cpp.llama_model_n_embd_out(self._model)
         self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(self._model)
         self.on_gpu = bool(n_gpu_layers and llama_cpp.llama_supports_gpu_offload())
         self.n_params: int = llama_cpp.llama_model_n_params(self._model)
         self.size_bytes: int = llama_cpp.llama_model_size(self._model)
-        self._bos = llama_cpp.llama_vocab_bos(self._vocab)
-        self._add_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
+        self.architecture = self._metadata("general.architecture")
+        # Embedding models say how to make one vector of a text; generative ones do not.
+        self.pools = self._metadata(f"{self.architecture}.pooling_type") not in ("", "0")
+        self._bos = llama_cpp.llama_vocab_bos(self.vocab)
+        self._add_bos = bool(llama_cpp.llama_vocab_get_add_bos(self.vocab))
         self._pieces: dict[tuple[int, bool], bytes] = {}
         tokens = range(self.n_vocab)
         self.end_tokens = frozenset(  # EOS, end of turn and the like: they end the generation
-            token for token in tokens if llama_cpp.llama_vocab_is_eog(self._vocab, token))
-        specials = [self._read_piece(token, True).decode("utf-8", "replace") for token in tokens
-                    if llama_cpp.llama_vocab_get_attr(self._vocab, token) & SPECIAL_TOKEN]
-        self._specials = list(filter(None, specials))
-        self._template = self._load_chat_template()
+            token for token in tokens if llama_cpp.llama_vocab_is_eog(self.vocab, token))
+        specials = {self._read_piece(token, True).decode("utf-8", "replace"): token
+                    for token in tokens
+                    if llama_cpp.llama_vocab_get_attr(self.vocab, token) & SPECIAL_TOKEN}
+        self._specials = {text: token for text, token in specials.items() if text}
+        self._shown = {self._specials[text] for text in SHOWN_TEXTS if text in self._specials}
+        self._template, self.tool_format = self._load_chat_template(chat_template_file)
+
+    def _metadata(self, key: str) -> str:
+        """A value from the GGUF's header as text; "" where there is none."""
+        buffer = ctypes.create_string_buffer(MAX_METADATA)
+        llama_cpp.llama_model_meta_val_str(self._model, key.encode(), buffer, MAX_METADATA)
+        return buffer.value.decode("utf-8", "replace")
+
+    @property
+    def quantization(self) -> str:
+        """The type of most weights, such as "Q4_1"."""
+        buffer = ctypes.create_string_buffer(MAX_METADATA)
+        llama_cpp.llama_model_desc(self._model, buffer, MAX_METADATA)
+        return buffer.value.decode("utf-8", "replace").split()[-1]
 
     def close(self) -> None:
         """Free the weights. Nothing of this model may be called afterwards."""
@@ -322,13 +464,12 @@ class Model:
         """Bytes of the longest token."""
         return max(len(self._read_piece(token, True)) for token in range(self.n_vocab))
 
-    def tokenize(self, text: str) -> np.ndarray:
-        """Return the token ids (int32) of a prompt, with exactly one BOS if the model wants one.
-
-        Special tokens written out in the text (a chat template's) become those tokens.
+    def tokenize(self, text: str, bos: bool = True) -> np.ndarray:
+        """Return the token ids (int32) of a text; with `bos`, with exactly one BOS if the model
+        wants one. Special tokens written out in it (a chat template's) become those tokens.
         """
         tokens = np.concatenate([self._tokenize(part) for part in self._cut_long_runs(text)])
-        if self._add_bos and (len(tokens) == 0 or tokens[0] != self._bos):
+        if bos and self._add_bos and (len(tokens) == 0 or tokens[0] != self._bos):
             tokens = np.insert(tokens, 0, self._bos)
         return tokens
 
@@ -354,55 +495,101 @@ class Model:
         data = text.encode()
         tokens = np.empty(len(data) + 2, dtype=np.int32)  # a token covers a byte or more
         n_tokens = llama_cpp.llama_tokenize(
-            self._vocab, data, len(data), _pointer(tokens, llama_cpp.llama_token), len(tokens),
+            self.vocab, data, len(data), _pointer(tokens, llama_cpp.llama_token), len(tokens),
             False, True)
         if n_tokens < 0:
             raise ValueError(f"llama.cpp cannot tokenize this text of {len(data)} bytes")
         return tokens[:n_tokens].copy()
 
     def piece(self, token: int, special: bool = False) -> bytes:
-        """Return a token's bytes; a control token is empty unless `special` asks for its name."""
+        """Return a token's bytes; a control token is empty unless `special` asks for its name or
+        it belongs to what a chat format writes."""
         known = self._pieces.get((token, special))
         if known is None:
-            known = self._pieces[token, special] = self._read_piece(token, special)
+            known = self._read_piece(token, special or token in self._shown)
+            self._pieces[token, special] = known
         return known
 
     def _read_piece(self, token: int, special: bool) -> bytes:
         size = 32  # bytes; most tokens are shorter
         while True:
             buffer = ctypes.create_string_buffer(size)
-            n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
+            n = llama_cpp.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
             if n >= 0:
                 return buffer.raw[:n]
             size = -n  # what it needs
 
+    @functools.cached_property
+    def first_byte(self) -> np.ndarray:
+        """Each token's first byte (int16, shape (n_vocab,)); for a grammar, NO_TEXT if it may not
+        be written: control tokens have names, but these are not text."""
+        firsts = np.full(self.n_vocab, NO_TEXT, dtype=np.int16)
+        for token in range(self.n_vocab):
+            if token not in self.end_tokens and (piece := self.piece(token)):
+                firsts[token] = piece[0]
+        return firsts
+
+    @functools.cached_property
+    def byte_tokens(self) -> np.ndarray:
+        """The token of each byte (int32, shape (256,)), -1 where there is none."""
+        tokens = np.full(N_BYTES, -1, dtype=np.int32)
+        for token in np.flatnonzero(self.first_byte != NO_TEXT).tolist():
+            if len(self.piece(token)) == 1:
+                tokens[self.first_byte[token]] = token
+        return tokens
+
     # ---- chat ------------------------------------------------------------------------
 
-    def _load_chat_template(self) -> llama_chat_format.Jinja2ChatFormatter | None:
-        source = llama_cpp.llama_model_chat_template(self._model, None)
-        if source is None:
+    def infill(self, prefix: str, suffix: str) -> np.ndarray | None:
+        """The prompt for what belongs between two texts; None if the model was not trained so."""
+        marks = [mark(self.vocab) for mark in (llama_cpp.llama_vocab_fim_pre,
+                                               llama_cpp.llama_vocab_fim_suf,
+                                               llama_cpp.llama_vocab_fim_mid)]
+        if min(marks) < 0:
             return None
-        eos = llama_cpp.llama_vocab_eos(self._vocab)
+        before, after = self.tokenize(prefix, bos=False), self.tokenize(suffix, bos=False)
+        bos = [self._bos] if self._add_bos else []
+        return np.concatenate([bos, marks[:1], before, marks[1:2], after, marks[2:]], dtype=np.int32)
+
+    def _load_chat_template(self, file: str | None):
+        """The chat template, compiled, and the ToolFormat that it asks for."""
+        native = llama_cpp.llama_model_chat_template(self._model, None)
+        family = FAMILY_TEMPLATES[family_of(self.architecture, self.path.name)]
+        eos = llama_cpp.llama_vocab_eos(self.vocab)
         try:
-            return llama_chat_format.Jinja2ChatFormatter(
-                template=source.decode("utf-8", "replace"),
+            source = Path(file).expanduser().read_text() if file else \
+                native.decode("utf-8", "replace") if native else family
+            formatter = llama_chat_format.Jinja2ChatFormatter(
+                template=source,
                 eos_token=self.piece(eos, special=True).decode() if eos >= 0 else "",
                 bos_token=self.piece(self._bos, special=True).decode() if self._bos >= 0 else "")
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot read the chat template {file}: {error}") from error
         except jinja2.TemplateError as error:
-            raise ModelError(f"the chat template in {self.path} does not parse: {error}") from error
+            where = file or self.path
+            raise ModelError(f"the chat template in {where} does not parse: {error}") from error
+        return formatter, tool_format_of(source)
 
-    def render_chat(self, messages: list[dict]) -> str:
-        """Return the prompt for `messages` (role and content each), ready for the reply.
+    def render_chat(self, messages: list[dict], **options) -> str:
+        """Return the prompt for `messages`, ready for the reply. options: what else the template
+        may read, such as `tools`. Raises TemplateError."""
+        deadline = time.monotonic() + MAX_TEMPLATE_SECONDS
 
-        A model without a template gets lines of `role: content`. Raises TemplateError.
-        """
-        if self._template is None:
-            lines = [f"{message['role']}: {message['content']}" for message in messages]
-            return "\n".join([*lines, "assistant:"])
+        def watch(frame, _event, _argument):
+            """A trace function: the only way to end a loop in a template that says nothing."""
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"it ran longer than {MAX_TEMPLATE_SECONDS} seconds")
+            return watch if frame.f_code.co_filename == TEMPLATE_FILE else None
+
+        template = copy.copy(self._template)
+        template.add_generation_prompt = options.pop("add_generation_prompt", True)
+        sys.settrace(watch)
         try:
-            return self._template(messages=messages).prompt
+            return template(messages=messages, **options).prompt
         except Exception as error:  # a template is a program: it can raise anything
             raise TemplateError(str(error) or type(error).__name__) from error
+        finally:
+            sys.settrace(None)
 
     # ---- for the parts below ---------------------------------------------------------
 
@@ -416,79 +603,254 @@ def _pointer(array: np.ndarray, ctype):
     return array.ctypes.data_as(ctypes.POINTER(ctype))
 
 
-# ==== 5. Sampling: from one row of logits to one token ==================================
+# ==== 6. Sampling: from one row of logits to one token ==================================
 
 GREEDY_BELOW = 1e-3  # temperature: dividing logits by less overflows, and changes nothing anyway
 N_SEEDS = 2**32 - 1  # seeds are 32 bit, and llama.h keeps 0xFFFFFFFF for "random"
+NO_TOKEN = -1  # nothing may follow: the reply ends
+CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How to choose a token. The names and meanings are the OpenAI API's and llama.cpp's."""
+    """How to choose a token. Names, meanings and neutral values are the OpenAI API's and
+    llama.cpp's (tools/server/README.md in its sources)."""
 
     temperature: float = 1.0  # 0 (below GREEDY_BELOW) takes the likeliest token
     top_k: int = 0  # keep the k likeliest; 0 keeps all
     top_p: float = 1.0  # keep the likeliest that together have this probability
     min_p: float = 0.0  # drop what is less likely than this times the likeliest
+    typical_p: float = 1.0  # keep the most typical that together have this probability
+    top_n_sigma: float = -1.0  # keep logits within n standard deviations of the peak; < 0: off
     presence_penalty: float = 0.0  # off the logit of each token generated before
     frequency_penalty: float = 0.0  # the same, times how often
+    repeat_penalty: float = 1.0  # divides the logits of the last repeat_last_n tokens
+    repeat_last_n: int = 64  # tokens, of the prompt too; 0 is off, -1 the whole context
+    dry_multiplier: float = 0.0  # DRY, "don't repeat yourself": penalizes repeated sequences
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2  # tokens: longer repetitions are penalized
+    dry_penalty_last_n: int = -1  # tokens looked back at, of the prompt too; -1: all
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    xtc_probability: float = 0.0  # XTC, "exclude top choices": the chance to drop the likeliest
+    xtc_threshold: float = 0.1  # ... but one of those with at least this probability
+    mirostat: int = 0  # 1 or 2: steer the surprise towards tau instead of cutting candidates off
+    mirostat_tau: float = 5.0  # bits
+    mirostat_eta: float = 0.1
+    min_tokens: int = 0  # no end before so many tokens
     logit_bias: dict[int, float] = dataclasses.field(default_factory=dict)
     seed: int | None = None  # None: a new one every time
 
 
+class GrammarError(ValueError):
+    """llama.cpp cannot read a grammar; the message is its own."""
+
+
+class Grammar:
+    """Holds a reply to a GBNF grammar: all of it, or what follows a trigger. One request's.
+
+    Testing a whole vocabulary against a grammar costs more than a decode step. So a token is
+    chosen freely and tested alone; only when that fails are others looked at (`Sampler`).
+    """
+
+    def __init__(self, model: Model, gbnf: str, trigger: str = ""):
+        """gbnf: its rule `root` is what may be written. Raises GrammarError."""
+        native_errors.clear()
+        self._model = model
+        self._native = llama_cpp.llama_sampler_init_grammar(model.vocab, gbnf.encode(), b"root")
+        if not self._native:
+            raise GrammarError("; ".join(native_errors) or "llama.cpp cannot parse it")
+        self._trigger = trigger.encode()
+        self._tail = b""  # the end of the text so far, in which the trigger may have begun
+
+    def __del__(self, free=llama_cpp.llama_sampler_free):
+        if self._native:
+            free(self._native)
+
+    def take(self, token: int) -> bool:
+        """Read a chosen token; False, and nothing is changed, if it may not come here."""
+        if not self._trigger:
+            return self._advance(token)
+        tail = self._tail + self._model.piece(token)
+        _, found, rest = tail.partition(self._trigger)
+        if found:
+            # subtle: what follows the trigger inside its last token is the grammar's first text.
+            before = llama_cpp.llama_sampler_clone(self._native)
+            if all(self._advance(self._model.byte_tokens[byte]) for byte in rest):
+                self._trigger = b""
+            else:
+                self._native, before = before, self._native
+            llama_cpp.llama_sampler_free(before)
+            return not self._trigger
+        self._tail = tail[max(0, len(tail) - len(self._trigger) + 1):]
+        return True
+
+    def _advance(self, token: int) -> bool:
+        """Let llama.cpp's grammar read a token, after asking: a refused one ends the process."""
+        has_text = token >= 0 and self._model.first_byte[token] != NO_TEXT
+        allowed = (has_text or token in self._model.end_tokens) and len(self._among(
+            np.array([token], dtype=np.int32))) > 0
+        if allowed:
+            llama_cpp.llama_sampler_accept(self._native, token)
+        return allowed
+
+    def _among(self, tokens: np.ndarray) -> np.ndarray:
+        """Those of `tokens` (int32, shape (n,)) that may come next, going by their names."""
+        candidates = np.zeros(len(tokens), dtype=CANDIDATE)
+        candidates["id"] = tokens
+        llama_cpp.llama_sampler_apply(self._native, _candidate_array(candidates))
+        return tokens[np.isfinite(candidates["logit"])]
+
+    def allowed(self) -> np.ndarray:
+        """Every token that may come next (int32, shape (n,)).
+
+        Most states of a grammar allow few first bytes. So the tokens of one byte are tested
+        first, and then only those tokens that begin with a byte that may come.
+        """
+        if self._trigger:
+            return np.arange(self._model.n_vocab, dtype=np.int32)
+        single = self._model.byte_tokens
+        may_come = np.append(np.isin(single, self._among(single[single >= 0])) | (single < 0), False)
+        tokens = np.flatnonzero(may_come[self._model.first_byte])
+        return self._among(np.append(tokens, list(self._model.end_tokens)).astype(np.int32))
+
+
 class Sampler:
-    """One request's chain of llama.cpp samplers, freed with the object.
+    """One request's choice of tokens: llama.cpp's chain of samplers, then its grammar.
 
     Greedy sampling without penalties needs no chain: the largest logit is found ten times faster
     in place than in the array of structs that llama.cpp makes of a row for its samplers.
     """
 
-    def __init__(self, params: SamplingParams, n_vocab: int, n_ctx: int):
-        penalized = params.presence_penalty or params.frequency_penalty
-        self.is_argmax = params.temperature < GREEDY_BELOW and not penalized
+    MAX_DRAWS = 2  # refused draws before all tokens are tested: a draw costs less, but may fail too
+
+    def __init__(self, model: Model, params: SamplingParams, n_ctx: int, prompt: np.ndarray,
+                 grammar: Grammar | None = None):
+        """prompt: token ids; the last ones count as text so far for repeat_penalty and DRY."""
+        self._model, self._grammar, self._min_tokens = model, grammar, params.min_tokens
+        self._n_taken = 0
+        self._is_argmax = params.temperature < GREEDY_BELOW and not (
+            params.presence_penalty or params.frequency_penalty or params.mirostat
+            or params.repeat_penalty != 1 or params.dry_multiplier)
         self._biased = np.fromiter(params.logit_bias.keys(), dtype=np.int32)  # token ids
         self._bias = np.fromiter(params.logit_bias.values(), dtype=np.float32)
-        self.chain = llama_cpp.llama_sampler_chain_init(
+        self._chain = llama_cpp.llama_sampler_chain_init(
             llama_cpp.llama_sampler_chain_default_params())
-        for sampler in () if self.is_argmax else self._samplers(params, n_vocab, n_ctx):
-            llama_cpp.llama_sampler_chain_add(self.chain, sampler)
-
-    @staticmethod
-    def _samplers(params: SamplingParams, n_vocab: int, n_ctx: int):
-        """Yield the samplers in llama.cpp's order, leaving out those that would do nothing."""
-        if params.logit_bias:
-            biases = (llama_cpp.llama_logit_bias * len(params.logit_bias))(
-                *params.logit_bias.items())
-            yield llama_cpp.llama_sampler_init_logit_bias(n_vocab, len(biases), biases)
-        if params.presence_penalty or params.frequency_penalty:
-            # The OpenAI penalties count the whole reply: the window is as long as a reply can be.
-            no_repeat_penalty = 1.0
-            yield llama_cpp.llama_sampler_init_penalties(
-                n_vocab, n_ctx, no_repeat_penalty, params.frequency_penalty,
-                params.presence_penalty)
-        if params.temperature < GREEDY_BELOW:
-            yield llama_cpp.llama_sampler_init_greedy()
-            return
-        keep_at_least = 1  # token
-        if params.top_k:
-            yield llama_cpp.llama_sampler_init_top_k(params.top_k)
-        if params.top_p < 1:
-            yield llama_cpp.llama_sampler_init_top_p(params.top_p, keep_at_least)
-        if params.min_p:
-            yield llama_cpp.llama_sampler_init_min_p(params.min_p, keep_at_least)
-        yield llama_cpp.llama_sampler_init_temp(params.temperature)
-        seed = secrets.randbelow(N_SEEDS) if params.seed is None else params.seed % N_SEEDS
-        yield llama_cpp.llama_sampler_init_dist(seed)
-
-    def argmax(self, logits: np.ndarray) -> int:
-        """The likeliest token after logit_bias, of a row of shape (n_vocab,)."""
-        if len(self._biased):
-            logits = logits.copy()
-            logits[self._biased] += self._bias
-        return int(logits.argmax())
+        for sampler in () if self._is_argmax else _samplers(model, params, n_ctx, prompt):
+            llama_cpp.llama_sampler_chain_add(self._chain, sampler)
 
     def __del__(self, free=llama_cpp.llama_sampler_free):  # bound: modules may be gone at exit
-        free(self.chain)
+        free(self._chain)
+
+    def sample(self, context: "Context", row: int) -> int:
+        """Choose a token from a row of the last batch, and note it as chosen."""
+        if self._grammar is None and self._n_taken >= self._min_tokens:
+            self._n_taken += 1
+            if self._is_argmax:
+                return self._draw(context.logits(row))
+            return llama_cpp.llama_sampler_sample(self._chain, context.pointer, row)
+        logits = context.logits(row).copy()
+        for _ in range(self.MAX_DRAWS):
+            token = self._draw(logits)
+            if self._take(token):
+                return token
+            logits[token] = -math.inf
+        if self._grammar:
+            allowed = np.full_like(logits, -math.inf)
+            tokens = self._grammar.allowed()
+            allowed[tokens] = logits[tokens]
+            logits = allowed
+        if self._n_taken < self._min_tokens:
+            logits[list(self._model.end_tokens)] = -math.inf
+        token = self._draw(logits) if np.isfinite(logits).any() else NO_TOKEN
+        return token if token != NO_TOKEN and self._take(token) else NO_TOKEN
+
+    def _draw(self, logits: np.ndarray) -> int:
+        """A token from logits of shape (n_vocab,), by the chain."""
+        if self._is_argmax:
+            if len(self._biased):
+                logits = logits.copy()
+                logits[self._biased] += self._bias
+            return int(logits.argmax())
+        candidates = np.zeros(len(logits), dtype=CANDIDATE)
+        candidates["id"] = np.arange(len(logits), dtype=np.int32)
+        candidates["logit"] = logits
+        array = _candidate_array(candidates)
+        llama_cpp.llama_sampler_apply(self._chain, array)
+        return array.data[array.selected].id
+
+    def _take(self, token: int) -> bool:
+        """Note a token as chosen; False if it may not come here."""
+        if self._n_taken < self._min_tokens and token in self._model.end_tokens:
+            return False
+        if self._grammar and not self._grammar.take(token):
+            return False
+        llama_cpp.llama_sampler_accept(self._chain, token)
+        self._n_taken += 1
+        return True
+
+
+def _candidate_array(candidates: np.ndarray) -> llama_cpp.llama_token_data_array:
+    """llama.cpp's view of an array of CANDIDATE; the array must outlive it."""
+    return llama_cpp.llama_token_data_array(
+        data=_pointer(candidates, llama_cpp.llama_token_data), size=len(candidates), selected=-1)
+
+
+def _samplers(model: Model, params: SamplingParams, n_ctx: int, prompt: np.ndarray):
+    """Yield new samplers in llama.cpp's order, leaving out those that would do nothing."""
+    keep_at_least = 1  # token
+    seed = secrets.randbelow(N_SEEDS) if params.seed is None else params.seed % N_SEEDS
+
+    def after_prompt(sampler, n_last: int):
+        """The sampler, with the last tokens of the prompt as text so far."""
+        for token in prompt[max(0, len(prompt) - n_last):].tolist():
+            llama_cpp.llama_sampler_accept(sampler, token)
+        return sampler
+
+    if params.logit_bias:
+        biases = (llama_cpp.llama_logit_bias * len(params.logit_bias))(*params.logit_bias.items())
+        yield llama_cpp.llama_sampler_init_logit_bias(model.n_vocab, len(biases), biases)
+    if params.mirostat:  # as in llama.cpp, in place of what follows
+        yield llama_cpp.llama_sampler_init_temp(max(params.temperature, GREEDY_BELOW))
+        if params.mirostat == 1:
+            n_likeliest = 100  # llama.cpp's, for the estimate of the distribution's exponent
+            yield llama_cpp.llama_sampler_init_mirostat(
+                model.n_vocab, seed, params.mirostat_tau, params.mirostat_eta, n_likeliest)
+        else:
+            yield llama_cpp.llama_sampler_init_mirostat_v2(
+                seed, params.mirostat_tau, params.mirostat_eta)
+        return
+    if params.presence_penalty or params.frequency_penalty:
+        # The OpenAI penalties count the whole reply: the window is as long as a reply can be.
+        yield llama_cpp.llama_sampler_init_penalties(
+            model.n_vocab, n_ctx, 1.0, params.frequency_penalty, params.presence_penalty)
+    if params.repeat_penalty != 1:
+        window = n_ctx if params.repeat_last_n < 0 else min(params.repeat_last_n, n_ctx)
+        yield after_prompt(llama_cpp.llama_sampler_init_penalties(
+            model.n_vocab, window, params.repeat_penalty, 0.0, 0.0), window)
+    if params.dry_multiplier:
+        window = n_ctx if params.dry_penalty_last_n < 0 else min(params.dry_penalty_last_n, n_ctx)
+        breakers = [breaker.encode() for breaker in params.dry_sequence_breakers]
+        yield after_prompt(llama_cpp.llama_sampler_init_dry(
+            model.vocab, params.dry_multiplier, params.dry_base, params.dry_allowed_length, window,
+            (ctypes.c_char_p * len(breakers))(*breakers), len(breakers)), window)
+    if params.top_n_sigma >= 0:
+        yield llama_cpp.llama_sampler_init_top_n_sigma(params.top_n_sigma)
+    if params.temperature < GREEDY_BELOW:
+        yield llama_cpp.llama_sampler_init_greedy()
+        return
+    if params.top_k:
+        yield llama_cpp.llama_sampler_init_top_k(params.top_k)
+    if params.typical_p < 1:
+        yield llama_cpp.llama_sampler_init_typical(params.typical_p, keep_at_least)
+    if params.top_p < 1:
+        yield llama_cpp.llama_sampler_init_top_p(params.top_p, keep_at_least)
+    if params.min_p:
+        yield llama_cpp.llama_sampler_init_min_p(params.min_p, keep_at_least)
+    if params.xtc_probability:
+        yield llama_cpp.llama_sampler_init_xtc(
+            params.xtc_probability, params.xtc_threshold, keep_at_least, seed)
+    yield llama_cpp.llama_sampler_init_temp(params.temperature)
+    yield llama_cpp.llama_sampler_init_dist(seed)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -515,7 +877,7 @@ def token_logprob(logits: np.ndarray, token: int, n_top: int) -> TokenLogprob:
                         tuple((t, float(logits[t] - log_total)) for t in top))
 
 
-# ==== 6. The context: one KV cache split into slots, one batch at a time ================
+# ==== 7. The context: one KV cache split into slots, one batch at a time ================
 
 # Return codes of llama_decode (llama.h)
 DECODE_OK = 0
@@ -533,6 +895,7 @@ class Chunk:
     slot: "Slot"
     tokens: np.ndarray | list[int]
     wants_logits: bool  # of its last token
+    wants_all_logits: bool = False  # of each token
     row: int = -1  # the last token's row in the batch, set by Context.decode
 
 
@@ -544,29 +907,31 @@ class Context:
     """
 
     def __init__(self, model: Model, n_ctx: int, parallel: int, n_batch: int = 256,
-                 n_ubatch: int = 512, n_threads: int = 0, flash_attn: bool | str = "auto"):
+                 n_ubatch: int = 512, n_threads: int = 0, flash_attn: bool | str = "auto",
+                 embeds: bool = False):
         """n_ctx: tokens per slot; parallel: slots; n_batch: rows of a decode; n_ubatch: rows
-        computed at a time; n_threads: 0 takes the physical cores. Raises ModelError."""
+        computed at a time; n_threads: 0 takes the physical cores; embeds: give hidden states, not
+        logits, and let the slots share n_ctx cells. Raises ModelError."""
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = n_ctx * parallel  # of all slots together
+        params.n_ctx = n_ctx if embeds else n_ctx * parallel  # of all slots together
         params.n_seq_max = parallel
-        params.kv_unified = False
+        params.kv_unified = params.embeddings = embeds
         params.n_batch = n_batch
         params.n_ubatch = min(n_ubatch, n_batch)
         self.n_threads = n_threads or physical_cores()
         params.n_threads = params.n_threads_batch = self.n_threads
         params.flash_attn_type = FLASH_ATTN[flash_attn]
         native_errors.clear()
-        self._context = model.new_context(params)
-        if not self._context:
+        self.pointer = model.new_context(params)
+        if not self.pointer:
             reason = native_errors[-1] if native_errors else "not enough memory?"
             raise ModelError(f"cannot make a context of {parallel} slots with {n_ctx} tokens each: "
                              f"{reason} (lower n_ctx or parallel)")
-        self._memory = llama_cpp.llama_get_memory(self._context)
-        self.n_vocab = model.n_vocab
+        self._memory = llama_cpp.llama_get_memory(self.pointer)
+        self.n_vocab, self.n_embd = model.n_vocab, model.n_embd
         self.n_ctx = n_ctx  # llama.cpp pads to 256; what was promised is what is used
         self.parallel = parallel
-        self.n_batch: int = llama_cpp.llama_n_batch(self._context)
+        self.n_batch: int = llama_cpp.llama_n_batch(self.pointer)
         self._make_batch()
 
     def _make_batch(self) -> None:
@@ -589,7 +954,7 @@ class Context:
 
     def close(self) -> None:
         """Free the KV cache and compute buffers."""
-        llama_cpp.llama_free(self._context)
+        llama_cpp.llama_free(self.pointer)
 
     def decode(self, chunks: list[Chunk]) -> int:
         """Compute a batch; return llama_decode's code. On success each chunk's `row` is valid.
@@ -603,22 +968,26 @@ class Context:
             self._token[start:end] = chunk.tokens
             self._pos[start:end] = np.arange(position, position + end - start)
             self._seq_id[start:end] = chunk.slot.seq_id
-            self._wants_logits[start:end] = 0
-            self._wants_logits[end - 1] = chunk.wants_logits
+            self._wants_logits[start:end] = chunk.wants_all_logits
+            self._wants_logits[end - 1] = chunk.wants_logits or chunk.wants_all_logits
             chunk.row = end - 1
         self._batch.n_tokens = end
-        return llama_cpp.llama_decode(self._context, self._batch)
-
-    def sample(self, sampler: Sampler, row: int) -> int:
-        """Choose a token from a row of the last batch, and tell the sampler what was chosen."""
-        if sampler.is_argmax:
-            return sampler.argmax(self.logits(row))
-        return llama_cpp.llama_sampler_sample(sampler.chain, self._context, row)
+        return llama_cpp.llama_decode(self.pointer, self._batch)
 
     def logits(self, row: int) -> np.ndarray:
         """The raw logits of a row, float32 of shape (n_vocab,); valid until the next decode."""
-        pointer = llama_cpp.llama_get_logits_ith(self._context, row)
+        pointer = llama_cpp.llama_get_logits_ith(self.pointer, row)
         return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
+
+    def hidden_states(self, n_rows: int) -> np.ndarray:
+        """The last layer's output for the rows of the last batch, shape (n_rows, n_embd)."""
+        return np.ctypeslib.as_array(llama_cpp.llama_get_embeddings(self.pointer),
+                                     shape=(n_rows, self.n_embd))
+
+    def pooled(self, seq_id: int) -> np.ndarray:
+        """The vector that the model itself made of a slot's tokens in the last batch."""
+        return np.ctypeslib.as_array(llama_cpp.llama_get_embeddings_seq(self.pointer, seq_id),
+                                     shape=(self.n_embd,))
 
     def copy(self, source: int, target: int) -> None:
         """Make slot `target` a copy of slot `source`, which may be running.
@@ -649,7 +1018,7 @@ def physical_cores() -> int:
         return os.cpu_count() or 1
 
 
-# ==== 7. Requests and slots =============================================================
+# ==== 8. Requests and slots =============================================================
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -677,19 +1046,25 @@ class Request:
 
     def __init__(self, prompt: np.ndarray, sampler: Sampler, max_tokens: int,
                  stops: list[str] = (), n_top_logprobs: int | None = None, index: int = 0,
-                 events: queue.SimpleQueue | None = None):
-        """prompt: token ids, int32, shape (n,), n >= 1. n_top_logprobs: None for no
-        log-probabilities. index: which choice. events: shared by the choices of one reply."""
+                 events: queue.SimpleQueue | None = None, scores_prompt: bool = False,
+                 reuses: bool = True):
+        """prompt: token ids, int32, shape (n,), n >= 1. max_tokens: 0 only reads the prompt.
+        n_top_logprobs: None for no log-probabilities. index: which choice. events: shared by the
+        choices of one reply. scores_prompt: log-probabilities of the prompt's tokens, too (which
+        has to be computed whole). reuses: whether a cached prefix may be taken."""
         self.prompt = prompt
         self.sampler = sampler
         self.max_tokens = max_tokens
         self.n_top_logprobs = n_top_logprobs
         self.index = index
         self.events = events if events is not None else queue.SimpleQueue()
+        self.prompt_logprobs: list[TokenLogprob] | None = [] if scores_prompt else None
+        self.reuses = reuses and not scores_prompt
         self.cancelled = False  # set by the handler, read by the engine
         self.arrival = 0  # place in the order of arrival, set by submit
         self.n_reused = 0  # prompt tokens that were in the KV cache already
         self.n_generated = 0
+        self.placed = self.first_token = self.last_token = 0.0  # time.perf_counter(), seconds
         self._text = TextStream(stops)
         self._unsent_logprobs: collections.deque[tuple[int, TokenLogprob]] = collections.deque()
 
@@ -702,6 +1077,7 @@ class Request:
     def push(self, piece: bytes, is_end: bool, logprob: TokenLogprob | None) -> Event:
         """Take one token; return the text it completes and the finish_reason, if any."""
         self.n_generated += 1
+        self.last_token = time.perf_counter()
         if logprob is not None and not is_end:
             self._unsent_logprobs.append((self._text.n_decoded, logprob))
         finish_reason = "stop" if is_end else None
@@ -781,7 +1157,64 @@ class Stats:
     waiting: int = 0
 
 
-# ==== 8. The engine =====================================================================
+TINY = 1e-12  # in place of a length of 0
+
+
+class Embedder:
+    """Texts to vectors, in a context of its own. Under the model lock.
+
+    A generative model's vector is the mean of its hidden states, added up over batches of any
+    size. A model that pools itself needs each text whole in one batch.
+    """
+
+    MAX_TEXTS = 16  # in one batch
+    N_BATCH = 256  # rows, for a model that does not pool
+
+    def __init__(self, model: Model, n_ctx: int, n_threads: int):
+        self._pools = model.pools
+        n_batch = n_ctx if model.pools else min(n_ctx, self.N_BATCH)
+        self._context = Context(model, n_ctx, self.MAX_TEXTS, n_batch, n_ubatch=n_batch,
+                                n_threads=n_threads, embeds=True)
+
+    def close(self) -> None:
+        self._context.close()
+
+    def batches(self, texts: list[np.ndarray]) -> Iterator[list[int]]:
+        """Yield the indices of the texts (token ids) that go together."""
+        batch: list[int] = []
+        room = self._context.n_batch
+        for index, text in enumerate(texts):
+            if batch and (len(text) > room or len(batch) == self.MAX_TEXTS):
+                yield batch
+                batch, room = [], self._context.n_batch
+            batch.append(index)
+            room -= len(text)
+        if batch:
+            yield batch
+
+    def embed(self, texts: list[np.ndarray]) -> np.ndarray:
+        """One batch of `batches` to vectors of length 1: float32, shape (len(texts), n_embd)."""
+        context = self._context
+        vectors = np.zeros((len(texts), context.n_embd), dtype=np.float32)
+        slots = [Slot(index, 0) for index in range(len(texts))]
+        for start in range(0, max(map(len, texts)), context.n_batch):
+            chunks = [Chunk(slot, text[start:start + context.n_batch], True, True)
+                      for slot, text in zip(slots, texts)]
+            code = context.decode(chunks)
+            if code != DECODE_OK:
+                raise EngineFault(f"llama_decode failed with {code}")
+            states = None if self._pools else context.hidden_states(chunks[-1].row + 1)
+            for chunk, vector in zip(chunks, vectors):
+                last = chunk.row + 1
+                vector += context.pooled(chunk.slot.seq_id) if self._pools else \
+                    states[last - len(chunk.tokens):last].sum(axis=0)
+                chunk.slot.n_cached += len(chunk.tokens)
+        for slot in slots:
+            context.trim(slot.seq_id, 0)
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), TINY)
+
+
+# ==== 9. The engine =====================================================================
 
 # Sharing a prefix copies the cells of a whole slot, which costs about as much as prefilling
 # this many tokens: fewer are computed again instead.
@@ -815,7 +1248,10 @@ class Engine:
         self.model_lock = threading.Lock()
         self.changed = threading.Condition()
         self._waiting: collections.deque[Request] = collections.deque()
+        self._errands: collections.deque[tuple[Callable, concurrent.futures.Future]] = \
+            collections.deque()
         self._deadline: float | None = None  # set by close(): when to give up what still runs
+        self._embedder: Embedder | None = None  # made on the first use, under the model lock
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # ---- any thread ------------------------------------------------------------------
@@ -847,6 +1283,32 @@ class Engine:
             self._waiting.extend(requests)
             self.changed.notify()
 
+    def between_steps(self, errand: Callable):
+        """Run a function on the engine thread, under the model lock, between two steps; return
+        what it returns. Raises EngineClosed, or what it raises. (Who just waited for the lock
+        could wait for ever: the engine thread takes it again at once.)"""
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        with self.changed:
+            if self._deadline is not None:
+                raise EngineClosed("the server is shutting down")
+            self._errands.append((errand, future))
+            self.changed.notify()
+        return future.result()
+
+    def embed(self, texts: list[np.ndarray], go_on: Callable[[], None]) -> np.ndarray:
+        """Vectors of length 1 for texts (token ids): float32, shape (len(texts), n_embd). One
+        batch between two steps, so that generation goes on; before each, `go_on` may raise."""
+        def start() -> Embedder:
+            return self._embedder or Embedder(self.model, self.n_ctx, self.context.n_threads)
+
+        self._embedder = self.between_steps(start)
+        vectors = []
+        for batch in self._embedder.batches(texts):
+            go_on()
+            group = [texts[index] for index in batch]
+            vectors.append(self.between_steps(functools.partial(self._embedder.embed, group)))
+        return np.concatenate(vectors)
+
     def close(self, drain_seconds: float = 0) -> None:
         """Take no new requests, let those present finish for a while, then free the context."""
         with self.changed:
@@ -855,6 +1317,8 @@ class Engine:
         self._thread.join()
         with self.model_lock:
             self.context.close()
+            if self._embedder:
+                self._embedder.close()
 
     # ---- engine thread only ----------------------------------------------------------
 
@@ -871,7 +1335,7 @@ class Engine:
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False when the engine is closed and done."""
         with self.changed:
-            while not self._waiting and not self._busy():
+            while not self._waiting and not self._errands and not self._busy():
                 if self._deadline is not None:
                     return False
                 self.changed.wait()
@@ -884,10 +1348,22 @@ class Engine:
         """One turn of the loop: admit, fill, decode, sample."""
         with self.model_lock:
             self._n_steps += 1
+            self._run_errand()
             self._admit()
             chunks = self._fill()
             self._decode_and_sample(chunks)
         self._publish()
+
+    def _run_errand(self) -> None:
+        """One at a time, so that many cannot hold up the streams."""
+        with self.changed:
+            if not self._errands:
+                return
+            errand, future = self._errands.popleft()
+        try:
+            future.set_result(errand())
+        except Exception as error:
+            future.set_exception(error)
 
     def _publish(self) -> None:
         """Let the step's events out, and what it has changed be seen."""
@@ -929,10 +1405,10 @@ class Engine:
         if not idle:
             return False
         prompt = request.prompt
-        shared = {slot: slot.shared_with(prompt) for slot in self._slots}
+        shared = {slot: slot.shared_with(prompt) if request.reuses else 0 for slot in self._slots}
         source = max(self._slots, key=lambda slot: (shared[slot], slot.request is None))
         for slot in self._slots:
-            if slot.is_prefilling:
+            if slot.is_prefilling and request.reuses:
                 will_share = common_prefix(prompt, slot.request.prompt)
                 if will_share - shared[source] >= MIN_SHARED_TOKENS:
                     return False
@@ -947,6 +1423,7 @@ class Engine:
         target.n_cached = self.context.trim(target.seq_id, keep)
         request.n_reused = target.n_cached
         target.request = request
+        request.placed = time.perf_counter()
         return True
 
     @staticmethod
@@ -974,7 +1451,8 @@ class Engine:
             tokens = prompt[slot.n_cached : slot.n_cached + room]
             if len(tokens):
                 completes = slot.n_cached + len(tokens) == len(prompt)
-                chunks.append(Chunk(slot, tokens, wants_logits=completes))
+                scores = slot.request.prompt_logprobs is not None
+                chunks.append(Chunk(slot, tokens, completes, wants_all_logits=scores))
                 room -= len(tokens)
         return chunks
 
@@ -994,6 +1472,8 @@ class Engine:
             for chunk in chunks:
                 chunk.slot.append(chunk.tokens)
             for chunk in chunks:
+                if chunk.wants_all_logits:
+                    self._score(chunk)
                 if chunk.wants_logits:
                     self._sample(chunk)
             return
@@ -1014,22 +1494,38 @@ class Engine:
         """Compute the first half of a chunk that found no room; the rest follows next step."""
         half = len(chunk.tokens) // 2
         if code == DECODE_NO_ROOM and half:
-            self._decode_and_sample([Chunk(chunk.slot, chunk.tokens[:half], wants_logits=False)])
+            self._decode_and_sample([dataclasses.replace(
+                chunk, tokens=chunk.tokens[:half], wants_logits=False)])
         else:
             self._fail(chunk.slot, EngineFault(f"llama_decode failed with {code}"))
 
     # 4. sample
 
+    def _score(self, chunk: Chunk) -> None:
+        """Note the log-probability of each prompt token after those of a chunk."""
+        request, n_top = chunk.slot.request, chunk.slot.request.n_top_logprobs or 0
+        first = chunk.row - len(chunk.tokens) + 1
+        following = request.prompt[len(request.prompt_logprobs) + 1:]
+        for row, token in zip(range(first, chunk.row + 1), following):
+            request.prompt_logprobs.append(
+                token_logprob(self.context.logits(row), int(token), n_top))
+
     def _sample(self, chunk: Chunk) -> None:
         """Choose the next token of one slot and send its text; an error ends this request only."""
         slot, request = chunk.slot, chunk.slot.request
+        if not request.n_generated:
+            request.first_token = request.last_token = time.perf_counter()
+        if not request.max_tokens:
+            self._outbox.append(Event(request, finish_reason="length"))
+            self._release(slot)
+            return
         try:
-            token = self.context.sample(request.sampler, chunk.row)
+            token = request.sampler.sample(self.context, chunk.row)
             logprob = None
             if request.n_top_logprobs is not None:
                 logprob = token_logprob(self.context.logits(chunk.row), token,
                                         request.n_top_logprobs)
-            is_end = token in self.model.end_tokens
+            is_end = token in self.model.end_tokens or token == NO_TOKEN
             piece = b"" if is_end else self.model.piece(token)
             event = request.push(piece, is_end, logprob)
         except Exception as error:
@@ -1061,10 +1557,13 @@ class Engine:
 
     def _fail_everyone(self, error: EngineFault | EngineClosed) -> None:
         with self.changed:
-            waiting = list(self._waiting)
+            waiting, errands = list(self._waiting), list(self._errands)
             self._waiting.clear()
+            self._errands.clear()
         for request in waiting:
             request.fail(error)
+        for _, future in errands:
+            future.set_exception(error)
         with self.model_lock:
             for slot in self._busy():
                 self._fail(slot, error)

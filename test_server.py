@@ -233,9 +233,6 @@ class FakeContext:
             self.rows.append(tuple(cells))
         return 0
 
-    def sample(self, sampler, row):
-        return (sampler or next_byte)(self.rows[row])
-
     def copy(self, source, target):
         self.copies.append((source, target))
         self.cells[target] = list(self.cells[source])
@@ -254,12 +251,23 @@ class FakeContext:
         return sum(n for batch in self.batches for _, n, _ in batch if n > 1)
 
 
+class FakeSampler:
+    """Chooses the next byte by a function of all bytes before."""
+
+    def __init__(self, choose):
+        self.choose = choose
+
+    def sample(self, context, row):
+        return self.choose(context.rows[row])
+
+
 def fake_engine(prefill_chunk=32, max_queue=16, **options):
     return engine.Engine(FakeModel(), FakeContext(**options), prefill_chunk, max_queue)
 
 
-def ask(prompt: bytes, n=4, sampler=None, **options) -> engine.Request:
-    return engine.Request(np.frombuffer(prompt, np.uint8).astype(np.int32), sampler, n, **options)
+def ask(prompt: bytes, n=4, sampler=next_byte, **options) -> engine.Request:
+    tokens = np.frombuffer(prompt, np.uint8).astype(np.int32)
+    return engine.Request(tokens, FakeSampler(sampler), n, **options)
 
 
 def run(fake, *requests, steps=500):
@@ -940,12 +948,12 @@ def test_a_full_queue_is_503_with_retry_after(live, monkeypatch):
 def test_an_engine_error_before_the_first_token_has_its_status_and_later_is_an_event(
         live, monkeypatch):
     """A stream that fails never looks like one that succeeded: an error event and no [DONE]."""
-    real, calls = live.engine.context.sample, itertools.count()
+    real = engine.Sampler.sample
 
     def fail_at(n):
         calls = itertools.count()
-        monkeypatch.setattr(live.engine.context, "sample", lambda sampler, row: (
-            real(sampler, row) if next(calls) < n else 1 / 0))
+        monkeypatch.setattr(engine.Sampler, "sample", lambda sampler, context, row: (
+            real(sampler, context, row) if next(calls) < n else 1 / 0))
     body = {"prompt": "Once upon", "stream": True, "temperature": 0, "max_tokens": 9}
     fail_at(0)
     status, _, reply = post(live, "/v1/completions", body)
