@@ -409,7 +409,6 @@ class CompletionBody(GenerationBody):
 
 # ==== 5. HTTP: socket, head, body, route, answer ========================================
 
-SOCKET_BACKLOG = 128  # connections the kernel holds while all are accepted one by one
 LINGER_SECONDS = 2.0  # how long a refused upload is still read, so that the refusal arrives
 LAST_WRITES_SECONDS = 5.0  # for handlers to write their last event when the engine has stopped
 MAX_LINE = 200  # characters of a request line or an error in the log
@@ -420,7 +419,7 @@ class Server(http.server.ThreadingHTTPServer):
     """The listening socket, and what handlers share: settings, engine, state."""
 
     daemon_threads = True
-    request_queue_size = SOCKET_BACKLOG
+    request_queue_size = 128  # connections the kernel holds while they are accepted one by one
 
     def __init__(self, config: Config):
         """Raises ConfigError when it cannot listen there."""
@@ -576,15 +575,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = handle_one
 
     def answer(self) -> None:
-        closes = self.close_connection
-        self.lingers = self.close_connection = True  # if refused before the body has been read
+        """Until the body has been read, a refusal ends the connection: the rest of the body would
+        be taken for the next request."""
+        closes, self.lingers, self.close_connection = self.close_connection, True, True
         if len(self.requestline.split()) != 3:
             raise ApiError(400, "the request line must be `METHOD PATH HTTP/1.1`")
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
         body = self.read_body()
         self.lingers, self.close_connection = False, closes
         route, rest = find_route(self.command, path)
-        route(self, *rest) if self.command != "POST" else route(self, self.parse_json(body))
+        route(self, body) if self.command == "POST" else route(self, *rest)
 
     def read_body(self) -> bytes:
         """The request body, also where the route ignores it: the next request starts behind it."""
@@ -607,8 +607,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise ConnectionError("the client hung up")
         return body
 
-    def parse_json(self, body: bytes) -> dict:
-        """The body as a JSON object (RFC 8259: no NaN, no Infinity)."""
+    def read_request(self, cls, body: bytes):
+        """The body, JSON by RFC 8259 (no NaN, no Infinity), as dataclass `cls`, for a model that
+        we have; fields that we do not know are named to the client and in the log."""
         def refuse_constant(name):
             raise ValueError(f"{name} is not JSON")
         try:
@@ -617,12 +618,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise ValueError(f"the body must be an object, got {describe(parsed)}")
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"bad JSON: {error}", code="invalid_json") from None
-        return parsed
-
-    def read_request(self, cls, body: dict):
-        """The body as dataclass `cls`, for a model that we have; fields that we do not know are
-        named to the client and in the log."""
-        request = read_object(cls, body, "", self.tally.ignored)
+        request = read_object(cls, parsed, "", self.tally.ignored)
         if self.tally.ignored:
             log.warning("%s ignored unknown fields: %s", self.tally.id, self.tally.shown_ignored())
         self.check_model(request.model)
@@ -646,9 +642,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_json(self, value, status: int = 200, headers: dict[str, str] | None = None) -> None:
         body = to_json(value) + b"\n"
-        self.send_head(status, {"Content-Type": "application/json",
-                                "Content-Length": str(len(body)), **(headers or {})},
-                       b"" if self.command == "HEAD" else body)
+        about = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        self.send_head(status, about | (headers or {}), b"" if self.command == "HEAD" else body)
 
     def send_api_error(self, error: ApiError) -> None:
         """Write an error: as a response, or as an event when a stream has begun."""
@@ -695,8 +690,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.stopping.is_set():
             raise unavailable("the server is shutting down", "shutting_down")
         if self.server.engine is None:
-            percent = f"{self.server.load_progress:.0%}"
-            raise unavailable(f"the model is still loading ({percent}), try again soon", "loading")
+            done = f"{self.server.load_progress:.0%}"
+            raise unavailable(f"the model is still loading ({done}), try again soon", "loading")
         return self.server.engine
 
     def get_root(self) -> None:
@@ -740,7 +735,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.config.log_messages:
             log.info("%s %s: %s", self.tally.id, name, describe(text, most=math.inf))
 
-    def post_chat(self, body: dict) -> None:
+    def post_chat(self, body: bytes) -> None:
         chat = self.read_request(ChatBody, body)
         for message in chat.messages:
             self.log_text(message.role, message.text())
@@ -753,7 +748,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                           "template_error") from None
         self.generate(chat, prompt, "messages", ChatRenderer)
 
-    def post_completion(self, body: dict) -> None:
+    def post_completion(self, body: bytes) -> None:
         completion = self.read_request(CompletionBody, body)
         self.log_text("prompt", completion.prompt)
         self.generate(completion, completion.prompt, "prompt", TextRenderer)
@@ -794,20 +789,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
                      param: str) -> list[engine.Request]:
         """Everything that can be refused is refused here, before the engine hears of it."""
         stops, n_top = body.stops(), body.n_top_logprobs()
-        bias = read_logit_bias(body.logit_bias or {}, loaded.model.n_vocab)
+        n_vocab, bias = loaded.model.n_vocab, body.logit_bias or {}
+        for token in bias:  # JSON's keys are strings; a wrong id must not reach the model
+            is_number = token.isascii() and token.isdigit() and len(token) < 12
+            if not (is_number and int(token) < n_vocab):
+                raise invalid("logit_bias", f"logit_bias: the key {describe(token)} is not a token "
+                                            f"id of this model (0 to {n_vocab - 1})")
         tokens = self.tokenize(loaded, prompt, param)
         config = self.server.config
         params = engine.SamplingParams(
             temperature=given(body.temperature, config.temperature),
             top_k=max(0, given(body.top_k, config.top_k)), top_p=given(body.top_p, config.top_p),
             min_p=given(body.min_p, config.min_p), presence_penalty=body.presence_penalty,
-            frequency_penalty=body.frequency_penalty, logit_bias=bias)
+            frequency_penalty=body.frequency_penalty,
+            logit_bias={int(token): value for token, value in bias.items()})
         limit = given(body.reply_limit(), config.max_tokens) or loaded.n_ctx
         events: queue.SimpleQueue = queue.SimpleQueue()
         seeds = [None if body.seed is None else body.seed + index * SEED_STRIDE
                  for index in range(body.n)]
-        samplers = [engine.Sampler(dataclasses.replace(params, seed=seed), loaded.model.n_vocab,
-                                   loaded.n_ctx) for seed in seeds]
+        samplers = [engine.Sampler(dataclasses.replace(params, seed=seed), n_vocab, loaded.n_ctx)
+                    for seed in seeds]
         return [engine.Request(tokens, sampler, limit, stops, n_top, index, events)
                 for index, sampler in enumerate(samplers)]
 
@@ -856,15 +857,6 @@ POLL_SECONDS = 0.1  # how often a silent request looks whether its client is sti
 def given(value, default):
     """`value`, or the default where the client sent none."""
     return default if value is None else value
-
-
-def read_logit_bias(bias: dict[str, float], n_vocab: int) -> dict[int, float]:
-    """Token ids from JSON's string keys; an id outside the vocabulary must not reach the model."""
-    for token in bias:
-        if not (token.isascii() and token.isdigit() and int(token[:12]) < n_vocab):
-            raise invalid("logit_bias", f"logit_bias: the key {describe(token)} is not a token id "
-                                        f"of this model (0 to {n_vocab - 1})")
-    return {int(token): value for token, value in bias.items()}
 
 
 # ==== 7. Rendering: events into chunks, chunks into a reply =============================
@@ -932,16 +924,14 @@ class Renderer:
                 "prompt_tokens_details": {"cached_tokens": self.choices[0].n_reused}}
 
     def fold(self, chunks: Iterator[dict]) -> dict:
-        """The unstreamed reply: the stream's chunks, put together."""
+        """The unstreamed reply: the stream's chunks put together; a delta becomes a message."""
         wholes: list[dict] = [{} for _ in self.choices]
         for chunk in chunks:
             for choice in chunk["choices"]:
                 merge(wholes[choice["index"]], choice)
         return {**self.head, "object": self.reply_object, "usage": self.usage(),
-                "choices": [self.whole(choice) for choice in wholes]}
-
-    def whole(self, choice: dict) -> dict:
-        return choice
+                "choices": [{"message" if name == "delta" else name: value
+                             for name, value in choice.items()} for choice in wholes]}
 
     def token_text(self, token: int) -> str:
         return self.model.piece(token, special=True).decode("utf-8", "replace")
@@ -966,10 +956,6 @@ class ChatRenderer(Renderer):
     def token_entry(self, token: int, logprob: float) -> dict:
         return {"token": self.token_text(token), "logprob": max(logprob, LOWEST_LOGPROB),
                 "bytes": list(self.model.piece(token, special=True))}
-
-    def whole(self, choice: dict) -> dict:
-        return {"index": choice["index"], "message": choice["delta"],
-                "logprobs": choice["logprobs"], "finish_reason": choice["finish_reason"]}
 
 
 class TextRenderer(Renderer):
@@ -1024,23 +1010,13 @@ def find_route(method: str, path: str) -> tuple[Callable, list[str]]:
         methods = ", ".join(allowed)
         raise ApiError(405, f"{describe(path)} does not take {method}, but {methods}",
                        code="method_not_allowed", headers={"Allow": methods})
-    raise ApiError(404, f"unknown path {describe(path)}; GET / lists what there is",
-                   code="not_found")
+    raise ApiError(404, f"unknown path {describe(path)}; GET / lists all", code="not_found")
 
 
 # ==== 8. Main: start, signals, drain ====================================================
 
 EXIT_OK, EXIT_UNUSABLE = 0, 2
-
-
-def ready_lines(server: Server) -> str:
-    """What the console says when the server is ready."""
-    loaded = server.engine
-    body = '{"messages": [{"role": "user", "content": "What is gravity?"}], "max_tokens": 64}'
-    where = "the GPU" if loaded.model.on_gpu else f"{loaded.context.n_threads} CPU threads"
-    return (f"ready: {loaded.model.name} on {where}, {loaded.context.parallel} slots of "
-            f"{loaded.n_ctx} tokens\ntry: curl {server.url}/v1/chat/completions "
-            f"-H 'Content-Type: application/json' -d '{body}'")
+EXAMPLE_BODY = '{"messages": [{"role": "user", "content": "What is gravity?"}], "max_tokens": 64}'
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1066,7 +1042,11 @@ def main(argv: list[str] | None = None) -> int:
     loading.start()
     loading.join()  # a stop signal interrupts the loading, too
     if server.engine and not server.stopping.is_set():
-        print(ready_lines(server), flush=True)
+        loaded = server.engine
+        where = "the GPU" if loaded.model.on_gpu else f"{loaded.context.n_threads} CPU threads"
+        print(f"ready: {loaded.model.name} on {where}, {loaded.context.parallel} slots of "
+              f"{loaded.n_ctx} tokens\ntry: curl {server.url}/v1/chat/completions "
+              f"-H 'Content-Type: application/json' -d '{EXAMPLE_BODY}'", flush=True)
     server.stopping.wait()
     if server.load_error:
         print(f"error: {server.load_error}", file=sys.stderr)
