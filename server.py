@@ -17,7 +17,7 @@ connection handles its requests, and the engine has its own.
 """
 
 import argparse
-import collections
+import contextlib
 import dataclasses
 import difflib
 import http.server
@@ -37,7 +37,7 @@ import time
 import types
 import typing
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,11 +92,12 @@ class ConfigError(Exception):
     """A setting is wrong; the message says where, what was found, and what is allowed."""
 
 
-def load_config(argv: list[str], environ: typing.Mapping[str, str]) -> Config:
-    """Defaults, then config.yaml, then environment variables, then flags; the later wins.
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: 2024-13-45 is no date
 
-    Raises ConfigError; exits like argparse for a bad flag or --help.
-    """
+
+def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
+    """Defaults, then config.yaml, environment variables, flags; the later wins. Raises
+    ConfigError; exits like argparse for a bad flag or --help."""
     parser = argparse.ArgumentParser(prog="server.py", description=__doc__.splitlines()[0])
     parser.add_argument("--config", help="settings file (default: config.yaml beside server.py)")
     parser.add_argument("--host", help="address to listen on")
@@ -110,7 +111,7 @@ def load_config(argv: list[str], environ: typing.Mapping[str, str]) -> Config:
             source = f"environment variable {name.upper()}"
             try:
                 found[name] = (source, text if hint in (str, str | None) else yaml.safe_load(text))
-            except yaml.YAMLError as error:
+            except NOT_YAML as error:
                 raise ConfigError(f"{source}: {text!r} is not a value") from error
     found |= {name: ("flag", value) for name, value in flags.items() if value is not None}
     try:
@@ -125,12 +126,12 @@ def load_config(argv: list[str], environ: typing.Mapping[str, str]) -> Config:
 
 def read_config_file(path: str | None) -> dict[str, tuple[str, Any]]:
     """Return {key: (file, value)} from a YAML file with keys in their sections or flat."""
-    file = Path(path) if path else HERE / "config.yaml"
+    file = Path(path or HERE / "config.yaml")
     if not path and not file.exists():
         return {}
     try:
         content = yaml.safe_load(file.read_text()) or {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, *NOT_YAML) as error:
         raise ConfigError(f"cannot read {file}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected `key: value` lines, found {describe(content)}")
@@ -138,16 +139,17 @@ def read_config_file(path: str | None) -> dict[str, tuple[str, Any]]:
     found: dict[str, tuple[str, Any]] = {}
     for key, content_of_key in content.items():
         section = key if key in sections.values() else None
-        if section and not isinstance(content_of_key or {}, dict):
-            raise ConfigError(f"{file}: section {key} holds keys, not {describe(content_of_key)}")
-        for name, value in ((content_of_key or {}).items() if section else [(key, content_of_key)]):
+        values = (content_of_key or {}) if section else {key: content_of_key}
+        if not isinstance(values, dict):
+            raise ConfigError(f"{file}: section {key} holds keys, not {describe(values)}")
+        for name, value in values.items():
             if name not in sections:
                 names = [*sections, *sections.values()]
                 near = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0)[0]
                 raise ConfigError(f"{file}: unknown key {name!r}; the nearest is {near!r}")
             if section not in (None, sections[name]):
-                raise ConfigError(f"{file}: {name} belongs in section {sections[name]}, not "
-                                  f"{section}")
+                right = sections[name]
+                raise ConfigError(f"{file}: {name} belongs in section {right}, not {section}")
             if name in found:
                 raise ConfigError(f"{file}: {name} is set twice")
             if name == "model_path" and isinstance(value, str):  # relative to the file
@@ -157,6 +159,8 @@ def read_config_file(path: str | None) -> dict[str, tuple[str, Any]]:
 
 
 # ==== 2. Errors =========================================================================
+
+RETRY_SECONDS = 2  # what `Retry-After` advises: about one short reply
 
 
 class ApiError(Exception):
@@ -180,16 +184,9 @@ def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:
     return ApiError(400, message, param, code)
 
 
-RETRY_SECONDS = 2  # what `Retry-After` advises: about one short reply
-
-
 def unavailable(message: str, code: str) -> ApiError:
     """503: come back in a moment."""
     return ApiError(503, message, code=code, headers={"Retry-After": str(RETRY_SECONDS)})
-
-
-class ClientGone(Exception):
-    """The client closed its connection; nobody will read an answer."""
 
 
 # ==== 3. Validation: JSON into dataclasses ==============================================
@@ -202,27 +199,23 @@ class ClientGone(Exception):
 #   no_effect              accepted for compatibility; changes nothing here
 
 KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
-MAX_SHOWN = 60  # characters of a wrong value quoted in a message
+UNIONS = (typing.Union, types.UnionType)
 
 
-def quoted(value) -> str:
-    """A value as JSON on one line: no newline or escape sequence of a client's gets through."""
+def describe(value, most: float = 60) -> str:
+    """A value as JSON on one line, cut after `most` characters: no newline or escape sequence of
+    a client's gets through."""
     try:
-        return json.dumps(value, ensure_ascii=False, default=str)
+        text = json.dumps(value, ensure_ascii=False, default=str)
     except (TypeError, ValueError, RecursionError):  # YAML knows keys and cycles that JSON doesn't
-        return repr(value)
-
-
-def describe(value) -> str:
-    """A value as JSON, short enough for an error message."""
-    text = quoted(value)
-    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+        text = repr(value)
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def expected(hint) -> str:
     """A type in words: `str | list[int]` is "a string or a list of integers"."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
+    if origin in UNIONS:
         return " or ".join(expected(arg) for arg in args if arg is not types.NoneType)
     if origin is Literal:
         return " or ".join(map(repr, args))
@@ -231,17 +224,16 @@ def expected(hint) -> str:
     return KINDS.get(hint, "an object")
 
 
-def read_value(hint, value, at: str, limits: typing.Mapping, ignored: list[str]):
+def read_value(hint, value, at: str, limits: Mapping, ignored: list[str]):
     """Return `value` as the type `hint`, or raise a 400 that names the place `at`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
+    reason = None
+    if hint is Any or (hint in (bool, types.NoneType) and isinstance(value, hint)):
         return value
-    if origin in (typing.Union, types.UnionType):
-        return read_union(hint, value, at, limits, ignored)
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return read_object(hint, value, at, ignored)
     if origin is Literal and value in args and type(value) in map(type, args):
         return value
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return read_object(hint, value, at, ignored)
     if origin is list and isinstance(value, list):
         low, high = limits.get("min_length", 0), limits.get("max_length", math.inf)
         if not low <= len(value) <= high:
@@ -253,50 +245,28 @@ def read_value(hint, value, at: str, limits: typing.Mapping, ignored: list[str])
         return {key: read_value(args[1], item, f"{at}.{key}", limits, ignored)
                 for key, item in value.items()}
     if hint is str and isinstance(value, str):
-        return read_text(value, at)
-    if hint is bool and isinstance(value, bool):
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # JSON's \ud800 escapes can smuggle in half a character
+            raise invalid(at, f"{at}: contains an unpaired surrogate (half of a UTF-16 pair), "
+                              "which is not text") from None
         return value
     if hint in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
         if hint is float or (math.isfinite(value) and value == int(value)):
-            return read_number(hint, value, at, limits)
-    raise invalid(at, f"{at}: expected {expected(hint)}, got {describe(value)}", "invalid_type")
-
-
-def read_union(hint, value, at: str, limits: typing.Mapping, ignored: list[str]):
-    """The first alternative that fits. If none does, the alternative of the same JSON kind
-    explains why (its message is about the content), else all are named."""
-    reason = None
-    for option in typing.get_args(hint):
-        if option is types.NoneType:
-            if value is None:
-                return None
-            continue
-        try:
-            return read_value(option, value, at, limits, ignored)
-        except ApiError as error:
-            if error.code != "invalid_type" or error.param != at:
-                reason = reason or error
+            low, high = limits.get("low", -math.inf), limits.get("high", math.inf)
+            if not low <= value <= high:
+                bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+                raise invalid(at, f"{at} must be {bounds}, got {describe(value)}")
+            return hint(value)
+    if origin in UNIONS:  # the first that fits; else the one of the same JSON kind knows why not
+        for option in args:
+            try:
+                return read_value(option, value, at, limits, ignored)
+            except ApiError as error:
+                if error.code != "invalid_type" or error.param != at:
+                    reason = reason or error
     raise reason or invalid(at, f"{at}: expected {expected(hint)}, got {describe(value)}",
                             "invalid_type")
-
-
-def read_text(value: str, at: str) -> str:
-    """A string that is valid Unicode: JSON's \\ud800 escapes can smuggle in half a character."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise invalid(at, f"{at}: contains an unpaired surrogate (half of a UTF-16 pair), which "
-                          "is not text") from None
-    return value
-
-
-def read_number(hint, value, at: str, limits: typing.Mapping):
-    """A number within its limits."""
-    low, high = limits.get("low", -math.inf), limits.get("high", math.inf)
-    if not low <= value <= high:
-        bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-        raise invalid(at, f"{at} must be {bounds}, got {describe(value)}")
-    return hint(value)
 
 
 def read_object(cls, value: dict, at: str, ignored: list[str]):
@@ -305,17 +275,17 @@ def read_object(cls, value: dict, at: str, ignored: list[str]):
     hints = typing.get_type_hints(cls)
     given = {}
     for field in dataclasses.fields(cls):
-        name, sent = field.name, value.get(field.name)
+        name, sent = prefix + field.name, value.get(field.name)
         required = field.default is field.default_factory is dataclasses.MISSING
-        if name not in value or (sent is None and not required):  # null means "not given"
-            if required:
-                raise invalid(prefix + name, f"{prefix + name} is required", "missing_field")
+        if required and field.name not in value:
+            raise invalid(name, f"{name} is required", "missing_field")
+        if sent is None and not required:  # null means "not given"
             continue
         refused = field.metadata.get("refused")
         if refused and sent not in (False, "", [], {}, *field.metadata.get("harmless", ())):
-            raise invalid(prefix + name, f"{prefix + name}: {refused}; got {describe(sent)}, leave "
-                                         "it out", "unsupported_parameter")
-        given[name] = read_value(hints[name], sent, prefix + name, field.metadata, ignored)
+            raise invalid(name, f"{name}: {refused}; got {describe(sent)}, leave it out",
+                          "unsupported_parameter")
+        given[field.name] = read_value(hints[field.name], sent, name, field.metadata, ignored)
     ignored += [prefix + name for name in value if name not in hints]
     return cls(**given)
 
@@ -439,18 +409,20 @@ class CompletionBody(GenerationBody):
 
 # ==== 5. HTTP: socket, head, body, route, answer ========================================
 
-SOCKET_BACKLOG = 128  # connections the kernel holds while all are accepted one by one
 LINGER_SECONDS = 2.0  # how long a refused upload is still read, so that the refusal arrives
+LAST_WRITES_SECONDS = 5.0  # for handlers to write their last event when the engine has stopped
 MAX_LINE = 200  # characters of a request line or an error in the log
+STATUS_CLIENT_GONE = 499  # nginx's name for a client that hung up; only ever in the log
 
 
 class Server(http.server.ThreadingHTTPServer):
     """The listening socket, and what handlers share: settings, engine, state."""
 
     daemon_threads = True
-    request_queue_size = SOCKET_BACKLOG
+    request_queue_size = 128  # connections the kernel holds while they are accepted one by one
 
     def __init__(self, config: Config):
+        """Raises ConfigError when it cannot listen there."""
         self.config = config
         self.started = int(time.time())
         self.engine: engine.Engine | None = None  # None while the model loads
@@ -461,7 +433,12 @@ class Server(http.server.ThreadingHTTPServer):
         self.idle = threading.Condition()
         self.in_flight = 0
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        super().__init__((config.host, config.port), Handler)
+        try:
+            super().__init__((config.host, config.port), Handler)
+        except (OSError, ValueError) as error:  # ValueError: a host that cannot be a name
+            reason = getattr(error, "strerror", error)
+            raise ConfigError(f"cannot listen on host {config.host!r}, port {config.port}: "
+                              f"{reason} (choose others with --host and --port)") from error
 
     def server_bind(self) -> None:
         """Bind without the reverse DNS look-up of HTTPServer, which can take seconds."""
@@ -481,18 +458,16 @@ class Server(http.server.ThreadingHTTPServer):
 
     def load(self) -> None:
         """Load the model and start the engine; on failure stop the server with `load_error`."""
-        config = self.config
-
-        def on_progress(fraction: float) -> bool:
-            self.load_progress = fraction
+        def go_on(progress: float = 0.0) -> bool:
+            self.load_progress = progress
             return not self.stopping.is_set()
 
+        config = self.config
         try:
-            path = engine.find_model_file(config.model_path, HERE / "models",
-                                          lambda: not self.stopping.is_set())
+            path = engine.find_model_file(config.model_path, HERE / "models", go_on)
             print(f"loading {path.name} ...", flush=True)
             self.engine = engine.load_engine(
-                path, on_progress=on_progress, n_ctx=config.n_ctx, parallel=config.parallel,
+                path, on_progress=go_on, n_ctx=config.n_ctx, parallel=config.parallel,
                 n_batch=config.n_batch, n_ubatch=config.n_ubatch, n_threads=config.n_threads,
                 n_gpu_layers=config.n_gpu_layers, flash_attn=config.flash_attn,
                 prefill_chunk=config.prefill_chunk, max_queue=config.max_queue)
@@ -508,30 +483,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_close()
         if self.engine:
             self.engine.close(self.config.drain_seconds)
-        last_writes = 5.0  # seconds for handlers to write their last event
         with self.idle:
-            self.idle.wait_for(lambda: self.in_flight == 0, timeout=last_writes)
-
-
-@dataclasses.dataclass
-class Tally:
-    """What the access line says about a request."""
-
-    id: str = dataclasses.field(default_factory=lambda: f"req_{secrets.token_hex(8)}")
-    started: float = dataclasses.field(default_factory=time.monotonic)
-    status: int = 0
-    prompt: int = 0  # tokens
-    cached: int = 0
-    generated: int = 0
-    first_token: float | None = None  # seconds after the start
-    error: str = ""
-
-    def line(self, route: str) -> str:
-        first = f"{self.first_token:.3f}s" if self.first_token is not None else "-"
-        return (f"{self.id} {route} {self.status} prompt={self.prompt} cached={self.cached} "
-                f"generated={self.generated} first={first} "
-                f"total={time.monotonic() - self.started:.3f}s"
-                f"{' error=' if self.error else ''}{self.error}")
+            self.idle.wait_for(lambda: self.in_flight == 0, timeout=LAST_WRITES_SECONDS)
 
 
 def printable(text: str) -> str:
@@ -539,11 +492,36 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else "?" for char in text[:MAX_LINE])
 
 
-STATUS_CLIENT_GONE = 499  # nginx's name for a client that hung up; only ever in the log
+@dataclasses.dataclass
+class Tally:
+    """What is noted about a request while it is answered, for its head and its access line."""
+
+    id: str = dataclasses.field(default_factory=lambda: f"req_{secrets.token_hex(8)}")
+    started: float = dataclasses.field(default_factory=time.monotonic)
+    ignored: list[str] = dataclasses.field(default_factory=list)  # fields we do not know
+    status: int = 0  # 0 until the head is sent
+    prompt: int = 0  # tokens
+    cached: int = 0
+    generated: int = 0
+    first_token: float | None = None  # seconds after the start
+    error: str = ""
+
+    def shown_ignored(self) -> str:
+        """The ignored fields for a header or the log: printable ASCII, and not too many."""
+        return ", ".join(ascii(name)[1:-1] for name in self.ignored).replace(",,", ",")[:MAX_LINE]
+
+    def line(self, requestline: str) -> str:
+        """The access line: nothing in it can forge or flood the log."""
+        route = printable(" ".join(requestline.split()[:2])) or "-"
+        first = "-" if self.first_token is None else f"{self.first_token:.3f}s"
+        total = time.monotonic() - self.started
+        return (f"{self.id} {route} {self.status} prompt={self.prompt} cached={self.cached} "
+                f"generated={self.generated} first={first} total={total:.3f}s"
+                f"{' error=' if self.error else ''}{self.error}")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection: reads heads and bodies, finds the route, writes the answer."""
+    """One connection, on its own thread: reads heads and bodies, finds the route, answers."""
 
     server: Server
     protocol_version = "HTTP/1.1"
@@ -553,7 +531,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         self.timeout = self.server.config.client_timeout  # of each read and write, in seconds
         self.lingers = False
-        self.tally = Tally()
         super().setup()
         self.hangup = select.poll()
         self.hangup.register(self.connection, getattr(select, "POLLRDHUP", select.POLLHUP))
@@ -561,32 +538,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def finish(self) -> None:
         """Close. After a refused upload, read on for a moment: closing with unread bytes would
         reset the connection, and the client would never see why."""
-        if self.lingers:
-            until = time.monotonic() + LINGER_SECONDS
-            try:
+        with contextlib.suppress(OSError):
+            if self.lingers:
+                until = time.monotonic() + LINGER_SECONDS
                 self.connection.shutdown(socket.SHUT_WR)
                 self.connection.settimeout(LINGER_SECONDS)
                 while time.monotonic() < until and self.connection.recv(1 << 16):
                     pass
-            except OSError:
-                pass
-        try:
+        with contextlib.suppress(OSError):
             super().finish()
-        except OSError:
-            pass
 
     # ---- one request -----------------------------------------------------------------
 
     def handle_one(self) -> None:
         """Answer one request, whatever happens, and log it."""
-        self.tally, self.ignored, self.head_sent = Tally(), [], False
+        self.tally = Tally()
         with self.server.idle:
             self.server.in_flight += 1
         try:
             self.answer()
         except ApiError as error:
             self.send_api_error(error)
-        except (ClientGone, OSError):  # OSError: a broken pipe, a reset, a write that timed out
+        except OSError:  # the client hung up, or a read or write timed out: nobody would read it
             self.tally.status = STATUS_CLIENT_GONE
             self.close_connection = True
         except Exception as error:
@@ -596,124 +569,100 @@ class Handler(http.server.BaseHTTPRequestHandler):
             with self.server.idle:
                 self.server.in_flight -= 1
                 self.server.idle.notify_all()
-            log.info("%s", self.tally.line(self.shown_line()))
+            log.info("%s", self.tally.line(self.requestline))
 
     # The stdlib calls do_METHOD; all methods meet at the route table.
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = handle_one
 
-    def shown_line(self) -> str:
-        """Method and path, without what could forge or flood the log."""
-        return printable(" ".join(self.requestline.split()[:2])) or "-"
-
     def answer(self) -> None:
+        """Until the body has been read, a refusal ends the connection: the rest of the body would
+        be taken for the next request."""
+        closes, self.lingers, self.close_connection = self.close_connection, True, True
         if len(self.requestline.split()) != 3:
-            self.lingers = self.close_connection = True
             raise ApiError(400, "the request line must be `METHOD PATH HTTP/1.1`")
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
         body = self.read_body()
+        self.lingers, self.close_connection = False, closes
         route, rest = find_route(self.command, path)
-        route(self, *rest) if self.command != "POST" else route(self, self.parse_json(body))
+        route(self, body) if self.command == "POST" else route(self, *rest)
 
     def read_body(self) -> bytes:
         """The request body, also where the route ignores it: the next request starts behind it."""
-        length = self.headers.get("Content-Length")
+        length = self.headers.get("Content-Length", "" if self.command == "POST" else "0")
         limit = int(self.server.config.max_body_mb * 2**20)
-        unread = None
-        if self.headers.get("Transfer-Encoding") is not None:
-            unread = ApiError(411, "Transfer-Encoding is not supported: send Content-Length",
-                              code="length_required")
-        elif length is None:
-            if self.command != "POST":
-                return b""
-            unread = ApiError(411, "a POST needs a Content-Length header", code="length_required")
-        elif not (length.isascii() and length.isdigit()):
-            unread = ApiError(400, f"Content-Length is {describe(length)}, not a number of bytes")
-        elif len(length) > len(str(limit)) or int(length) > limit:
-            unread = ApiError(413, f"the body has {length[:MAX_LINE]} bytes, the limit is {limit} "
-                                   "(max_body_mb)", code="body_too_large")
-        if unread:
-            self.lingers = self.close_connection = True
-            raise unread
+        if not length or "Transfer-Encoding" in self.headers:
+            raise ApiError(411, "send a Content-Length header; Transfer-Encoding is not supported",
+                           code="length_required")
+        if not (length.isascii() and length.isdigit()):
+            raise ApiError(400, f"Content-Length is {describe(length)}, not a number of bytes")
+        if len(length) > len(str(limit)) or int(length) > limit:
+            raise ApiError(413, f"the body has {length[:MAX_LINE]} bytes, the limit is {limit} "
+                                "(max_body_mb)", code="body_too_large")
         try:
             body = self.rfile.read(int(length))
         except TimeoutError:
-            self.lingers = self.close_connection = True
-            raise ApiError(408, f"the body did not arrive within "
-                                f"{self.timeout:g} seconds", code="request_timeout") from None
+            raise ApiError(408, f"the body did not arrive within {self.timeout:g} seconds",
+                           code="request_timeout") from None
         if len(body) < int(length):
-            raise ClientGone
+            raise ConnectionError("the client hung up")
         return body
 
-    def parse_json(self, body: bytes) -> dict:
-        """The body as a JSON object (RFC 8259: no NaN, no Infinity)."""
+    def read_request(self, cls, body: bytes):
+        """The body, JSON by RFC 8259 (no NaN, no Infinity), as dataclass `cls`, for a model that
+        we have; fields that we do not know are named to the client and in the log."""
         def refuse_constant(name):
             raise ValueError(f"{name} is not JSON")
         try:
             parsed = json.loads(body.decode(), parse_constant=refuse_constant)
+            if not isinstance(parsed, dict):
+                raise ValueError(f"the body must be an object, got {describe(parsed)}")
         except (ValueError, RecursionError) as error:
-            reason = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise ApiError(400, f"the body is not valid JSON: {reason}",
-                           code="invalid_json") from None
-        if not isinstance(parsed, dict):
-            raise ApiError(400, f"the body must be a JSON object, got {describe(parsed)}",
-                           code="invalid_json")
-        return parsed
-
-    def read_request(self, cls, body: dict):
-        """The body as dataclass `cls`; what it does not know is named to the client and the log."""
-        request = read_object(cls, body, "", self.ignored)
-        if self.ignored:
-            log.warning("%s ignored unknown fields: %s", self.tally.id, self.shown_ignored())
+            raise ApiError(400, f"bad JSON: {error}", code="invalid_json") from None
+        request = read_object(cls, parsed, "", self.tally.ignored)
+        if self.tally.ignored:
+            log.warning("%s ignored unknown fields: %s", self.tally.id, self.tally.shown_ignored())
+        self.check_model(request.model)
         return request
-
-    def shown_ignored(self) -> str:
-        """The ignored fields for a header or the log: printable ASCII, and not too many."""
-        names = (ascii(name)[1:-1] for name in self.ignored)
-        return ", ".join(names).replace(",,", ",")[:MAX_LINE]
 
     # ---- answers ---------------------------------------------------------------------
 
-    def send_head(self, status: int, headers: dict[str, str]) -> bytes:
-        """Return the response head; note the status for the access line."""
-        self.tally.status, self.head_sent = status, True
+    def send_head(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+        """Write the response head, and the body in the same packet."""
+        self.tally.status = status
         if self.server.stopping.is_set() or self.request_version == "HTTP/1.0":
             self.close_connection = True
-        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
-                 f"Date: {self.date_time_string()}", f"x-request-id: {self.tally.id}"]
-        if self.ignored:
-            lines.append(f"x-ignored-fields: {self.shown_ignored()}")
+        headers = {"Date": self.date_time_string(), "x-request-id": self.tally.id, **headers}
+        if self.tally.ignored:
+            headers["x-ignored-fields"] = self.tally.shown_ignored()
         if self.close_connection:
-            lines.append("Connection: close")
+            headers["Connection"] = "close"
+        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
-        return "\r\n".join([*lines, "\r\n"]).encode("latin-1", "replace")
+        self.wfile.write("\r\n".join([*lines, "\r\n"]).encode("latin-1", "replace") + body)
 
     def send_json(self, value, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        """Write a whole response in one piece."""
         body = to_json(value) + b"\n"
-        head = self.send_head(status, {"Content-Type": "application/json",
-                                       "Content-Length": str(len(body)), **(headers or {})})
-        self.wfile.write(head if self.command == "HEAD" else head + body)
+        about = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        self.send_head(status, about | (headers or {}), b"" if self.command == "HEAD" else body)
 
     def send_api_error(self, error: ApiError) -> None:
         """Write an error: as a response, or as an event when a stream has begun."""
         self.tally.error = printable(error.message)
         try:
-            if not self.head_sent:
+            if not self.tally.status:
                 self.send_json(error.body(), error.status, error.headers)
             else:
                 self.close_connection = True
-                self.write_event(error.body())
-                self.end_stream()
+                self.write_event(error.body(), is_last=True)
         except OSError:
             self.close_connection = True
 
     def send_error(self, code: int, message: str | None = None, explain=None) -> None:
         """What the stdlib calls for malformed HTTP, before a request reaches `handle_one`."""
-        self.tally, self.ignored, self.head_sent = Tally(), [], False
+        self.tally = Tally()
         self.lingers = self.close_connection = True
-        self.command = self.command or ""
         self.send_api_error(ApiError(code, f"malformed HTTP request: {message or explain or code}"))
-        log.info("%s", self.tally.line(self.shown_line()))
+        log.info("%s", self.tally.line(self.requestline))
 
     def log_message(self, *_args) -> None:
         """The stdlib's own log lines; ours is the access line."""
@@ -726,20 +675,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.is_chunked = self.request_version != "HTTP/1.0"
         if self.is_chunked:
             headers["Transfer-Encoding"] = "chunked"
-        self.wfile.write(self.send_head(200, headers))
+        self.send_head(200, headers)
 
-    def write_event(self, data: dict | str) -> None:
-        event = b"data: " + (data.encode() if isinstance(data, str) else to_json(data)) + b"\n\n"
-        self.wfile.write(b"%x\r\n%b\r\n" % (len(event), event) if self.is_chunked else event)
-
-    def end_stream(self) -> None:
+    def write_event(self, data: dict | str, is_last: bool = False) -> None:
+        event = b"data: %b\n\n" % (data.encode() if isinstance(data, str) else to_json(data))
         if self.is_chunked:
-            self.wfile.write(b"0\r\n\r\n")
-
-    def check_connection(self) -> None:
-        """Raise ClientGone when the client has closed its side, whatever it sent before."""
-        if self.hangup.poll(0):
-            raise ClientGone
+            event = b"%x\r\n%b\r\n%b" % (len(event), event, b"0\r\n\r\n" if is_last else b"")
+        self.wfile.write(event)
 
     # ---- routes ----------------------------------------------------------------------
 
@@ -748,8 +690,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.stopping.is_set():
             raise unavailable("the server is shutting down", "shutting_down")
         if self.server.engine is None:
-            raise unavailable("the model is still loading "
-                              f"({self.server.load_progress:.0%}), try again soon", "loading")
+            done = f"{self.server.load_progress:.0%}"
+            raise unavailable(f"the model is still loading ({done}), try again soon", "loading")
         return self.server.engine
 
     def get_root(self) -> None:
@@ -760,44 +702,43 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             loaded = self.loaded_engine()
         except ApiError as error:
-            self.send_json({"status": error.code, "progress": round(self.server.load_progress, 2)},
-                           error.status, error.headers)
-            return
+            body = {"status": error.code, "progress": round(self.server.load_progress, 2)}
+            return self.send_json(body, error.status, error.headers)
         self.send_json({"status": "ok", "model": loaded.model.name,
                         **dataclasses.asdict(loaded.stats)})
 
     def get_models(self) -> None:
-        self.send_json({"object": "list", "data": [
-            self.model_entry(name) for name in self.model_names()]})
+        self.send_json({"object": "list", "data": list(self.model_entries().values())})
 
     def get_model(self, name: str) -> None:
         self.check_model(name)
-        self.send_json(self.model_entry(name))
+        self.send_json(self.model_entries()[name])
 
-    def model_names(self) -> list[str]:
-        return [self.loaded_engine().model.name, *self.server.config.model_aliases]
-
-    def model_entry(self, name: str) -> dict:
-        """One entry of the model list; `max_model_len` is vLLM's name for the context length of
-        a request, `meta` has llama-server's names."""
+    def model_entries(self) -> dict[str, dict]:
+        """The model list by name; `max_model_len` is vLLM's name for the context length of a
+        request, `meta` has llama-server's names."""
         loaded = self.loaded_engine()
-        return {"id": name, "object": "model", "created": self.server.started, "owned_by": NAME,
-                "max_model_len": loaded.n_ctx,
-                "meta": {"n_ctx": loaded.n_ctx, "n_ctx_train": loaded.model.n_ctx_train,
-                         "n_params": loaded.model.n_params, "size": loaded.model.size_bytes}}
+        entry = {"object": "model", "created": self.server.started, "owned_by": NAME,
+                 "max_model_len": loaded.n_ctx,
+                 "meta": {"n_ctx": loaded.n_ctx, "n_ctx_train": loaded.model.n_ctx_train,
+                          "n_params": loaded.model.n_params, "size": loaded.model.size_bytes}}
+        return {name: {"id": name, **entry}
+                for name in (loaded.model.name, *self.server.config.model_aliases)}
 
     def check_model(self, name: str | None) -> None:
-        names = self.model_names()
+        names = self.model_entries()
         if name is not None and name not in names:
             raise ApiError(404, f"the model {describe(name)} does not exist; this server has "
                                 f"{', '.join(names)}", "model", "model_not_found")
 
-    def post_chat(self, body: dict) -> None:
-        chat = self.read_request(ChatBody, body)
-        self.check_model(chat.model)
+    def log_text(self, name: str, text: str) -> None:
         if self.server.config.log_messages:
-            for message in chat.messages:
-                log.info("%s %s: %s", self.tally.id, message.role, quoted(message.text()))
+            log.info("%s %s: %s", self.tally.id, name, describe(text, most=math.inf))
+
+    def post_chat(self, body: bytes) -> None:
+        chat = self.read_request(ChatBody, body)
+        for message in chat.messages:
+            self.log_text(message.role, message.text())
         turns = [{"role": "system" if message.role == "developer" else message.role,
                   "content": message.text()} for message in chat.messages]
         try:
@@ -807,11 +748,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                           "template_error") from None
         self.generate(chat, prompt, "messages", ChatRenderer)
 
-    def post_completion(self, body: dict) -> None:
+    def post_completion(self, body: bytes) -> None:
         completion = self.read_request(CompletionBody, body)
-        self.check_model(completion.model)
-        if self.server.config.log_messages:
-            log.info("%s prompt: %s", self.tally.id, quoted(completion.prompt))
+        self.log_text("prompt", completion.prompt)
         self.generate(completion, completion.prompt, "prompt", TextRenderer)
 
     # ==== 6. Generation: prompt, submit, events =========================================
@@ -822,21 +761,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise invalid("stream_options", "stream_options needs stream: true")
         loaded = self.loaded_engine()
         choices = self.make_choices(loaded, body, prompt, param)
-        reply = renderer(body.model or loaded.model.name, choices, loaded.model)
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        reply = renderer(body.model or loaded.model.name, choices, loaded.model, with_usage)
         try:
             loaded.submit(choices)
-            with_usage = bool(body.stream_options and body.stream_options.include_usage)
-            chunks = reply.chunks(self.events(choices), with_usage)
+            chunks = reply.chunks(self.events(choices))
             if not body.stream:
-                self.send_json(reply.fold(chunks))
-                return
+                return self.send_json(reply.fold(chunks))
             first = next(chunks)  # the status is decided by the first event
             self.start_stream()
             self.write_event(first)
             for chunk in chunks:
                 self.write_event(chunk)
-            self.write_event("[DONE]")
-            self.end_stream()
+            self.write_event("[DONE]", is_last=True)
         except (engine.QueueFull, engine.EngineClosed) as error:
             code = "queue_full" if isinstance(error, engine.QueueFull) else "shutting_down"
             raise unavailable(str(error), code) from None
@@ -852,23 +789,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
                      param: str) -> list[engine.Request]:
         """Everything that can be refused is refused here, before the engine hears of it."""
         stops, n_top = body.stops(), body.n_top_logprobs()
-        bias = read_logit_bias(body.logit_bias or {}, loaded.model.n_vocab)
+        n_vocab, bias = loaded.model.n_vocab, body.logit_bias or {}
+        for token in bias:  # JSON's keys are strings; a wrong id must not reach the model
+            is_number = token.isascii() and token.isdigit() and len(token) < 12
+            if not (is_number and int(token) < n_vocab):
+                raise invalid("logit_bias", f"logit_bias: the key {describe(token)} is not a token "
+                                            f"id of this model (0 to {n_vocab - 1})")
         tokens = self.tokenize(loaded, prompt, param)
         config = self.server.config
         params = engine.SamplingParams(
             temperature=given(body.temperature, config.temperature),
             top_k=max(0, given(body.top_k, config.top_k)), top_p=given(body.top_p, config.top_p),
             min_p=given(body.min_p, config.min_p), presence_penalty=body.presence_penalty,
-            frequency_penalty=body.frequency_penalty, logit_bias=bias)
+            frequency_penalty=body.frequency_penalty,
+            logit_bias={int(token): value for token, value in bias.items()})
         limit = given(body.reply_limit(), config.max_tokens) or loaded.n_ctx
         events: queue.SimpleQueue = queue.SimpleQueue()
-        choices = []
-        for index in range(body.n):
-            seed = None if body.seed is None else body.seed + index * SEED_STRIDE
-            sampler = engine.Sampler(dataclasses.replace(params, seed=seed),
-                                     loaded.model.n_vocab, loaded.n_ctx)
-            choices.append(engine.Request(tokens, sampler, limit, stops, n_top, index, events))
-        return choices
+        seeds = [None if body.seed is None else body.seed + index * SEED_STRIDE
+                 for index in range(body.n)]
+        samplers = [engine.Sampler(dataclasses.replace(params, seed=seed), n_vocab, loaded.n_ctx)
+                    for seed in seeds]
+        return [engine.Request(tokens, sampler, limit, stops, n_top, index, events)
+                for index, sampler in enumerate(samplers)]
 
     def tokenize(self, loaded: engine.Engine, prompt: str, param: str):
         """The prompt's tokens; 400 when there are none, or more than the context holds."""
@@ -879,24 +821,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
             tokens = loaded.model.tokenize(prompt)
             n_tokens = self.tally.prompt = len(tokens)
         if n_tokens >= loaded.n_ctx:
-            raise invalid(param, f"{param}: the prompt has {'' if tokens is not None else 'over '}"
+            raise invalid(param, f"{param}: the prompt has {'over ' if tokens is None else ''}"
                                  f"{n_tokens} tokens, but the context is {loaded.n_ctx} tokens, "
-                                 "and the reply needs at least one of them; shorten the prompt or "
-                                 "raise n_ctx", "context_length_exceeded")
+                                 "one of them for the reply; shorten the prompt or raise n_ctx",
+                          "context_length_exceeded")
         if n_tokens == 0:
             raise invalid(param, f"{param}: the prompt is empty; send at least one token")
         return tokens
 
     def events(self, choices: list[engine.Request]) -> Iterator[engine.Event]:
-        """Yield the engine's events until each choice has ended. Raises ClientGone as soon as
-        the client hangs up, and the engine's own EngineFault or EngineClosed."""
+        """Yield the engine's events until each choice has ended. Raises ConnectionError as
+        soon as the client closes its side, and the engine's own EngineFault or EngineClosed."""
         unfinished = len(choices)
         while unfinished:
             try:
                 event = choices[0].events.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 event = None
-            self.check_connection()
+            if self.hangup.poll(0):  # it says so even behind bytes that the client sent before
+                raise ConnectionError("the client hung up")
             if event is None:
                 continue
             if event.error:
@@ -914,15 +857,6 @@ POLL_SECONDS = 0.1  # how often a silent request looks whether its client is sti
 def given(value, default):
     """`value`, or the default where the client sent none."""
     return default if value is None else value
-
-
-def read_logit_bias(bias: dict[str, float], n_vocab: int) -> dict[int, float]:
-    """Token ids from JSON's string keys; an id outside the vocabulary must not reach the model."""
-    for token in bias:
-        if not (token.isascii() and token.isdigit() and int(token[:12]) < n_vocab):
-            raise invalid("logit_bias", f"logit_bias: the key {describe(token)} is not a token id "
-                                        f"of this model (0 to {n_vocab - 1})")
-    return {int(token): value for token, value in bias.items()}
 
 
 # ==== 7. Rendering: events into chunks, chunks into a reply =============================
@@ -949,45 +883,38 @@ def merge(whole: dict, part: dict) -> dict:
 
 
 class Renderer:
-    """Writes one reply. Subclasses give the two endpoints their shapes."""
+    """Writes one reply. Subclasses give the two endpoints their shapes: `opening` and `closing`
+    are what the first and the last chunk of a choice carry, `delta` what is between."""
 
-    id_prefix: str
-    stream_object: str
-    reply_object: str
-    opening: dict | None  # what the first and last chunk of a choice carry
-    closing: dict
-
-    def __init__(self, model_name: str, choices: list[engine.Request], model: engine.Model):
-        self.choices = choices
-        self.model = model
+    def __init__(self, model_name: str, choices: list[engine.Request], model: engine.Model,
+                 with_usage: bool):
+        """with_usage: end the stream with the token counts."""
+        self.choices, self.model, self.with_usage = choices, model, with_usage
         self.head = {"id": f"{self.id_prefix}-{secrets.token_hex(12)}",
                      "object": self.stream_object, "created": int(time.time()),
                      "model": model_name, "system_fingerprint": f"{NAME}-{VERSION}"}
 
-    def chunks(self, events: Iterator[engine.Event], with_usage: bool) -> Iterator[dict]:
+    def chunks(self, events: Iterator[engine.Event]) -> Iterator[dict]:
         """Yield the reply's stream, one chunk after the other, without [DONE]."""
         begun: set[engine.Request] = set()
         for event in events:
             choice = event.request
-            if choice not in begun:
-                begun.add(choice)
-                if self.opening:
-                    yield self.chunk(choice, self.opening, (), with_usage)
+            if self.opening and choice not in begun:
+                yield self.chunk(choice, self.opening)
+            begun.add(choice)
             if event.text or event.logprobs:
-                yield self.chunk(choice, self.delta(event.text), event.logprobs, with_usage)
+                yield self.chunk(choice, self.delta(event.text), event.logprobs)
             if event.finish_reason:
-                yield self.chunk(choice, self.closing, (), with_usage, event.finish_reason)
-        if with_usage:
+                yield self.chunk(choice, self.closing, (), event.finish_reason)
+        if self.with_usage:
             yield {**self.head, "choices": [], "usage": self.usage()}
 
-    def chunk(self, choice: engine.Request, part: dict, tokens: tuple[engine.TokenLogprob, ...],
-              with_usage: bool, finish_reason: str | None = None) -> dict:
-        logprobs = self.logprobs(choice.index, tokens) if choice.n_top_logprobs is not None else None
-        chunk = {**self.head, "choices": [{"index": choice.index, **part, "logprobs": logprobs,
-                                           "finish_reason": finish_reason}]}
-        if with_usage:
-            chunk["usage"] = None
-        return chunk
+    def chunk(self, choice: engine.Request, part: dict,
+              tokens: tuple[engine.TokenLogprob, ...] = (), reason: str | None = None) -> dict:
+        wanted = choice.n_top_logprobs is not None
+        logprobs = self.logprobs(choice.index, tokens) if wanted else None
+        return {**self.head, **({"usage": None} if self.with_usage else {}), "choices": [
+            {"index": choice.index, **part, "logprobs": logprobs, "finish_reason": reason}]}
 
     def usage(self) -> dict:
         n_prompt = len(self.choices[0].prompt)
@@ -997,13 +924,14 @@ class Renderer:
                 "prompt_tokens_details": {"cached_tokens": self.choices[0].n_reused}}
 
     def fold(self, chunks: Iterator[dict]) -> dict:
-        """The unstreamed reply: the stream's chunks, put together."""
-        choices: dict[int, dict] = collections.defaultdict(dict)
+        """The unstreamed reply: the stream's chunks put together; a delta becomes a message."""
+        wholes: list[dict] = [{} for _ in self.choices]
         for chunk in chunks:
             for choice in chunk["choices"]:
-                merge(choices[choice["index"]], choice)
+                merge(wholes[choice["index"]], choice)
         return {**self.head, "object": self.reply_object, "usage": self.usage(),
-                "choices": [self.whole(choices[index]) for index in sorted(choices)]}
+                "choices": [{"message" if name == "delta" else name: value
+                             for name, value in choice.items()} for choice in wholes]}
 
     def token_text(self, token: int) -> str:
         return self.model.piece(token, special=True).decode("utf-8", "replace")
@@ -1013,9 +941,7 @@ class ChatRenderer(Renderer):
     """https://platform.openai.com/docs/api-reference/chat"""
 
     id_prefix = "chatcmpl"
-    stream_object = "chat.completion.chunk"
-    reply_object = "chat.completion"
-
+    stream_object, reply_object = "chat.completion.chunk", "chat.completion"
     opening = {"delta": {"role": "assistant", "content": "", "refusal": None}}
     closing = {"delta": {}}
 
@@ -1031,10 +957,6 @@ class ChatRenderer(Renderer):
         return {"token": self.token_text(token), "logprob": max(logprob, LOWEST_LOGPROB),
                 "bytes": list(self.model.piece(token, special=True))}
 
-    def whole(self, choice: dict) -> dict:
-        return {"index": choice["index"], "message": choice["delta"],
-                "logprobs": choice["logprobs"], "finish_reason": choice["finish_reason"]}
-
 
 class TextRenderer(Renderer):
     """https://platform.openai.com/docs/api-reference/completions"""
@@ -1043,9 +965,9 @@ class TextRenderer(Renderer):
     stream_object = reply_object = "text_completion"
     opening, closing = None, {"text": ""}
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.offsets: dict[int, int] = collections.defaultdict(int)  # of each choice's next token
+    def __init__(self, model_name: str, choices: list[engine.Request], *args):
+        super().__init__(model_name, choices, *args)
+        self.offsets = [0] * len(choices)  # of each choice's next token
 
     def delta(self, text: str) -> dict:
         return {"text": text}
@@ -1061,9 +983,6 @@ class TextRenderer(Renderer):
                 "top_logprobs": [{self.token_text(token): max(logprob, LOWEST_LOGPROB)
                                   for token, logprob in entry.top} for entry in tokens]}
 
-    def whole(self, choice: dict) -> dict:
-        return choice
-
 
 ROUTES = {
     ("GET", "/"): Handler.get_root,
@@ -1075,84 +994,64 @@ ROUTES = {
 }
 
 
-def find_route(method: str, path: str) -> tuple[typing.Callable, list[str]]:
+def find_route(method: str, path: str) -> tuple[Callable, list[str]]:
     """The handler for a method and path, and what stands at the path's {id}. 404 or 405."""
     path = path.rstrip("/") or "/"
     allowed = []
     for (route_method, pattern), handler in ROUTES.items():
         stem, has_id, _ = pattern.partition("{id}")
-        if path == pattern and not has_id:
-            rest = []
-        elif has_id and path.startswith(stem) and len(path) > len(stem):
-            rest = [path[len(stem):]]
-        else:
+        rest = path.removeprefix(stem)
+        if not path.startswith(stem) or bool(rest) != bool(has_id):
             continue
         if method == route_method or (method, route_method) == ("HEAD", "GET"):
-            return handler, rest
+            return handler, [rest] if has_id else []
         allowed.append(route_method)
     if allowed:
-        raise ApiError(405, f"{describe(path)} does not take {method}, but "
-                            f"{', '.join(allowed)}", code="method_not_allowed",
-                       headers={"Allow": ", ".join(allowed)})
-    raise ApiError(404, f"unknown path {describe(path)}; GET / lists what there is",
-                   code="not_found")
+        methods = ", ".join(allowed)
+        raise ApiError(405, f"{describe(path)} does not take {method}, but {methods}",
+                       code="method_not_allowed", headers={"Allow": methods})
+    raise ApiError(404, f"unknown path {describe(path)}; GET / lists all", code="not_found")
 
 
 # ==== 8. Main: start, signals, drain ====================================================
 
 EXIT_OK, EXIT_UNUSABLE = 0, 2
+EXAMPLE_BODY = '{"messages": [{"role": "user", "content": "What is gravity?"}], "max_tokens": 64}'
 
 
-def ready_lines(server: Server) -> str:
-    """What the console says when the server is ready."""
-    loaded = server.engine
-    body = json.dumps({"messages": [{"role": "user", "content": "What is gravity?"}],
-                       "max_tokens": 64})
-    where = "the GPU" if loaded.model.on_gpu else f"{loaded.context.n_threads} CPU threads"
-    return (f"ready: {loaded.model.name} on {where}, {loaded.context.parallel} slots of "
-            f"{loaded.n_ctx} tokens\n"
-            f"try: curl {server.url}/v1/chat/completions -H 'Content-Type: application/json' "
-            f"-d '{body}'")
+def main(argv: list[str] | None = None) -> int:
+    """Serve until a signal: the first SIGINT or SIGTERM drains, the second ends at once. Returns
+    the exit code: 0, or 2 for unusable settings or model."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(message)s")
+    try:
+        server = Server(load_config(sys.argv[1:] if argv is None else argv, os.environ))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_UNUSABLE
 
-
-def stop_on_signals(server: Server) -> None:
-    """The first SIGINT or SIGTERM drains, the second ends at once."""
     def on_signal(_number, _frame):
         if server.stopping.is_set():
             os._exit(EXIT_OK)
         server.stopping.set()
+
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Serve until a signal. Returns the exit code: 0, or 2 for unusable settings or model."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(message)s")
-    try:
-        config = load_config(sys.argv[1:] if argv is None else argv, os.environ)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_UNUSABLE
-    try:
-        server = Server(config)
-    except (OSError, ValueError) as error:  # ValueError: a host that cannot be a name
-        reason = error.strerror if isinstance(error, OSError) else error
-        print(f"error: cannot listen on host {config.host!r}, port {config.port}: {reason} "
-              "(choose others with --host and --port)", file=sys.stderr)
-        return EXIT_UNUSABLE
-    stop_on_signals(server)
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     print(f"{NAME} {VERSION} listens on {server.url}", flush=True)
     loading = threading.Thread(target=server.load, name="load", daemon=True)
     loading.start()
     loading.join()  # a stop signal interrupts the loading, too
     if server.engine and not server.stopping.is_set():
-        print(ready_lines(server), flush=True)
+        loaded = server.engine
+        where = "the GPU" if loaded.model.on_gpu else f"{loaded.context.n_threads} CPU threads"
+        print(f"ready: {loaded.model.name} on {where}, {loaded.context.parallel} slots of "
+              f"{loaded.n_ctx} tokens\ntry: curl {server.url}/v1/chat/completions "
+              f"-H 'Content-Type: application/json' -d '{EXAMPLE_BODY}'", flush=True)
     server.stopping.wait()
     if server.load_error:
         print(f"error: {server.load_error}", file=sys.stderr)
         return EXIT_UNUSABLE
-    log.info("shutting down: running requests have %g seconds", config.drain_seconds)
+    log.info("shutting down: running requests have %g seconds", server.config.drain_seconds)
     server.drain()
     return EXIT_OK
 
