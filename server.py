@@ -300,27 +300,109 @@ def option(default=None, **limits):
 
 
 @dataclasses.dataclass
-class TextPart:
+class Part:
     """One part of a message's content."""
 
-    type: Literal["text"]
-    text: str
+    type: Literal["text", "refusal"]
+    text: str = ""
+    refusal: str = ""
+
+
+@dataclasses.dataclass
+class CalledFunction:
+    """What an assistant called: `arguments` is JSON, as text."""
+
+    name: str
+    arguments: str
+
+
+@dataclasses.dataclass
+class ToolCall:
+    """A call in an assistant's message."""
+
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
 
 
 @dataclasses.dataclass
 class Message:
-    """One turn of a conversation. `developer` is OpenAI's newer name for `system`."""
+    """One turn of a conversation. `developer` is OpenAI's newer name for `system`, `function` the
+    older one for `tool`."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = option(no_effect=True)
-    tool_calls: Any = option(refused="tool calls are not supported")
-    function_call: Any = option(refused="function calls are not supported")
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[Part] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    function_call: CalledFunction | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    audio: Any = option(refused="only text is supported")
 
-    def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
-        return "\n".join(part.text for part in self.content)
+    def check(self, at: str) -> None:
+        """Refuse what type and role together make impossible."""
+        calls = self.tool_calls or self.function_call
+        if calls and self.role != "assistant":
+            raise invalid(f"{at}.tool_calls", f"{at}: a {self.role} message cannot call tools")
+        if self.content is None and not (calls or self.refusal or self.reasoning_content):
+            raise invalid(f"{at}.content", f"{at}.content is required", "missing_field")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise invalid(f"{at}.tool_call_id", f"{at}.tool_call_id is required", "missing_field")
+
+
+@dataclasses.dataclass
+class Function:
+    """A function that the model may call, or just its name; `parameters` is a JSON Schema."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool = option(False, no_effect=True)  # the arguments always validate
+
+
+@dataclasses.dataclass
+class Tool:
+    """A tool; functions are the only kind here."""
+
+    type: Literal["function"]
+    function: Function
+
+
+@dataclasses.dataclass
+class AllowedTools:
+    """Those tools that may be called this time."""
+
+    mode: Literal["auto", "required"]
+    tools: list[Tool]
+
+
+@dataclasses.dataclass
+class ToolChoice:
+    """A named tool, or a choice of them."""
+
+    type: Literal["function", "allowed_tools"]
+    function: Function | None = None
+    allowed_tools: AllowedTools | None = None
+
+
+@dataclasses.dataclass
+class JsonSchema:
+    """A schema that the reply must satisfy."""
+
+    name: str
+    schema: dict[str, Any] | None = None
+    description: str | None = option(no_effect=True)
+    strict: bool = option(False, no_effect=True)  # the reply always validates
+
+
+@dataclasses.dataclass
+class ResponseFormat:
+    """The form of the reply. `schema` beside `json_object` is llama-server's."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+    schema: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass
@@ -328,26 +410,24 @@ class StreamOptions:
     """What a stream carries besides the text."""
 
     include_usage: bool = False
+    include_obfuscation: bool = option(False, no_effect=True)
 
 
 @dataclasses.dataclass
-class GenerationBody:
-    """What chat and plain completions have in common."""
+class GenerationBody(engine.SamplingParams):
+    """What chat and plain completions have in common, besides how to choose tokens."""
 
     model: str | None = None
-    max_tokens: int | None = option(low=1)
-    temperature: float | None = option(low=0, high=2)
-    top_p: float | None = option(low=0, high=1)
-    top_k: int | None = option(low=-1, high=INT32_MAX)
-    min_p: float | None = option(low=0, high=1)
+    max_tokens: int | None = option(low=0)
     n: int = option(1, low=1, high=128)
     stop: str | list[str] | None = option(max_length=16)
-    seed: int | None = option(low=-(2**63), high=2**63 - 1)
-    presence_penalty: float = option(0.0, low=-2, high=2)
-    frequency_penalty: float = option(0.0, low=-2, high=2)
     logit_bias: dict[str, float] | None = option(low=-100, high=100)
+    ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
+    cache_prompt: bool = True
+    grammar: str | None = None  # GBNF
+    json_schema: dict[str, Any] | None = None
     user: str | None = option(no_effect=True)
 
     def stops(self) -> list[str]:
@@ -366,12 +446,23 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = option(low=1)
     logprobs: bool = False
     top_logprobs: int | None = option(low=0, high=20)
-    tools: Any = option(refused="tools are not supported")
-    tool_choice: Any = option(refused="tools are not supported", harmless=("none", "auto"))
-    functions: Any = option(refused="functions are not supported")
-    function_call: Any = option(refused="functions are not supported", harmless=("none", "auto"))
-    response_format: Any = option(refused="structured output is not supported",
-                                  harmless=({"type": "text"},))
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = option(max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    functions: list[Function] | None = option(max_length=128)
+    function_call: Literal["none", "auto"] | Function | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    metadata: dict[str, str] | None = option(no_effect=True)
+    safety_identifier: str | None = option(no_effect=True)
+    prompt_cache_key: str | None = option(no_effect=True)
+    prompt_cache_retention: str | None = option(no_effect=True)
+    service_tier: str | None = option(no_effect=True)
+    verbosity: str | None = option(no_effect=True)
+    store: Any = option(refused="replies are not stored")
     modalities: Any = option(refused="only text is supported", harmless=(["text"],))
     audio: Any = option(refused="only text is supported")
     prediction: Any = option(refused="predicted outputs are not supported")
@@ -388,23 +479,55 @@ class ChatBody(GenerationBody):
 
 
 LEGACY_MAX_TOKENS = 16  # the OpenAI reference's default for /v1/completions
+MAX_INPUTS = 2048  # texts, or tokens of one: the OpenAI limit for embeddings
+Prompts = str | list[str] | list[int] | list[list[int]]
 
 
 @dataclasses.dataclass
 class CompletionBody(GenerationBody):
     """POST /v1/completions"""
 
-    prompt: str = dataclasses.field(kw_only=True)
+    prompt: Prompts = dataclasses.field(kw_only=True, metadata={"max_length": MAX_INPUTS})
     logprobs: int | None = option(low=0, high=20)
-    echo: Any = option(refused="echo is not supported")
-    suffix: Any = option(refused="insertion is not supported")
-    best_of: Any = option(refused="best_of is not supported", harmless=(1,))
+    echo: bool = False
+    suffix: str | None = None
+    best_of: int | None = option(low=1, high=128)
 
     def reply_limit(self) -> int | None:
-        return self.max_tokens or LEGACY_MAX_TOKENS
+        return LEGACY_MAX_TOKENS if self.max_tokens is None else self.max_tokens
 
     def n_top_logprobs(self) -> int | None:
         return self.logprobs
+
+
+@dataclasses.dataclass
+class EmbeddingBody:
+    """POST /v1/embeddings"""
+
+    input: Prompts = dataclasses.field(kw_only=True, metadata={"max_length": MAX_INPUTS})
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = option(low=1)
+    user: str | None = option(no_effect=True)
+
+
+@dataclasses.dataclass
+class TokenizeBody:
+    """POST /tokenize, as llama-server's"""
+
+    content: str
+    model: str | None = None
+    add_special: bool = False
+    parse_special: bool = True
+    with_pieces: bool = False
+
+
+@dataclasses.dataclass
+class DetokenizeBody:
+    """POST /detokenize, as llama-server's"""
+
+    tokens: list[int]
+    model: str | None = None
 
 
 # ==== 5. HTTP: socket, head, body, route, answer ========================================
