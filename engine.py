@@ -3,6 +3,8 @@
 This file knows nothing of HTTP or JSON. It turns prompts (arrays of token ids) into events
 (pieces of text), for many requests at once, with one llama.cpp context. Read it from top to
 bottom; each of its eight parts uses only what stands above it, and the last one is the loop.
+Words: a *slot* is a lane of the context, a *request* its guest; *prefill* reads a prompt into the
+KV cache, *decode* produces one token per *step*; a *batch* is the rows of one llama_decode.
 
 Threads: one engine thread runs `Engine.step` for ever. Handler threads prepare requests
 (tokenize, build the sampler), hand them over with `Engine.submit` and read their events.
@@ -34,12 +36,7 @@ from llama_cpp import llama_cpp as lib  # llama.h by ctypes, name by name
 
 log = logging.getLogger("engine")
 
-# ==== 1. Words and errors ===============================================================
-#
-#   model    the weights                       slot     a lane: one seq_id and its cached tokens
-#   context  KV cache and compute buffers      request  the guest: one choice being generated
-#   batch    the rows of one llama_decode      step     one turn of the engine's loop
-#   prefill  reading a prompt into the cache   decode   producing one token per step
+# ==== 1. Errors =========================================================================
 
 
 class ModelError(Exception):
@@ -121,12 +118,10 @@ class StopMatcher:
 
 
 class TextStream:
-    """One request's way from token bytes to text: incremental UTF-8, then stop sequences.
-
-    A character split over tokens appears when its last byte does; one that the end of the reply
+    """One request's way from token bytes to text: incremental UTF-8, then stop sequences. A
+    character split over tokens appears when its last byte does; one that the end of the reply
     cuts off never does. Bytes that can never be UTF-8 become U+FFFD. `n_decoded` and `n_sent`
-    count characters, so that log-probabilities can be sent with their token's text.
-    """
+    count characters, so that log-probabilities can be sent with their token's text."""
 
     def __init__(self, stops: list[str]):
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -168,8 +163,9 @@ def find_model_file(model_path: str | None, models_dir: Path, go_on=lambda: True
                              "name one of them")
         return find_model_file(str(path / names[0]), models_dir)
     if not path.is_file():
-        raise ModelError(f"{'not a file' if path.exists() else 'model file not found'}: {path} (set "
-                         "model_path to a GGUF file, or leave it out for the default model)")
+        what = "not a file" if path.exists() else "model file not found"
+        raise ModelError(f"{what}: {path} (set model_path to a GGUF file, or leave it out for the "
+                         "default model)")
     try:
         with open(path, "rb") as file:
             magic = file.read(len(GGUF_MAGIC))
@@ -249,8 +245,7 @@ class Model:
         params.progress_callback = lib.llama_progress_callback(
             lambda fraction, _: on_progress(fraction))
         native_errors.clear()
-        self.path = path
-        self.name = path.stem
+        self.path, self.name = path, path.stem
         self._model = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             reason = native_errors[0] if native_errors else "loading was interrupted"
@@ -333,13 +328,11 @@ class Model:
 
     def piece(self, token: int, special: bool = False) -> bytes:
         """Return a token's bytes; a control token is empty unless `special` asks for its name."""
-        size = 32  # bytes; most tokens are shorter
-        while True:  # 3 us a time: not worth a cache
-            buffer = ctypes.create_string_buffer(size)
-            n = lib.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
-            if n >= 0:
-                return buffer.raw[:n]
-            size = -n  # what it needs
+        n = -32  # bytes, negative while there is too little room; most tokens are shorter
+        while n < 0:  # 3 us a time: not worth a cache
+            buffer = ctypes.create_string_buffer(-n)
+            n = lib.llama_token_to_piece(self._vocab, token, buffer, -n, 0, special)
+        return buffer.raw[:n]
 
     def render_chat(self, messages: list[dict]) -> str:
         """Return the prompt for `messages` (role and content each); lines of `role: content` for
@@ -478,16 +471,15 @@ class Context:
             raise ModelError(f"cannot make a context of {parallel} slots with {n_ctx} tokens each: "
                              f"{reason} (lower n_ctx or parallel)")
         self._memory = lib.llama_get_memory(self._context)
-        self.n_vocab = model.n_vocab
+        self.n_vocab, self.parallel = model.n_vocab, parallel
         self.n_ctx = n_ctx  # llama.cpp pads to 256; what was promised is what is used
-        self.parallel = parallel
         self.n_batch = n = lib.llama_n_batch(self._context)
         # A llama_batch over numpy arrays, so that a chunk is written by slices, not by rows.
         self._token, self._pos, self._seq_id = np.zeros((3, n), dtype=np.int32)
         self._wants_logits = np.zeros(n, dtype=np.int8)
         self._n_seq_id = np.ones(n, dtype=np.int32)  # each row belongs to one slot
-        offsets = self._seq_id.itemsize * np.arange(n, dtype=np.uintp)
-        self._seq_pointers = self._seq_id.ctypes.data + offsets
+        row_offsets = self._seq_id.itemsize * np.arange(n, dtype=np.uintp)
+        self._seq_pointers = self._seq_id.ctypes.data + row_offsets
         self._batch = lib.llama_batch(
             token=_pointer(self._token, lib.llama_token), pos=_pointer(self._pos, lib.llama_pos),
             n_seq_id=_pointer(self._n_seq_id, ctypes.c_int32),
@@ -504,13 +496,12 @@ class Context:
         end = 0
         for chunk in chunks:
             start, end = end, end + len(chunk.tokens)
-            position = chunk.slot.n_cached
             self._token[start:end] = chunk.tokens
-            self._pos[start:end] = np.arange(position, position + end - start)
+            self._pos[start:end] = chunk.slot.n_cached + np.arange(end - start)
             self._seq_id[start:end] = chunk.slot.seq_id
-            self._wants_logits[start:end] = 0
-            self._wants_logits[end - 1] = chunk.wants_logits
             chunk.row = end - 1
+            self._wants_logits[start:end] = 0
+            self._wants_logits[chunk.row] = chunk.wants_logits
         self._batch.n_tokens = end
         return lib.llama_decode(self._context, self._batch)
 
@@ -593,8 +584,6 @@ class Request:
         """Stop generating, soon; no further event is promised."""
         self.cancelled = True
 
-    # ---- engine thread only ----------------------------------------------------------
-
     def push(self, piece: bytes, is_end: bool, logprob: TokenLogprob | None) -> Event:
         """Take one token; return the text it completes and the finish_reason, if any."""
         self.n_generated += 1
@@ -639,12 +628,6 @@ class Slot:
     def is_prefilling(self) -> bool:
         return self.request is not None and self.next_token is None
 
-    def append(self, tokens: np.ndarray | list[int]) -> None:
-        """Note tokens that a successful decode put into the KV cache."""
-        end = self.n_cached + len(tokens)
-        self.tokens[self.n_cached : end] = tokens
-        self.n_cached = end
-
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     """The number of leading elements that two arrays share."""
@@ -675,12 +658,9 @@ class Engine:
                  max_queue: int = 128):
         """prefill_chunk: prompt tokens per step while anything decodes. max_queue: requests
         that may wait for a slot. The context becomes the engine's own; the model does not."""
-        self.model = model
-        self.context = context
-        self.n_ctx = context.n_ctx
+        self.model, self.context, self.n_ctx = model, context, context.n_ctx
         self.stats = Stats(slots=context.parallel)
-        self._prefill_chunk = prefill_chunk
-        self._max_queue = max_queue
+        self._prefill_chunk, self._max_queue = prefill_chunk, max_queue
         self._slots = [Slot(i, context.n_ctx) for i in range(context.parallel)]
         # Events leave at the end of a step: a handler awake before would take the GIL from it.
         self._outbox: list[Event] = []
@@ -792,12 +772,10 @@ class Engine:
         if not idle:
             return False
         prompt = request.prompt
-        shared = {slot: common_prefix(prompt, slot.tokens[: slot.n_cached])
-                  for slot in self._slots}
+        shared = {s: common_prefix(prompt, s.tokens[: s.n_cached]) for s in self._slots}
         source = max(self._slots, key=lambda slot: (shared[slot], slot.request is None))
-        will_share = [common_prefix(prompt, slot.request.prompt)
-                      for slot in self._slots if slot.is_prefilling]
-        if max(will_share, default=0) - shared[source] >= MIN_SHARED_TOKENS:
+        coming = [common_prefix(prompt, s.request.prompt) for s in self._slots if s.is_prefilling]
+        if max(coming, default=0) - shared[source] >= MIN_SHARED_TOKENS:
             return False
         # Overwrite the slot with the prefix when this prompt continues it, else the least recently
         # used, so that a short common beginning costs nobody a long conversation.
@@ -845,7 +823,9 @@ class Engine:
             code = describe(error)
         if code == DECODE_OK:
             for chunk in chunks:
-                chunk.slot.append(chunk.tokens)
+                slot, start = chunk.slot, chunk.slot.n_cached
+                slot.n_cached += len(chunk.tokens)
+                slot.tokens[start : slot.n_cached] = chunk.tokens
                 if chunk.wants_logits:
                     self._sample(chunk)
             return
@@ -903,10 +883,8 @@ class Engine:
 
     def _fail_everyone(self, error: EngineFault | EngineClosed) -> None:
         with self.changed:
-            waiting = list(self._waiting)
-            self._waiting.clear()
-        for request in waiting:
-            request.fail(error)
+            while self._waiting:
+                self._waiting.popleft().fail(error)
         with self.model_lock:
             for slot in self._busy():
                 self._fail(slot, error)
