@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import logging
 import math
 import os
@@ -30,10 +31,12 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jinja2
 import numpy as np
 from llama_cpp import llama_chat_format
 from llama_cpp import llama_cpp as lib  # llama.h by ctypes, name by name
@@ -401,6 +404,7 @@ class Model:
         except Exception as error:  # OSError or jinja2's; a template is a program
             raise ModelError(f"the chat template in {file or self.path} is unusable: "
                              f"{error}") from error
+        self.template_source = source
         return formatter, tool_format_of(source)
 
     def _metadata(self, key: str) -> str:
@@ -526,7 +530,11 @@ class Model:
         tracer = sys.gettrace()
         sys.settrace(watch)
         try:
-            return template(messages=messages, **options).prompt
+            try:
+                return template(messages=messages, **options).prompt
+            except (TypeError, jinja2.UndefinedError):  # some look into the tools unasked
+                return template(messages=messages, **{**options, "tools": options.get("tools") or []}
+                                ).prompt
         except Exception as error:  # a template is a program: it can raise anything
             raise TemplateError(str(error) or type(error).__name__) from error
         finally:
@@ -538,7 +546,557 @@ def _pointer(array: np.ndarray, ctype):
     return array.ctypes.data_as(ctypes.POINTER(ctype))
 
 
-# ==== 6. Sampling: from one row of logits to one token ==================================
+# ==== 6. Grammars: JSON Schema into GBNF ================================================
+#
+# What completes one of these grammars parses as JSON and validates (Draft 2020-12). Not everything
+# that validates can be written: no \u escapes or exponents, properties in their declared order,
+# others only where `additionalProperties` asks for them, numbers of at most 15 digits.
+
+MAX_SCHEMA_NODES, MAX_SCHEMA_DEPTH = 4000, 48  # subschemas looked at; one inside the other
+MAX_GRAMMAR = 2**18  # bytes of GBNF
+MAX_COPIES = 2000  # of what a pattern repeats: llama.cpp follows that many places at once
+BLOCK = 32  # repetitions in one rule; more are blocks of blocks
+ANNOTATIONS = frozenset(
+    "title description default examples deprecated readOnly writeOnly $schema $id $comment $defs "
+    "definitions $anchor discriminator contentEncoding contentMediaType".split())
+KEYWORDS = {  # of each type
+    "object": {"properties", "required", "additionalProperties", "minProperties", "maxProperties"},
+    "array": {"items", "prefixItems", "minItems", "maxItems"},
+    "string": {"pattern", "minLength", "maxLength", "format"},
+    "integer": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
+    "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
+    "boolean": set(), "null": set()}
+KNOWN = {"type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref"}.union(*KEYWORDS.values())
+DATE = r"[12]\d{3}-((0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])|(0[13-9]|1[0-2])-(29|30))"
+TIME = r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"
+BYTE, NAME_PART = r"(25[0-5]|2[0-4]\d|1\d\d|[1-9]\d|\d)", "[A-Za-z0-9]{1,20}(-[A-Za-z0-9]{1,20})?"
+FORMATS = {  # any other format is an annotation, as the specification has it
+    "date": f"^{DATE}$", "time": f"^{TIME}$", "date-time": f"^{DATE}T{TIME}$",
+    "uuid": "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", "ipv4": rf"^({BYTE}\.){{3}}{BYTE}$",
+    "email": rf"^[A-Za-z0-9_+-]{{1,40}}(\.[A-Za-z0-9_+-]{{1,20}})?@({NAME_PART}\.)+[A-Za-z]{{2,9}}$",
+    "hostname": rf"^{NAME_PART}(\.{NAME_PART}){{0,3}}$",
+    "uri": rf"^https?://{NAME_PART}(\.{NAME_PART})*(:\d{{1,4}})?(/[\w.~-]*)*$"}
+BASE_RULES = {
+    "ws": r'("\n" " "{0,20} | " ")?',
+    "char": r'[^"\\\x00-\x1F\x7F\uD800-\uDFFF] | "\\" ["\\/bfnrt]',
+    "string": r'"\"" char* "\""', "boolean": '"true" | "false"', "null": '"null"',
+    "integer": '"-"? ("0" | [1-9] [0-9]{0,14})', "number": 'integer ("." [0-9]{1,15})?',
+    "member": 'string ":" " "? value', "value": "object | array | string | number | boolean | null",
+    "object": '"{" ws (member ("," ws member)* ws)? "}"',
+    "array": '"[" ws (value ("," ws value)* ws)? "]"'}
+
+
+KINDS = {"pattern": str, "format": str, "$ref": str, "properties": dict, "enum": list,
+         "multipleOf": (int, float), **dict.fromkeys(("minItems", "maxItems", "minLength", "maxLength",
+                                                      "minProperties", "maxProperties"), int),
+         **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), (int, float))}
+MAX_NUMBER = 10**15 - 1
+INNER = ("SUBPATTERN", "BRANCH", "MAX_REPEAT", "MIN_REPEAT")  # they look after the text's end themselves
+
+
+class SchemaError(ValueError):
+    """A schema or grammar that cannot be honoured; the message starts with the place."""
+
+
+def literal(text: str) -> str:
+    """A GBNF literal."""
+    return '"' + re.sub(r'[\x00-\x1f"\\\x7f]', lambda m: f"\\x{ord(m[0]):02X}", text) + '"'
+
+
+class Gbnf:
+    """GBNF, rule by rule."""
+
+    def __init__(self):
+        self.rules = dict(BASE_RULES)
+        self._names = {body: name for name, body in self.rules.items()}
+        self._refs: dict[int, str] = {}  # id of a subschema: its rule
+        self._n_nodes = 0
+
+    def text(self, root: str) -> str:
+        """The whole grammar for a body of the rule `root`. Raises SchemaError."""
+        text = "\n".join(f"{name} ::= {body}" for name, body in [("root", root), *self.rules.items()])
+        if len(text) > MAX_GRAMMAR:
+            raise SchemaError(f"the schema makes a grammar of {len(text)} bytes, the limit is "
+                              f"{MAX_GRAMMAR}: shorten it")
+        return text
+
+    def add_rule(self, body: str) -> str:
+        """The name of a rule with this body."""
+        if body not in self._names:
+            self._names[body] = name = f"r{len(self.rules)}"
+            self.rules[name] = body
+        return self._names[body]
+
+    def repeat(self, rule: str, low: int, high: int | None) -> str:
+        """low to high (None: any number) of a rule. llama.cpp copies a rule for each repetition,
+        and takes more than 2,000 for "any": so many become blocks."""
+        if high is None:
+            return f"{self.repeat(rule, low, low)} {rule}*" if low else f"{rule}*"
+        if high < 2 * BLOCK:
+            return f"{rule}{{{low},{high}}}" if high else '""'
+        block = self.add_rule(f"{rule}{{{BLOCK}}}")
+        exact = self.repeat(block, low // BLOCK, low // BLOCK) + f" {rule}{{{low % BLOCK}}}"
+        if low:
+            return exact if low == high else f"{exact} {self.add_rule(self.repeat(rule, 0, high - low))}"
+        n_blocks, rest = divmod(high, BLOCK)
+        return (f"({self.repeat(block, 0, n_blocks - 1)} {rule}{{0,{BLOCK - 1}}} | "
+                f"{self.repeat(block, n_blocks, n_blocks)} {rule}{{0,{rest}}})")
+
+    def text_until(self, marker: str) -> str:
+        """A rule for text without the marker, whose first character it repeats only at its end:
+        a matching automaton, one rule for each number of its characters that were just read."""
+        first, start = marker[0], len(self.rules)
+        names = [f"until-{start}-{n}" for n in range(len(marker))]
+        for n, char in enumerate(marker):
+            ways = [f"{_char_class(_complement([_span(first), _span(char)]))} {names[0]}"]
+            ways += [f"{literal(first)} {names[1]}"] if n and char != first else []
+            ways += [f"{literal(char)} {names[n + 1]}"] if n + 1 < len(marker) else []
+            self.rules[names[n]] = f"({' | '.join(ways)})?"
+        return names[0]
+
+    def add_schema(self, schema, at: str) -> str:
+        """The name of a rule for a value of the schema, as JSON text. Raises SchemaError, which
+        names the place, below `at`, of what is wrong or not supported."""
+        self._root, self._root_at, self._refs = schema, at, {}
+        try:
+            return self.add_rule(self._visit(schema, at, 0))
+        except RecursionError:
+            raise SchemaError(f"{at}: a pattern or a property's name is too long") from None
+
+    def _visit(self, schema, at: str, depth: int) -> str:
+        """The GBNF of a subschema."""
+        self._n_nodes += 1
+        if depth > MAX_SCHEMA_DEPTH or self._n_nodes > MAX_SCHEMA_NODES:
+            raise SchemaError(f"{at}: the schema is too large (limits: {MAX_SCHEMA_NODES} "
+                              f"subschemas, {MAX_SCHEMA_DEPTH} levels)")
+        if schema is True:
+            return "value"
+        is_tagged = isinstance(schema, dict) and "discriminator" in schema
+        schema = _constraints(schema, at)
+        if "$ref" in schema and len(schema) == 1:
+            return self._rule_of(schema["$ref"], at)
+        if "$ref" in schema or "allOf" in schema:
+            parts = self._list(schema.pop("allOf", []), f"{at}.allOf")
+            parts += [self._target(schema.pop("$ref"), at)] if "$ref" in schema else []
+            whole = functools.reduce(lambda a, b: _both(a, b, at), parts, schema)
+            return self._visit(whole, at, depth + 1)
+        for key in schema.keys() & {"anyOf", "oneOf"}:
+            parts = self._list(schema.pop(key), f"{at}.{key}")
+            kinds = [kind for part in parts for kind in _types(part, at) or ["any"]]
+            if key == "oneOf" and not is_tagged and len({*kinds, "any"}) <= len(kinds):
+                raise SchemaError(f"{at}.oneOf: the alternatives may overlap: write anyOf, or give "
+                                  "each its own type, or a discriminator")
+            ways = [self._visit(_both(schema, part, at), f"{at}.{key}[{i}]", depth + 1)
+                    for i, part in enumerate(parts)]
+            return _any_of(ways, f"{at}.{key}")
+        types = _types(schema, at)
+        if "enum" in schema:
+            texts = [literal(json.dumps(value, ensure_ascii=False)) for value in schema["enum"]
+                     if not types or _type(value) in types or {_type(value), *types} >= {"integer", "number"}]
+            return _any_of(texts, f"{at}.enum")
+        visitors = {"object": self._object, "array": self._array, "string": self._string,
+                    "integer": self._number, "number": self._number}
+        types = types or [kind for kind in KEYWORDS if schema.keys() & KEYWORDS[kind]][:1]
+        ways = [visitors[kind](schema, at, depth) if schema.keys() & KEYWORDS[kind] else kind
+                for kind in types]
+        return _any_of(ways, at) if types else "value"
+
+    @staticmethod
+    def _list(value, at: str) -> list:
+        if not isinstance(value, list):
+            raise SchemaError(f"{at}: must be a list")
+        return list(value)
+
+    def _target(self, ref, at: str):
+        """What a $ref names."""
+        target = self._root
+        for key in ref.split("/")[1:] if isinstance(ref, str) else [None]:
+            key = key and urllib.parse.unquote(key).replace("~1", "/").replace("~0", "~")
+            target = target.get(key) if isinstance(target, dict) else None
+        if target is None or not ref.startswith("#") or ref[1:2] not in ("", "/"):
+            raise SchemaError(f"{at}.$ref: {ref!r} is not a place in this schema, like #/$defs/name")
+        return target
+
+    def _rule_of(self, ref: str, at: str) -> str:
+        """The rule of a $ref, which may be inside what it names."""
+        target = self._target(ref, at)
+        if ref not in self._refs:
+            self._refs[ref] = name = f"ref-{len(self.rules)}"
+            self.rules[name] = ""
+            self.rules[name] = self._visit(target, self._root_at + ref[1:].replace("/", "."), 0)
+        return self._refs[ref]
+
+    def _object(self, schema: dict, at: str, depth: int) -> str:
+        """Members in declared order, then others where they are asked for."""
+        members = schema.get("properties", {})
+        required = self._list(schema.get("required", []), f"{at}.required")
+        more = schema.get("additionalProperties", not members)
+        if not isinstance(members, dict) or not all(isinstance(name, str) for name in required):
+            raise SchemaError(f"{at}: properties must be an object, required a list of names")
+        members = members | {name: more or True for name in required if name not in members}
+        if schema.get("minProperties", 0) > len(required) or \
+                schema.get("maxProperties", math.inf) < (math.inf if more else len(members)):
+            raise SchemaError(f"{at}: minProperties and maxProperties are not supported; list the "
+                              "properties as required, with additionalProperties: false")
+        tail, end = "", ""  # what may follow a member; what may stand where none has come
+        if more is not False:
+            value = self._visit(more, f"{at}.additionalProperties", depth + 1)
+            other = self.add_rule(f'{self._member_name(set(members))} ":" " "? {value}')
+            tail = self.add_rule(f'("," ws {other})*')
+            end = f"({other} {tail})?"
+        for name, inner in reversed(members.items()):
+            value = self._visit(inner, f"{at}.properties.{name}", depth + 1)
+            member = self.add_rule(
+                f'{literal(json.dumps(name, ensure_ascii=False) + ":")} " "? {value}')
+            end = f"({member} {tail}" + (")" if name in required else f" | {end})" if end else ")?")
+            may_lack = "" if name in required else "?"
+            end, tail = self.add_rule(end), self.add_rule(f'("," ws {member}){may_lack} {tail}')
+        return f'"{{" ws {end} ws "}}"' if end else '"{" ws "}"'
+
+    def _member_name(self, others: set[str]) -> str:
+        """A property name in quotes that is none of the others."""
+        names = {json.dumps(name, ensure_ascii=False)[1:-1] for name in others}
+        return f"{QUOTE} {self._other_name(names)}" if names else "string"
+
+    def _other_name(self, names: set[str]) -> str:
+        """The rest of a property name, with its closing quote, if it must not be one of these."""
+        ways = [] if "" in names else [QUOTE]
+        firsts = {name[0] for name in names if name}
+        ways.append(f"{_char_class(_complement(NOT_PLAIN + [_span(c) for c in firsts]))} char* {QUOTE}")
+        ways += [f"{literal(c)} {self._other_name({n[1:] for n in names if n[:1] == c})}"
+                 for c in sorted(firsts)]
+        return self.add_rule(" | ".join(ways))
+
+    def _array(self, schema: dict, at: str, depth: int) -> str:
+        """All prefixItems, then items."""
+        first = self._list(schema.get("prefixItems", []), f"{at}.prefixItems")
+        low, high = schema.get("minItems", 0), schema.get("maxItems", math.inf)
+        more = schema.get("items", not first)
+        high = len(first) if more is False else high
+        if not len(first) <= high >= low:
+            raise SchemaError(f"{at}: no array has {low} to {high} items with {len(first)} in "
+                              "prefixItems")
+        items = [self._visit(item, f"{at}.prefixItems[{i}]", depth + 1)
+                 for i, item in enumerate(first)]
+        if high > len(first):
+            item = self.add_rule(self._visit(more, f"{at}.items", depth + 1))
+            follow = self.add_rule(f'"," ws {item}')
+            if not first:
+                low, high = max(low - 1, 0), high - 1
+            n_low = max(0, low - len(first))
+            rest = self.repeat(follow, n_low, None if high == math.inf else high - len(first))
+            if first:
+                items[-1] += f" {rest}"
+            elif schema.get("minItems", 0) > 0:
+                items = [f"{item} {rest}"]
+            else:
+                items = [f"({item} {rest})?"]
+        return " ".join(['"[" ws', ' "," ws '.join(items), 'ws "]"'])
+
+    def _string(self, schema: dict, at: str, _depth: int) -> str:
+        """A pattern, a format or a length; not several."""
+        pattern = schema.get("pattern", FORMATS.get(schema.get("format")))
+        low, high = schema.get("minLength", 0), schema.get("maxLength", math.inf)
+        if pattern is None:
+            if low > high:
+                raise SchemaError(f"{at}: minLength {low} is above maxLength {high}")
+            return f"{QUOTE} {self.repeat('char', low, None if high == math.inf else high)} {QUOTE}"
+        if low or high < math.inf or "pattern" in schema and schema.get("format") in FORMATS:
+            raise SchemaError(f"{at}.pattern: cannot be combined with minLength, maxLength or "
+                              "format; say it all in the pattern")
+        return f"{QUOTE} {Pattern(self, pattern, f'{at}.pattern').body} {QUOTE}"
+
+    def _number(self, schema: dict, at: str, _depth: int) -> str:
+        """Integers within bounds; for `number` also fractions between two allowed integers."""
+        if schema.get("multipleOf", 1) != 1:
+            raise SchemaError(f"{at}.multipleOf: is not supported; leave it out")
+        low, high = schema.get("minimum", -MAX_NUMBER), schema.get("maximum", MAX_NUMBER)
+        above, below = schema.get("exclusiveMinimum", low - 1), schema.get("exclusiveMaximum", high + 1)
+        least = max(math.ceil(low), math.floor(above) + 1, -MAX_NUMBER)
+        most = min(math.floor(high), math.ceil(below) - 1, MAX_NUMBER)
+        ways = _integers(least, most)
+        if schema.get("type") != "integer" and "multipleOf" not in schema:
+            # Between two neighbours every fraction will do; 0.5 may come before the first integer.
+            low, high = math.ceil(max(low, above)), math.floor(min(high, below))
+            fraction = '"." [0-9]{0,5} [1-9]'
+            ways += [f"{way} {fraction}" for way in _naturals(max(low, 0), high - 1)]
+            ways += [f'"-" {way} {fraction}' for way in _naturals(max(-high, 0), -low - 1)]
+        return _any_of(ways, at)
+
+
+def _constraints(schema, at: str) -> dict:
+    """A schema without its annotations, its keywords checked; a const becomes an enum."""
+    if not isinstance(schema, dict):
+        what = "nothing satisfies false" if schema is False else "a schema must be an object"
+        raise SchemaError(f"{at}: {what}")
+    schema = {key: value for key, value in schema.items() if key not in ANNOTATIONS
+              and (key, value) != ("uniqueItems", False)}
+    for key, value in schema.items():
+        kind = KINDS.get(key)
+        if key not in KNOWN:
+            raise SchemaError(f"{at}.{key}: this keyword is not supported; leave it out")
+        if kind and (not isinstance(value, kind) or isinstance(value, bool) or value != value):
+            raise SchemaError(f"{at}.{key}: {value!r:.60} is not what belongs there")
+        if kind is int and not 0 <= value < 2**31:
+            raise SchemaError(f"{at}.{key}: {value} is not a count")
+    if "const" in schema:
+        schema["enum"] = [schema.pop("const")]
+    return schema
+
+
+def _types(schema, at: str) -> list[str]:
+    """The types that a schema names."""
+    types = schema.get("type", []) if isinstance(schema, dict) else []
+    types = types if isinstance(types, list) else [types]
+    for kind in types:
+        if not isinstance(kind, str) or kind not in KEYWORDS:
+            raise SchemaError(f"{at}.type: {kind!r:.60} is not one of {', '.join(KEYWORDS)}")
+    return types
+
+
+def _type(value) -> str:
+    """The JSON type of a value."""
+    return {bool: "boolean", str: "string", int: "integer", float: "number", dict: "object",
+            list: "array"}.get(type(value), "null")
+
+
+def _both(a, b, at: str):
+    """The schema of what satisfies two; refused where they speak of the same thing otherwise."""
+    if isinstance(a, bool) or isinstance(b, bool):
+        return (b if a else a) if isinstance(a, bool) else (a if b else b)
+    a, b = _constraints(a, at), _constraints(b, at)
+    both = {**a, **b}
+    for key in [key for key in a.keys() & b.keys() if a[key] != b[key]]:
+        if key == "required":
+            both[key] = [*a[key], *b[key]]
+        elif key == "properties" and not [n for n in a[key].keys() & b[key] if a[key][n] != b[key][n]]:
+            both[key] = {**a[key], **b[key]}
+        elif key == "type" and (types := [t for t in _types(a, at) if t in _types(b, at)]):
+            both[key] = types
+        elif key == "allOf":
+            both[key] = [*a[key], *b[key]]
+        else:
+            raise SchemaError(f"{at}.{key}: stands twice, here and in what it is combined with; "
+                              "write it once")
+    return both
+
+
+def _any_of(ways: list[str], at: str) -> str:
+    if not ways:
+        raise SchemaError(f"{at}: nothing satisfies it")
+    return ways[0] if len(ways) == 1 else f"({' | '.join(dict.fromkeys(ways))})"
+
+
+def _integers(low: int, high: int) -> list[str]:
+    """Ways to write the integers from low to high."""
+    return _naturals(max(low, 0), high) + [f'"-" {way}' for way in _naturals(max(-high, 1), -low)]
+
+
+def _naturals(low: int, high: int) -> list[str]:
+    """Ways to write the integers from low >= 0 to high, without leading zeros."""
+    ways = []
+    for size in range(len(str(low)), len(str(max(high, 0))) + 1):
+        first, last = max(low, 10 ** (size - 1) if size > 1 else 0), min(high, 10**size - 1)
+        if first <= last:
+            ways.append(_digits(str(first), str(last)))
+    return ways
+
+
+def _digits(low: str, high: str) -> str:
+    """The strings of digits from low to high, which are equally long."""
+    n = len(low) - 1
+    if low == high:
+        return literal(low)
+    if low[0] == high[0]:
+        return f"{literal(low[0])} {_digits(low[1:], high[1:])}"
+    ways, first, last = [], int(low[0]), int(high[0])
+    if low[1:] != "0" * n:
+        ways.append(f"{literal(low[0])} {_digits(low[1:], '9' * n)}")
+        first += 1
+    if high[1:] != "9" * n:
+        ways.append(f"{literal(high[0])} {_digits('0' * n, high[1:])}")
+        last -= 1
+    if first <= last:
+        ways.append(f"[{first}-{last}]" + (f" [0-9]{{{n}}}" if n else ""))
+    return f"({' | '.join(ways)})"
+
+
+# ---- patterns: a regular expression, read by the standard library, as JSON string characters
+
+Spans = list[tuple[int, int]]  # code points, both ends included
+MAX_CODE = 0x10FFFF
+QUOTE = literal('"')
+NOT_PLAIN: Spans = [(0, 0x1F), (34, 34), (92, 92), (127, 127), (0xD800, 0xDFFF)]  # not as they are
+ESCAPES = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", 34: '"', 92: "\\"}
+SPACES: Spans = [(9, 13), (32, 32)]
+WORDS: Spans = [(48, 57), (65, 90), (95, 95), (97, 122)]
+CATEGORIES = {"DIGIT": [(48, 57)], "SPACE": SPACES, "WORD": WORDS}  # as in ECMAScript, ASCII
+
+
+def _span(char: str) -> tuple[int, int]:
+    return ord(char), ord(char)
+
+
+def _complement(spans: Spans) -> Spans:
+    """All other code points."""
+    free, start = [], 0
+    for low, high in sorted(spans):
+        free += [(start, low - 1)] if start < low else []
+        start = max(start, high + 1)
+    return free + ([(start, MAX_CODE)] if start <= MAX_CODE else [])
+
+
+def _char_class(spans: Spans) -> str:
+    return "[" + "".join(f"\\U{low:08X}-\\U{high:08X}" for low, high in spans) + "]"
+
+
+class Pattern:
+    """A regular expression as the GBNF of the JSON strings in which it is found."""
+
+    def __init__(self, grammar: Gbnf, pattern: str, at: str):
+        self._grammar, self._at, self._n_copies = grammar, at, 1
+        try:
+            tree = re._parser.parse(pattern)
+        except (re.error, OverflowError) as error:
+            raise SchemaError(f"{at}: {error}") from None
+        if tree.state.flags != re.UNICODE:
+            raise SchemaError(f"{at}: flags such as (?i) are not supported")
+        self.body = self._sequence(list(tree), True, True)
+
+    def _sequence(self, items: list, at_start: bool, at_end: bool) -> str:
+        """GBNF of items in a row. A pattern that is not tied to an end of the text may have
+        anything there: at_start, at_end say whether the text's end is this sequence's."""
+        anchors = [(i, str(what)) for i, (op, what) in enumerate(items) if str(op) == "AT"]
+        starts = at_start and (0, "AT_BEGINNING") in anchors
+        ends = at_end and (len(items) - 1, "AT_END") in anchors
+        if len(anchors) > starts + ends:
+            raise self._refuse("an anchor inside")
+        items = items[starts:len(items) - ends]
+        free_start = at_start and not starts and str(items[0][0] if items else "") not in INNER
+        free_end = at_end and not ends and str(items[-1][0] if items else "") not in INNER
+        inner = [self._item(str(op), what, at_start and not starts and i == 0,
+                            at_end and not ends and i == len(items) - 1)
+                 for i, (op, what) in enumerate(items)]
+        return " ".join(["char*"] * free_start + inner + ["char*"] * free_end) or '""'
+
+    def _item(self, op: str, what, at_start: bool, at_end: bool) -> str:
+        """GBNF of one item of the standard library's parse tree."""
+        if op in ("LITERAL", "NOT_LITERAL", "ANY", "IN", "CATEGORY"):
+            return self._characters(self._spans([(op, what)]))
+        if op == "BRANCH":
+            ways = [self._sequence(list(way), at_start, at_end) for way in what[1]]
+            return f"({' | '.join(ways)})"
+        if op == "SUBPATTERN" and not (what[1] or what[2]):
+            return f"({self._sequence(list(what[3]), at_start, at_end)})"
+        if op in ("MAX_REPEAT", "MIN_REPEAT"):
+            low, high, inner = what
+            high = None if high == re._constants.MAXREPEAT else int(high)
+            before, self._n_copies = self._n_copies, self._n_copies * max(low, high or 1, 1)
+            if self._n_copies > MAX_COPIES:
+                raise self._refuse(f"more than {MAX_COPIES} repetitions")
+            rule = self._grammar.add_rule(self._sequence(list(inner), False, False))
+            self._n_copies = before
+            repeated = self._grammar.repeat(rule, int(low), high)
+            return f"{'char* ' * at_start}{repeated}{' char*' * at_end}"
+        raise self._refuse(op.lower().replace("_", " "))
+
+    def _refuse(self, what: str) -> SchemaError:
+        return SchemaError(f"{self._at}: {what} is not supported; write a simpler pattern")
+
+    def _spans(self, items: list) -> Spans:
+        """The characters of a class."""
+        spans: Spans = []
+        for op, what in items:
+            op = str(op)
+            if op == "IN":
+                negated = str(what[0][0]) == "NEGATE"
+                inner = self._spans(what[negated:])
+                spans += _complement(inner) if negated else inner
+            elif op == "CATEGORY":
+                negated, _, name = str(what).removeprefix("CATEGORY_").rpartition("NOT_")
+                spans += _complement(CATEGORIES[name]) if negated or "NOT_" in str(what) else CATEGORIES[name]
+            elif op == "RANGE":
+                spans.append(what)
+            elif op == "ANY":
+                spans += _complement([(10, 10), (13, 13)])
+            else:
+                spans += _complement([(what, what)]) if op == "NOT_LITERAL" else [(what, what)]
+        return spans
+
+    @staticmethod
+    def _characters(spans: Spans) -> str:
+        """Those characters as they stand in a JSON string: some are escaped."""
+        plain = _complement(_complement(spans) + NOT_PLAIN)
+        ways = [_char_class(plain)] if plain else []
+        ways += [literal("\\" + escape) for code, escape in ESCAPES.items()
+                 if any(low <= code <= high for low, high in spans)]
+        return f"({' | '.join(ways)})" if len(ways) != 1 else ways[0]
+
+
+MAX_CLIENT_GRAMMAR, MAX_PARENTHESES = 2**16, 32  # characters; one inside the other
+GBNF_TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|\[(?:\\.|[^\]\\\n])*\]|#[^\n]*|[()]|["[\]]')
+
+
+def check_grammar(text: str) -> str:
+    """A client's GBNF, as it was sent, where llama.cpp's parser will survive it: it recurses into
+    parentheses and reads on behind an end. Raises SchemaError."""
+    depth = deepest = 0
+    tokens = GBNF_TOKEN.findall(text)
+    for token in tokens:
+        depth += (token == "(") - (token == ")")
+        deepest = max(deepest, depth)
+    if len(text) > MAX_CLIENT_GRAMMAR or deepest > MAX_PARENTHESES:
+        raise SchemaError(f"grammar: has {len(text)} characters and parentheses {deepest} deep; the "
+                          f"limits are {MAX_CLIENT_GRAMMAR} and {MAX_PARENTHESES}")
+    if depth or "\0" in text or {'"', "[", "]"} & set(tokens):
+        raise SchemaError("grammar: has a null character, or a string, class or parenthesis that "
+                          "does not end")
+    return text
+
+
+# ---- tool calls: the literals of a ToolFormat, so that a call always parses
+
+def is_text(schema) -> bool:
+    """Whether an XML parameter is bare text: a string with no rules but an enum. Else JSON."""
+    known = {"type", "enum", "title", "description", "default", "examples"}
+    return isinstance(schema, dict) and schema.get("type") == "string" and schema.keys() <= known
+
+
+def arguments_rule(gbnf: Gbnf, form: ToolFormat, schema: dict, at: str) -> str:
+    """Add a rule for the arguments of a function with these `parameters`; return its name. XML
+    parameters come in the schema's order, and those not required may be left out."""
+    if not form.xml:
+        return gbnf.add_schema({**schema, "type": "object"}, at)
+    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    elements = []
+    for name, inner in schema.get("properties", {}).items():
+        if not is_text(inner):
+            inner = {**shared, **inner} if isinstance(inner, dict) else inner
+            value = gbnf.add_schema(inner, f"{at}.properties.{name}")
+        elif "enum" in inner:
+            value = f"({' | '.join(literal(str(choice)) for choice in inner['enum'])})"
+        else:
+            value = gbnf.text_until(PARAMETER_END)
+        element = f"{literal(PARAMETER + name + form.between)} {value} {literal(PARAMETER_END)}"
+        elements.append(f"({element})" + ("" if name in schema.get("required", ()) else "?"))
+    return gbnf.add_rule(" ".join(elements) or '""')
+
+
+NOT_A_CALL = "[^{] [^\\x00]*"  # a reply where calls begin with a brace
+
+
+def tool_grammar(form: ToolFormat, rules: list[tuple[str, str]], parallel: bool,
+                 from_trigger: bool) -> str:
+    """The GBNF of a reply that is a call, or several if `parallel`; of what follows the
+    trigger, or of the whole reply. rules: each function's name and the rule of its arguments."""
+    calls = " | ".join(f"{literal(name + form.between)} {arguments} {literal(form.ending)}"
+                       for name, arguments in rules)
+    start = form.opening if from_trigger else form.trigger + form.opening
+    more = f"({literal(form.separator)} ({calls}))*" if parallel and form.separator else ""
+    return f"{literal(start)} ({calls}) {more} {literal(form.closing)}"
+
+
+# ==== 7. Sampling: from one row of logits to one token ==================================
 
 GREEDY_BELOW = 1e-3  # temperature: dividing logits by less overflows, and changes nothing anyway
 N_SEEDS = 2**32 - 1  # seeds are 32 bit, and llama.h keeps 0xFFFFFFFF for "random"
@@ -546,34 +1104,40 @@ NO_TOKEN = -1  # nothing may follow: the reply ends
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
-@dataclasses.dataclass(frozen=True)
+def knob(default, low: float = -math.inf, high: float = math.inf):
+    """A field of SamplingParams with its inclusive limits."""
+    return dataclasses.field(default=default, metadata={"low": low, "high": high})
+
+
+@dataclasses.dataclass
 class SamplingParams:
     """How to choose a token. Names, meanings and neutral values are the OpenAI API's and
     llama.cpp's (tools/server/README.md in its sources)."""
 
-    temperature: float = 1.0  # 0 (below GREEDY_BELOW) takes the likeliest token
-    top_k: int = 0  # keep the k likeliest; 0 keeps all
-    top_p: float = 1.0  # keep the likeliest that together have this probability
-    min_p: float = 0.0  # drop what is less likely than this times the likeliest
-    typical_p: float = 1.0  # keep the most typical that together have this probability
-    top_n_sigma: float = -1.0  # keep logits within n standard deviations of the peak; < 0: off
-    presence_penalty: float = 0.0  # off the logit of each token generated before
-    frequency_penalty: float = 0.0  # the same, times how often
-    repeat_penalty: float = 1.0  # divides the logits of the last repeat_last_n tokens
-    repeat_last_n: int = 64  # tokens, of the prompt too; 0 is off, -1 the whole context
-    dry_multiplier: float = 0.0  # DRY, "don't repeat yourself": penalizes repeated sequences
-    dry_base: float = 1.75
-    dry_allowed_length: int = 2  # tokens: longer repetitions are penalized
-    dry_penalty_last_n: int = -1  # tokens looked back at, of the prompt too; -1: all
-    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
-    xtc_probability: float = 0.0  # XTC, "exclude top choices": the chance to drop the likeliest
-    xtc_threshold: float = 0.1  # ... but one of those with at least this probability
-    mirostat: int = 0  # 1 or 2: steer the surprise towards tau instead of cutting candidates off
-    mirostat_tau: float = 5.0  # bits
-    mirostat_eta: float = 0.1
-    min_tokens: int = 0  # no end before so many tokens
+    temperature: float = knob(1.0, 0, 2)  # 0 (below GREEDY_BELOW) takes the likeliest token
+    top_k: int = knob(0, -1, 2**31 - 1)  # keep the k likeliest; 0 and -1 keep all
+    top_p: float = knob(1.0, 0, 1)  # keep the likeliest that together have this probability
+    min_p: float = knob(0.0, 0, 1)  # drop what is less likely than this times the likeliest
+    typical_p: float = knob(1.0, 0, 1)  # keep the most typical that together are as probable
+    top_n_sigma: float = knob(-1.0, -1, 1000)  # standard deviations below the peak; < 0: off
+    presence_penalty: float = knob(0.0, -2, 2)  # off the logit of each token generated before
+    frequency_penalty: float = knob(0.0, -2, 2)  # the same, times how often
+    repeat_penalty: float = knob(1.0, 0.01, 100)  # divides the logits of the last tokens
+    repeat_last_n: int = knob(64, -1, 2**31 - 1)  # how many, of the prompt too; -1: all
+    dry_multiplier: float = knob(0.0, 0, 100)  # DRY, "don't repeat yourself": against sequences
+    dry_base: float = knob(1.75, 1, 100)
+    dry_allowed_length: int = knob(2, 0, 2**31 - 1)  # tokens: longer repetitions are penalized
+    dry_penalty_last_n: int = knob(-1, -1, 2**31 - 1)  # tokens looked back at; -1: all
+    dry_sequence_breakers: list[str] = dataclasses.field(
+        default_factory=lambda: ["\n", ":", '"', "*"], metadata={"max_length": 64})
+    xtc_probability: float = knob(0.0, 0, 1)  # XTC, "exclude top choices": the chance to drop all
+    xtc_threshold: float = knob(0.1, 0, 1)  # ... but the last of those at least this probable
+    mirostat: int = knob(0, 0, 2)  # 1, 2: steer the surprise towards tau, cut no candidates off
+    mirostat_tau: float = knob(5.0, 0, 100)  # bits
+    mirostat_eta: float = knob(0.1, 0, 1)
+    min_tokens: int = knob(0, 0, 2**31 - 1)  # no end before so many tokens
+    seed: int | None = knob(None, -(2**63), 2**63 - 1)  # None: a new one every time
     logit_bias: dict[int, float] = dataclasses.field(default_factory=dict)
-    seed: int | None = None  # None: a new one every time
 
 
 class GrammarError(ValueError):
@@ -587,15 +1151,16 @@ class Grammar:
     chosen freely and tested alone; only when that fails are others looked at (`Sampler`).
     """
 
-    def __init__(self, model: Model, gbnf: str, trigger: str = ""):
-        """gbnf: its rule `root` is what may be written. Raises GrammarError."""
+    def __init__(self, model: Model, gbnf: str, triggers: tuple[str, ...] = ()):
+        """gbnf: its rule `root` is what may be written, from the start, or after these texts have
+        come one after the other. Raises GrammarError."""
         native_errors.clear()
         self._model = model
         self._native = lib.llama_sampler_init_grammar(model.vocab, gbnf.encode(), b"root")
         if not self._native:
             raise GrammarError("; ".join(native_errors) or "llama.cpp cannot parse it")
-        self._trigger = trigger.encode()
-        self._tail = b""  # the end of the text so far, in which the trigger may have begun
+        self._triggers = [trigger.encode() for trigger in triggers]
+        self._tail = b""  # the end of the text so far, in which the next trigger may have begun
 
     def __del__(self, free=lib.llama_sampler_free):
         if self._native:
@@ -603,20 +1168,23 @@ class Grammar:
 
     def take(self, token: int) -> bool:
         """Read a chosen token; False, and nothing is changed, if it may not come here."""
-        if not self._trigger:
+        if not self._triggers:
             return self._advance(token)
-        tail = self._tail + self._model.piece(token)
-        _, found, rest = tail.partition(self._trigger)
-        if found:
-            # subtle: what follows the trigger inside its last token is the grammar's first text.
+        tail, triggers = self._tail + self._model.piece(token), self._triggers
+        while triggers and triggers[0] in tail:
+            tail = tail.partition(triggers[0])[2]
+            triggers = triggers[1:]
+        if not triggers:
+            # subtle: what follows the last trigger inside its token is the grammar's first text.
             before = lib.llama_sampler_clone(self._native)
-            if all(self._advance(self._model.byte_tokens[byte]) for byte in rest):
-                self._trigger = b""
-            else:
+            accepted = all(self._advance(int(self._model.byte_tokens[byte])) for byte in tail)
+            if not accepted:
                 self._native, before = before, self._native
             lib.llama_sampler_free(before)
-            return not self._trigger
-        self._tail = tail[max(0, len(tail) - len(self._trigger) + 1):]
+            if not accepted:
+                return False
+        self._triggers = triggers
+        self._tail = tail[max(0, len(tail) - len(triggers[0]) + 1):] if triggers else b""
         return True
 
     def _advance(self, token: int) -> bool:
@@ -641,7 +1209,7 @@ class Grammar:
         Most states of a grammar allow few first bytes. So the tokens of one byte are tested
         first, and then only those tokens that begin with a byte that may come.
         """
-        if self._trigger:
+        if self._triggers:
             return np.arange(self._model.n_vocab, dtype=np.int32)
         single = self._model.byte_tokens
         may_come = np.append(np.isin(single, self._among(single[single >= 0])) | (single < 0), False)
@@ -773,7 +1341,7 @@ def _samplers(model: Model, params: SamplingParams, n_ctx: int, prompt: np.ndarr
     if params.temperature < GREEDY_BELOW:
         yield lib.llama_sampler_init_greedy()
         return
-    if params.top_k:
+    if params.top_k > 0:
         yield lib.llama_sampler_init_top_k(params.top_k)
     if params.typical_p < 1:
         yield lib.llama_sampler_init_typical(params.typical_p, keep_at_least)
@@ -807,7 +1375,7 @@ def token_logprob(logits: np.ndarray, token: int, n_top: int) -> TokenLogprob:
     return TokenLogprob(token, float(logprobs[token]), tuple((t, float(logprobs[t])) for t in top))
 
 
-# ==== 7. The context: one KV cache split into slots, one batch at a time ================
+# ==== 8. The context: one KV cache split into slots, one batch at a time ================
 
 DECODE_OK, DECODE_NO_ROOM = 0, 1  # what llama_decode returns (llama.h)
 FLASH_ATTN = {"auto": lib.LLAMA_FLASH_ATTN_TYPE_AUTO, True: lib.LLAMA_FLASH_ATTN_TYPE_ENABLED,
@@ -923,7 +1491,7 @@ def physical_cores() -> int:
         return os.cpu_count() or 1
 
 
-# ==== 8. Requests and slots =============================================================
+# ==== 9. Requests and slots =============================================================
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1092,7 +1660,7 @@ class Embedder:
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), TINY)
 
 
-# ==== 9. The engine =====================================================================
+# ==== 10. The engine =====================================================================
 
 # Sharing a prefix copies the cells of a whole slot, which costs about as much as prefilling
 # this many tokens: fewer are computed again instead.

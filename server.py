@@ -17,30 +17,36 @@ connection handles its requests, and the engine has its own.
 """
 
 import argparse
+import base64
 import contextlib
 import dataclasses
 import difflib
+import functools
+import hashlib
 import http.server
 import json
 import logging
 import math
 import os
 import queue
+import re
 import secrets
 import select
 import signal
 import socket
 import socketserver
+import string
 import sys
 import threading
 import time
 import types
 import typing
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import yaml
 
 import engine
@@ -81,6 +87,9 @@ class Config:
     n_gpu_layers: int = setting("model", -1, low=-1, high=INT32_MAX)
     flash_attn: bool | Literal["auto"] = setting("model", "auto")
 
+    chat_template_file: str | None = setting("model", None)
+
+    split_reasoning: bool = setting("generation", True)
     max_tokens: int | None = setting("generation", 1024, low=1)
     temperature: float = setting("generation", 0.7, low=0, high=2)
     top_p: float = setting("generation", 0.95, low=0, high=1)
@@ -152,7 +161,7 @@ def read_config_file(path: str | None) -> dict[str, tuple[str, Any]]:
                 raise ConfigError(f"{file}: {name} belongs in section {right}, not {section}")
             if name in found:
                 raise ConfigError(f"{file}: {name} is set twice")
-            if name == "model_path" and isinstance(value, str):  # relative to the file
+            if name in ("model_path", "chat_template_file") and isinstance(value, str):  # relative to the file
                 value = str(file.parent / Path(value).expanduser())
             found[name] = (str(file), value)
     return found
@@ -252,7 +261,8 @@ def read_value(hint, value, at: str, limits: Mapping, ignored: list[str]):
                               "which is not text") from None
         return value
     if hint in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if hint is float or (math.isfinite(value) and value == int(value)):
+        if hint is float or isinstance(value, int) or (
+                math.isfinite(value) and value == int(value)):
             low, high = limits.get("low", -math.inf), limits.get("high", math.inf)
             if not low <= value <= high:
                 bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
@@ -421,7 +431,7 @@ class GenerationBody(engine.SamplingParams):
     max_tokens: int | None = option(low=0)
     n: int = option(1, low=1, high=128)
     stop: str | list[str] | None = option(max_length=16)
-    logit_bias: dict[str, float] | None = option(low=-100, high=100)
+    logit_bias: dict[str, float] | None = option(low=-100, high=100)  # JSON's keys are strings
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -436,6 +446,19 @@ class GenerationBody(engine.SamplingParams):
             raise invalid("stop", "stop: an empty stop sequence was sent; it would end every reply "
                                   "before its first token")
         return stops
+
+    def plain_constraint(self) -> str:
+        """The GBNF of `grammar` or `json_schema`, "" for none."""
+        if self.grammar is not None and self.json_schema is not None:
+            raise invalid("grammar", "grammar and json_schema were sent; the reply can follow only "
+                                     "one of them")
+        try:
+            if self.json_schema is not None:
+                gbnf = engine.Gbnf()
+                return gbnf.text(gbnf.add_schema(self.json_schema, "json_schema"))
+            return engine.check_grammar(self.grammar) if self.grammar is not None else ""
+        except engine.SchemaError as error:
+            raise invalid(str(error).split(":")[0], str(error)) from None
 
 
 @dataclasses.dataclass
@@ -477,7 +500,106 @@ class ChatBody(GenerationBody):
                                           "needs logprobs: true")
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    def scores_prompt(self) -> bool:
+        return False
 
+    @functools.cached_property
+    def offer(self) -> "Offer":
+        """The functions that the model may call."""
+        old = self.functions is not None
+        where = "functions" if old else "tools"
+        functions = self.functions or [tool.function for tool in self.tools or ()]
+        choice = self.function_call if old else self.tool_choice
+        names = [function.name for function in functions]
+        for i, name in enumerate(names):
+            if not re.fullmatch(TOOL_NAME, name) or name in names[:i]:
+                at = f"{where}[{i}]{'' if old else '.function'}.name"
+                raise invalid(at, f"{at}: {describe(name)} must be 1 to 64 letters, digits, _ and "
+                                  "-, and occur once")
+        allowed, mode = names, choice if isinstance(choice, str) else "auto"
+        if isinstance(choice, ToolChoice) and choice.type == "allowed_tools":
+            listed = choice.allowed_tools or AllowedTools("auto", [])
+            allowed, mode = [tool.function.name for tool in listed.tools], listed.mode
+        elif choice is not None and not isinstance(choice, str):
+            named = choice.function or Function("") if isinstance(choice, ToolChoice) else choice
+            allowed, mode = [named.name], "required"
+        param = "function_call" if old else "tool_choice"
+        if missing := [name for name in allowed if name not in names]:
+            raise invalid(param, f"{param}: {describe(missing[0])} is not among the {where}")
+        if mode == "required" and not allowed:
+            raise invalid(param, f"{param}: asks for a call, but there are no {where}")
+        tools = [{"type": "function", "function": {
+            key: value for key, value in dataclasses.asdict(function).items()
+            if value is not None and key != "strict"}} for function in functions]
+        is_named = mode == "required" and choice != "required" and len(allowed) == 1
+        return Offer(tools if mode != "none" else [], allowed if mode != "none" else [],
+                     mode == "required", self.parallel_tool_calls and not is_named, where)
+
+    def constraint(self, form: engine.ToolFormat, unclosed: str) -> tuple[str, tuple[str, ...]]:
+        """The GBNF that the reply must follow ("" for none), and the texts from which on it must.
+        unclosed: the tag that ends the reasoning with which the reply begins."""
+        gbnf, offer, ways = engine.Gbnf(), self.offer, []
+        wanted = [name for name in ("grammar", "json_schema") if getattr(self, name) is not None]
+        if self.response_format and self.response_format.type != "text":
+            wanted.append("response_format")
+        if len(wanted) > 1 or (offer.allowed and self.grammar):
+            raise invalid(wanted[0], f"{' and '.join([*wanted, *[offer.where] * bool(offer.allowed)])} "
+                                     "were sent; the reply can follow only one of them")
+        after = (unclosed,) if unclosed else ()
+        if self.grammar is not None:
+            return engine.check_grammar(self.grammar), after
+        try:
+            if wanted:
+                ways = [gbnf.add_schema(*self.schema())]
+            rules = [(name, engine.arguments_rule(gbnf, form, function["parameters"], at))
+                     for name, function, at in offer.rules()]
+            if rules and not ways and not offer.is_required and not form.at_start:
+                calls = engine.tool_grammar(form, rules, offer.is_parallel, True)
+                return gbnf.text(calls), (*after, form.trigger)
+            if rules:
+                calls = engine.tool_grammar(form, rules, offer.is_parallel, False)
+                ways = [calls] if offer.is_required else [calls, *(ways or [engine.NOT_A_CALL])]
+            space = "[ \\n]{0,3} " if unclosed else ""
+            return gbnf.text(f"{space}({' | '.join(ways)})") if ways else "", after
+        except engine.SchemaError as error:
+            raise invalid(str(error).split(":")[0], str(error)) from None
+
+    def schema(self) -> tuple[Any, str]:
+        """The JSON Schema of the reply, and where it was sent."""
+        wanted = self.response_format
+        if self.json_schema is not None:
+            return self.json_schema, "json_schema"
+        if wanted.type == "json_schema":
+            if wanted.json_schema is None:
+                raise invalid("response_format.json_schema", "response_format.json_schema is "
+                                                             "required", "missing_field")
+            return given(wanted.json_schema.schema, True), "response_format.json_schema.schema"
+        return given(wanted.schema, {"type": "object"}), "response_format.schema"
+
+
+TOOL_NAME = "[a-zA-Z0-9_-]{1,64}"
+
+
+@dataclasses.dataclass
+class Offer:
+    """The functions that the model may call this time."""
+
+    tools: list[dict]  # all of them, for the template
+    allowed: list[str]  # names of those that may be called
+    is_required: bool
+    is_parallel: bool  # several calls in one reply
+    where: str  # "tools", or the deprecated "functions"
+
+    def rules(self) -> Iterator[tuple[str, dict, str]]:
+        """Each allowed function's name and body, and where its parameters stand in the request."""
+        for i, tool in enumerate(self.tools):
+            function = {"parameters": {}, **tool["function"]}
+            if function["name"] in self.allowed:
+                inner = ".function" if self.where == "tools" else ""
+                yield function["name"], function, f"{self.where}[{i}]{inner}.parameters"
+
+
+DEFAULTED = ("temperature", "top_p", "top_k", "min_p")  # settings, where a body does not say
 LEGACY_MAX_TOKENS = 16  # the OpenAI reference's default for /v1/completions
 MAX_INPUTS = 2048  # texts, or tokens of one: the OpenAI limit for embeddings
 Prompts = str | list[str] | list[int] | list[list[int]]
@@ -498,6 +620,9 @@ class CompletionBody(GenerationBody):
 
     def n_top_logprobs(self) -> int | None:
         return self.logprobs
+
+    def scores_prompt(self) -> bool:
+        return self.echo and self.logprobs is not None
 
 
 @dataclasses.dataclass
@@ -593,7 +718,8 @@ class Server(http.server.ThreadingHTTPServer):
                 path, on_progress=go_on, n_ctx=config.n_ctx, parallel=config.parallel,
                 n_batch=config.n_batch, n_ubatch=config.n_ubatch, n_threads=config.n_threads,
                 n_gpu_layers=config.n_gpu_layers, flash_attn=config.flash_attn,
-                prefill_chunk=config.prefill_chunk, max_queue=config.max_queue)
+                prefill_chunk=config.prefill_chunk, max_queue=config.max_queue,
+                chat_template_file=config.chat_template_file)
         except engine.ModelError as error:
             if not self.stopping.is_set():  # else it is the stop that interrupted the loading
                 self.load_error = str(error)
@@ -741,6 +867,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 raise ValueError(f"the body must be an object, got {describe(parsed)}")
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"bad JSON: {error}", code="invalid_json") from None
+        if issubclass(cls, GenerationBody):
+            defaults = {name: getattr(self.server.config, name) for name in DEFAULTED}
+            parsed = {**parsed, **{name: default for name, default in defaults.items()
+                                   if parsed.get(name) is None}}
         request = read_object(cls, parsed, "", self.tally.ignored)
         if self.tally.ignored:
             log.warning("%s ignored unknown fields: %s", self.tally.id, self.tally.shown_ignored())
@@ -860,97 +990,214 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def post_chat(self, body: bytes) -> None:
         chat = self.read_request(ChatBody, body)
-        for message in chat.messages:
-            self.log_text(message.role, message.text())
-        turns = [{"role": "system" if message.role == "developer" else message.role,
-                  "content": message.text()} for message in chat.messages]
+        prompt, form = self.render(chat)
+        loaded = self.loaded_engine()
+        unclosed = engine.unclosed_reasoning(prompt)
+        gbnf, triggers = chat.constraint(form, unclosed)
+        tokens = self.tokenize(loaded, prompt, "messages")
+        parse = functools.partial(ChatParser, form if chat.offer.allowed else None,
+                                  chat.offer.tools, unclosed, self.server.config.split_reasoning)
+        self.generate(chat, [tokens], gbnf, triggers, functools.partial(
+            ChatRenderer, parse, old_style=chat.offer.where == "functions"))
+
+    def render(self, chat: ChatBody) -> tuple[str, engine.ToolFormat]:
+        """The prompt of a conversation, and how the model writes calls."""
+        model = self.loaded_engine().model
+        for i, message in enumerate(chat.messages):
+            message.check(f"messages[{i}]")
+            self.log_text(message.role, message.content)
+        messages = [dataclasses.asdict(message) for message in chat.messages]
+        begun = messages.pop() if chat.continue_final_message else None
+        if begun and begun["role"] != "assistant":
+            raise invalid("continue_final_message", "continue_final_message: the last message must "
+                                                    f"be the assistant's, not the {begun['role']}'s")
+        form = model.tool_format
+        turns = prepare_messages(messages, chat.offer.tools, model.template_source, form)
+        options = {"enable_thinking": chat.reasoning_effort not in ("none", "minimal"),
+                   "reasoning_effort": chat.reasoning_effort} if chat.reasoning_effort else {}
         try:
-            prompt = self.loaded_engine().model.render_chat(turns)
+            prompt = model.render_chat(
+                turns, chat.add_generation_prompt or begun is not None,
+                tools=prepare_tools(chat.offer.tools, form),
+                **options, **(chat.chat_template_kwargs or {}))
         except engine.TemplateError as error:
             raise invalid("messages", f"messages: the model's chat template refuses them: {error}",
                           "template_error") from None
-        self.generate(chat, prompt, "messages", ChatRenderer)
+        return prompt + (text_of(begun["content"]) if begun else ""), form
 
     def post_completion(self, body: bytes) -> None:
         completion = self.read_request(CompletionBody, body)
-        self.log_text("prompt", completion.prompt)
-        self.generate(completion, completion.prompt, "prompt", TextRenderer)
+        loaded, best_of = self.loaded_engine(), completion.best_of or completion.n
+        if best_of < completion.n or (best_of > completion.n and completion.stream):
+            raise invalid("best_of", f"best_of: {best_of} was sent; it must be at least n "
+                                     f"({completion.n}), and equal to n in a stream")
+        prompts = self.read_prompts(loaded, completion.prompt, "prompt", loaded.n_ctx - 1)
+        if completion.suffix is not None:
+            if not isinstance(completion.prompt, str):
+                raise invalid("suffix", "suffix: the prompt must be one string")
+            prompt = loaded.model.infill(completion.prompt, completion.suffix)
+            if prompt is None:
+                raise invalid("suffix", "suffix: this model was not trained to fill in; leave it "
+                                        "out, or load one with fill-in-the-middle tokens")
+            prompts = [self.check_length(prompt, loaded.n_ctx - 1, "prompt")]
+        self.generate(completion, prompts, completion.plain_constraint(), (), TextRenderer, best_of)
+
+    def post_embeddings(self, body: bytes) -> None:
+        """https://platform.openai.com/docs/api-reference/embeddings"""
+        request = self.read_request(EmbeddingBody, body)
+        loaded = self.loaded_engine()
+        size = loaded.model.n_embd
+        if (request.dimensions or 0) > size:
+            raise invalid("dimensions", f"dimensions: {request.dimensions} was sent, this model's "
+                                        f"vectors have {size}")
+        texts = self.read_prompts(loaded, request.input, "input", loaded.n_ctx)
+        self.tally.prompt = sum(map(len, texts))
+        with engine_errors():
+            vectors = loaded.embed(texts, self.check_connection)
+        if request.dimensions:  # a shorter vector is the longer one's beginning, of length 1 again
+            vectors = vectors[:, : request.dimensions]
+            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        as_text = request.encoding_format == "base64"
+        self.send_json({
+            "object": "list", "model": request.model or loaded.model.name,
+            "data": [{"object": "embedding", "index": index,
+                      "embedding": base64.b64encode(vector.astype("<f4").tobytes()).decode()
+                      if as_text else vector.tolist()} for index, vector in enumerate(vectors)],
+            "usage": {"prompt_tokens": self.tally.prompt, "total_tokens": self.tally.prompt}})
+
+    def post_tokenize(self, body: bytes) -> None:
+        request = self.read_request(TokenizeBody, body)
+        model = self.loaded_engine().model
+        tokens = model.tokenize(request.content, request.add_special, request.parse_special)
+        self.send_json({"tokens": [
+            {"id": token, "piece": piece_json(model.piece(token, special=True))}
+            if request.with_pieces else token for token in tokens.tolist()]})
+
+    def post_detokenize(self, body: bytes) -> None:
+        request = self.read_request(DetokenizeBody, body)
+        model = self.loaded_engine().model
+        tokens = self.read_tokens(model, request.tokens, "tokens").tolist()
+        pieces = b"".join(model.piece(token, special=True) for token in tokens)
+        self.send_json({"content": pieces.decode("utf-8", "replace")})
+
+    def post_template(self, body: bytes) -> None:
+        self.send_json({"prompt": self.render(self.read_request(ChatBody, body))[0]})
 
     # ==== 6. Generation: prompt, submit, events =========================================
 
-    def generate(self, body: GenerationBody, prompt: str, param: str, renderer: type) -> None:
+    def generate(self, body: GenerationBody, prompts: list[np.ndarray], gbnf: str | None,
+                 triggers: tuple[str, ...], renderer: Callable, best_of: int | None = None) -> None:
         """Submit the choices, and write their reply: streamed, or folded into one."""
         if body.stream_options and not body.stream:
             raise invalid("stream_options", "stream_options needs stream: true")
         loaded = self.loaded_engine()
-        choices = self.make_choices(loaded, body, prompt, param)
+        n_each = best_of or body.n
+        choices = self.make_choices(loaded, body, prompts, n_each, gbnf, triggers)
+        self.tally.prompt = sum(map(len, prompts))
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        reply = renderer(body.model or loaded.model.name, choices, loaded.model, with_usage)
+        reply = renderer(body, choices, loaded.model, with_usage)
         try:
-            loaded.submit(choices)
-            chunks = reply.chunks(self.events(choices))
-            if not body.stream:
-                return self.send_json(reply.fold(chunks))
-            first = next(chunks)  # the status is decided by the first event
-            self.start_stream()
-            self.write_event(first)
-            for chunk in chunks:
-                self.write_event(chunk)
-            self.write_event("[DONE]", is_last=True)
-        except (engine.QueueFull, engine.EngineClosed) as error:
-            code = "queue_full" if isinstance(error, engine.QueueFull) else "shutting_down"
-            raise unavailable(str(error), code) from None
-        except engine.EngineFault as error:
-            raise ApiError(500, str(error), code="engine_error") from None
+            with engine_errors():
+                loaded.submit(choices)
+                chunks = reply.chunks(self.events(choices))
+                if not body.stream:
+                    return self.send_json(reply.fold(chunks, n_each))
+                first = next(chunks)  # the status is decided by the first event
+                self.start_stream()
+                self.write_event(first)
+                for chunk in chunks:
+                    self.write_event(chunk)
+                self.write_event("[DONE]", is_last=True)
         finally:
             for choice in choices:
                 choice.cancel()
-            self.tally.cached = choices[0].n_reused
+            self.tally.cached = sum(choice.n_reused for choice in choices[::n_each])
             self.tally.generated = sum(choice.n_generated for choice in choices)
 
-    def make_choices(self, loaded: engine.Engine, body: GenerationBody, prompt: str,
-                     param: str) -> list[engine.Request]:
-        """Everything that can be refused is refused here, before the engine hears of it."""
-        stops, n_top = body.stops(), body.n_top_logprobs()
-        n_vocab, bias = loaded.model.n_vocab, body.logit_bias or {}
+    def make_choices(self, loaded: engine.Engine, body: GenerationBody, prompts: list[np.ndarray],
+                     n_each: int, gbnf: str | None, triggers: tuple[str, ...]
+                     ) -> list[engine.Request]:
+        """n_each requests for each prompt. Everything that can be refused is refused here, before
+        the engine hears of it."""
+        model, stops, n_top = loaded.model, body.stops(), body.n_top_logprobs()
+        if not model.generates:
+            raise invalid("model", f"{model.name} makes embeddings only; ask /v1/embeddings")
+        n_vocab, bias = model.n_vocab, body.logit_bias or {}
         for token in bias:  # JSON's keys are strings; a wrong id must not reach the model
             is_number = token.isascii() and token.isdigit() and len(token) < 12
             if not (is_number and int(token) < n_vocab):
                 raise invalid("logit_bias", f"logit_bias: the key {describe(token)} is not a token "
                                             f"id of this model (0 to {n_vocab - 1})")
-        tokens = self.tokenize(loaded, prompt, param)
-        config = self.server.config
-        params = engine.SamplingParams(
-            temperature=given(body.temperature, config.temperature),
-            top_k=max(0, given(body.top_k, config.top_k)), top_p=given(body.top_p, config.top_p),
-            min_p=given(body.min_p, config.min_p), presence_penalty=body.presence_penalty,
-            frequency_penalty=body.frequency_penalty,
-            logit_bias={int(token): value for token, value in bias.items()})
-        limit = given(body.reply_limit(), config.max_tokens) or loaded.n_ctx
+        ends = dict.fromkeys(model.end_tokens, -math.inf) if body.ignore_eos else {}
+        params = {field.name: getattr(body, field.name)
+                  for field in dataclasses.fields(engine.SamplingParams)}
+        params["logit_bias"] = {int(token): value for token, value in bias.items()} | ends
+        limit = given(body.reply_limit(), self.server.config.max_tokens)
+        limit = loaded.n_ctx if limit is None else limit
         events: queue.SimpleQueue = queue.SimpleQueue()
-        seeds = [None if body.seed is None else body.seed + index * SEED_STRIDE
-                 for index in range(body.n)]
-        samplers = [engine.Sampler(dataclasses.replace(params, seed=seed), n_vocab, loaded.n_ctx)
-                    for seed in seeds]
-        return [engine.Request(tokens, sampler, limit, stops, n_top, index, events)
-                for index, sampler in enumerate(samplers)]
+        choices = []
+        for index in range(n_each * len(prompts)):
+            prompt = prompts[index // n_each]
+            if body.seed is not None:
+                params["seed"] = body.seed + index * SEED_STRIDE
+            try:
+                grammar = engine.Grammar(model, gbnf, triggers) if gbnf else None
+            except engine.GrammarError as error:
+                source = next(name for name in ("grammar", "json_schema", "response_format", "tools")
+                              if getattr(body, name, None) is not None)
+                raise invalid(source, f"{source}: llama.cpp refuses the grammar: {error}") from None
+            sampler = engine.Sampler(model, engine.SamplingParams(**params), loaded.n_ctx, prompt,
+                                     grammar)
+            choices.append(engine.Request(
+                prompt, sampler, limit, stops, 0 if n_each > body.n and n_top is None else n_top,
+                index, scores_prompt=body.scores_prompt() and index % n_each == 0,
+                reuses=body.cache_prompt, events=events))
+        return choices
 
-    def tokenize(self, loaded: engine.Engine, prompt: str, param: str):
-        """The prompt's tokens; 400 when there are none, or more than the context holds."""
-        n_tokens, tokens = 0, None
-        if len(prompt) > loaded.n_ctx:  # characters: it may or may not fit
-            n_tokens = loaded.model.fewest_tokens(prompt)
-        if n_tokens < loaded.n_ctx:
-            tokens = loaded.model.tokenize(prompt)
-            n_tokens = self.tally.prompt = len(tokens)
-        if n_tokens >= loaded.n_ctx:
-            raise invalid(param, f"{param}: the prompt has {'over ' if tokens is None else ''}"
-                                 f"{n_tokens} tokens, but the context is {loaded.n_ctx} tokens, "
-                                 "one of them for the reply; shorten the prompt or raise n_ctx",
+    def read_prompts(self, loaded: engine.Engine, prompts, param: str, most: int) -> list[np.ndarray]:
+        """The tokens of a text or a list of tokens, or of each in a list; 400 when one is empty
+        or has more than `most`."""
+        model = loaded.model
+        if isinstance(prompts, str) or prompts and isinstance(prompts[0], int):
+            prompts = [prompts]
+        if not prompts:
+            raise invalid(param, f"{param}: is empty; send at least one token")
+        return [self.tokenize(loaded, prompt, param, most) if isinstance(prompt, str) else
+                self.check_length(self.read_tokens(model, prompt, param), most, param)
+                for prompt in prompts]
+
+    def read_tokens(self, model: engine.Model, tokens: list[int], param: str) -> np.ndarray:
+        """Token ids from a client; one outside the vocabulary would end the process in C."""
+        for token in tokens:
+            if not 0 <= token < model.n_vocab:
+                raise invalid(param, f"{param}: {describe(token)} is not a token id of this model "
+                                     f"(0 to {model.n_vocab - 1})")
+        return np.array(tokens, dtype=np.int32)
+
+    def check_length(self, tokens: np.ndarray, most: int, param: str, at_least: str = "") -> np.ndarray:
+        """The tokens; 400 when there are none, or more than `most`."""
+        if len(tokens) > most:
+            raise invalid(param, f"{param}: there are {at_least}{len(tokens)} tokens, but the context "
+                                 f"has room for {most} here; shorten the text or raise n_ctx",
                           "context_length_exceeded")
-        if n_tokens == 0:
-            raise invalid(param, f"{param}: the prompt is empty; send at least one token")
+        if len(tokens) == 0:
+            raise invalid(param, f"{param}: is empty; send at least one token")
         return tokens
+
+    def tokenize(self, loaded: engine.Engine, text: str, param: str, most: int = 0) -> np.ndarray:
+        """The tokens of a text; 400 when there are none, or more than `most` (by default what
+        leaves room for a reply)."""
+        most = most or loaded.n_ctx - 1
+        if len(text) > most:  # characters: it may or may not fit
+            n_tokens = loaded.model.fewest_tokens(text)
+            if n_tokens > most:
+                return self.check_length(range(n_tokens), most, param, "over ")
+        return self.check_length(loaded.model.tokenize(text), most, param)
+
+    def check_connection(self) -> None:
+        """Raise ConnectionError when the client has closed its side."""
+        if self.hangup.poll(0):  # it says so even behind bytes that the client sent before
+            raise ConnectionError("the client hung up")
 
     def events(self, choices: list[engine.Request]) -> Iterator[engine.Event]:
         """Yield the engine's events until each choice has ended. Raises ConnectionError as
@@ -961,8 +1208,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 event = choices[0].events.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 event = None
-            if self.hangup.poll(0):  # it says so even behind bytes that the client sent before
-                raise ConnectionError("the client hung up")
+            self.check_connection()
             if event is None:
                 continue
             if event.error:
@@ -977,27 +1223,289 @@ SEED_STRIDE = 0x9E3779B9  # 2**32 / golden ratio: choice 2 of a seed is not choi
 POLL_SECONDS = 0.1  # how often a silent request looks whether its client is still there
 
 
+@contextlib.contextmanager
+def engine_errors():
+    """The engine's refusals and faults as ApiErrors."""
+    try:
+        yield
+    except (engine.QueueFull, engine.EngineClosed) as error:
+        code = "queue_full" if isinstance(error, engine.QueueFull) else "shutting_down"
+        raise unavailable(str(error), code) from None
+    except engine.EngineFault as error:
+        raise ApiError(500, str(error), code="engine_error") from None
+
+
 def given(value, default):
     """`value`, or the default where the client sent none."""
     return default if value is None else value
 
 
-# ==== 7. Rendering: events into chunks, chunks into a reply =============================
+# ==== 7. Chat: messages into what templates take, text into deltas ======================
+
+NEW_ROLES = {"developer": "system", "function": "tool"}
+TOOLS_TEXT = ("You can call these functions, described with JSON Schema:\n\n{}\n\nTo call one, "
+              "write its name and arguments in exactly this form:\n{}\nIf none helps, just answer.")
+
+
+def prepare_tools(tools: list[dict] | None, form: engine.ToolFormat) -> list[dict] | None:
+    """The tools as a template takes them, with nothing left out; None where it takes none."""
+    blank = {"name": "", "description": "", "parameters": {"type": "object", "properties": {}}}
+    return [{"type": "function", "function": {**blank, **tool["function"]}}
+            for tool in tools] if tools and form.native else None
+
+
+def prepare_messages(messages: list[dict], tools: list[dict] | None, template_source: str | None,
+                     form: engine.ToolFormat) -> list[dict]:
+    """OpenAI messages for a chat template. Where that is not native, calls and results become
+    text, and the system message describes the tools. Where it refuses system messages, they
+    become the beginning of the next user message."""
+    joined = {("system", "system")}  # roles of neighbours that become one message
+    joined |= set() if form.native else {("tool", "tool"), ("tool", "user")}
+    joined |= {("system", "user")} if engine.NO_SYSTEM in (template_source or "") else set()
+    messages = list(messages)
+    if tools and not form.native:
+        lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+        text = TOOLS_TEXT.format(lines, _write_calls(form, [("NAME", "{...}")]))
+        has_system = bool(messages) and messages[0]["role"] in ("system", "developer")
+        messages.insert(has_system, {"role": "system", "content": text})
+    turns, before = [], None
+    for message in messages:
+        turn, role = _prepare(message, form), NEW_ROLES.get(message["role"], message["role"])
+        if (before, role) in joined:
+            turn["content"] = f"{turns.pop()['content']}\n\n{turn['content']}"
+        turns.append(turn)
+        before = role
+    return turns
+
+
+def _prepare(message: dict, form: engine.ToolFormat) -> dict:
+    """One message. The old function_call and role function have no ids: the name serves."""
+    def new_id(call_id: str) -> str:
+        fits = not form.short_ids or re.fullmatch("[A-Za-z0-9]{9}", call_id)
+        return call_id if fits else hashlib.sha256(call_id.encode()).hexdigest()[:9]
+
+    role, content = message["role"], message.get("content") or ""
+    if isinstance(content, list):
+        content = "\n".join(part.get("text") or part.get("refusal", "") for part in content)
+    turn = {"role": NEW_ROLES.get(role, role), "content": content}
+    if message.get("reasoning_content"):
+        turn["reasoning_content"] = message["reasoning_content"]
+    old = message.get("function_call")
+    calls = message.get("tool_calls") or ([{"id": old["name"], "function": old}] if old else [])
+    if turn["role"] == "tool":
+        turn["tool_call_id"] = new_id(message.get("tool_call_id") or message.get("name") or "")
+        if not form.native:
+            turn = {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
+    elif calls and form.native:
+        turn["tool_calls"] = [{"id": new_id(call["id"]), "type": "function", "function": {
+            **call["function"], "arguments": _read_object(call["function"]["arguments"])}}
+            for call in calls]
+    elif calls:
+        texts = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
+        turn["content"] = f"{content}\n{_write_calls(form, texts)}".lstrip("\n")
+    return turn
+
+
+def _read_object(text: str) -> dict | str:
+    """Arguments as templates take them, by Hugging Face's convention; no object stays text."""
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, dict) else text
+
+
+def _write_calls(form: engine.ToolFormat, calls: list[tuple[str, str]]) -> str:
+    """Calls (name, arguments as JSON) as their model would have written them."""
+    texts = [name + form.between + (arguments or "{}") + form.ending for name, arguments in calls]
+    return form.trigger + form.opening + form.separator.join(texts) + form.closing
+
+
+MAX_HELD = 96  # characters; the tags are shorter, and more white space than that goes on
+
+
+class ChatParser:
+    """Turns a reply that arrives in pieces into OpenAI deltas: content, reasoning, tool calls.
+
+    Holds back only what may be part of a tag, or white space around one: the work for a piece does
+    not depend on the text before. The generators yield where they need more text.
+
+    >>> parser = ChatParser()
+    >>> parser.feed("<thi"), parser.feed("nk>Hm.</think> Yes"), parser.finish()
+    ([], [{'reasoning_content': 'Hm.'}, {'content': 'Yes'}], [])
+    """
+
+    def __init__(self, form: engine.ToolFormat | None = None, tools: list[dict] | None = None,
+                 unclosed: str = "", split_reasoning: bool = True):
+        """form: None where no calls are looked for. tools: for the types of XML parameters.
+        unclosed: what unclosed_reasoning says of the prompt."""
+        self.n_calls = 0
+        self._form, self._unclosed = form, unclosed
+        self._tags = engine.REASONING_TAGS if split_reasoning else {}
+        functions = [tool["function"] for tool in tools or ()]
+        self._schemas = {each["name"]: each.get("parameters") or {} for each in functions}
+        self._pending, self._ended = "", False  # text not read yet; whether that is all
+        self._deltas: list[dict] = []
+        self._story = self._reply()
+
+    def feed(self, text: str) -> list[dict]:
+        """Take the next piece of the reply; return the deltas that are certain now."""
+        self._pending += text
+        next(self._story, None)
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def finish(self) -> list[dict]:
+        """The reply has ended: return what was held back. A call cut off stays incomplete."""
+        self._ended = True
+        return self.feed("")
+
+    def _reply(self) -> Generator:
+        close = self._unclosed or self._tags.get((yield from self._choose(*self._tags)))
+        if close:
+            yield from self._until(close, functools.partial(self._say, "reasoning_content"), "both")
+        form, strip = self._form or engine.NO_CALLS, "both" if close else "end"
+        if form.at_start and (yield from self._choose(form.trigger)):
+            yield from self._calls(form)
+        trigger = "" if form.at_start else form.trigger
+        say = functools.partial(self._say, "content")
+        while (yield from self._until(trigger, say, strip)) is not None:
+            yield from self._calls(form)
+            strip = "both"
+
+    def _calls(self, form: engine.ToolFormat) -> Generator:
+        more = (yield from self._choose(form.opening)) is not None
+        while more and (name := (yield from self._until(form.between))):
+            self.n_calls += 1
+            self._add_arguments("", id=new_call_id(form), type="function", function={"name": name})
+            yield from self._parameters(name, form) if form.xml else self._object()
+            yield from self._choose(form.ending)
+            ends = filter(None, (form.separator, form.closing))
+            more = (yield from self._choose(*ends)) == form.separator
+        if self._ended:
+            self._pending = ""  # part of one of the literals
+
+    def _object(self) -> Generator:
+        """A JSON object, passed on as it comes, up to the brace that closes its first."""
+        depth, in_string, escaped = 0, False, False
+        while not self._ended:
+            end = 0  # of what is read in this piece
+            for end, char in enumerate(self._pending, start=1):
+                if in_string:
+                    in_string, escaped = escaped or char != '"', char == "\\" and not escaped
+                else:
+                    in_string = char == '"'
+                    depth += (char in "{[") - (char in "]}")
+                    if depth == 0:
+                        break
+            text, self._pending = self._pending[:end], self._pending[end:]
+            self._add_arguments(text)
+            if text and depth == 0:
+                return
+            yield
+
+    def _parameters(self, function: str, form: engine.ToolFormat) -> Generator:
+        """XML parameters, passed on as a JSON object."""
+        properties, before = self._schemas.get(function, {}).get("properties", {}), "{"
+        while (found := (yield from self._choose(engine.PARAMETER, form.ending))) == engine.PARAMETER:
+            if not (name := (yield from self._until(form.between))):
+                return
+            quote, convert = ('"', quoted) if engine.is_text(properties.get(name)) else ("", str)
+            self._add_arguments(f'{before}"{quoted(name)}": {quote}')
+            if (yield from self._until(
+                    engine.PARAMETER_END, lambda text: self._add_arguments(convert(text)))) is not None:
+                self._add_arguments(quote)
+            before = ", "
+        if found:
+            self._add_arguments("{}" if before == "{" else "}")
+
+    def _until(self, marker: str, add: Callable[[str], None] | None = None,
+               strip: str = "") -> Generator:
+        """Pass text on to `add` up to a marker ("" for none); None if the reply ends before it.
+        Without `add`, return the text. strip: whether white space goes at its "end" or "both"."""
+        parts: list[str] = []
+        while True:
+            text, found, rest = (self._pending.partition(marker) if marker
+                                 else (self._pending, "", ""))
+            text = text.lstrip() if strip == "both" else text
+            if found:
+                text = text.rstrip() if strip else text
+            elif marker and not (self._ended and strip):  # only prose gets back what was held
+                held = _beginning(marker, bool(strip)).search(text, max(0, len(text) - MAX_HELD))
+                text, rest = text[:held.start()], held.group()
+            self._pending = rest
+            if text:
+                (add or parts.append)(text)
+                strip = strip and "end"
+            if found or self._ended:
+                return "".join(parts) if found else None
+            yield
+
+    def _choose(self, *literals: str) -> Generator:
+        """Read and return one of the literals, white space in front or not; None if none comes."""
+        while True:
+            text = self._pending.lstrip()
+            for literal in literals:
+                if text.startswith(literal.lstrip()):
+                    self._pending = text[len(literal.lstrip()):]
+                    return literal
+            may_come = any(literal.lstrip().startswith(text) for literal in literals)
+            if self._ended or not may_come or len(self._pending) > MAX_HELD:
+                return None
+            yield
+
+    def _say(self, key: str, value) -> None:
+        self._deltas.append({key: value})
+
+    def _add_arguments(self, text: str, **head) -> None:
+        """A fragment of the last call's arguments; with a `head` also its beginning."""
+        if text or head:
+            part = {"function": {**head.pop("function", {}), "arguments": text}}
+            self._say("tool_calls", [{"index": self.n_calls - 1, **head, **part}])
+
+
+def quoted(text: str) -> str:
+    """Text as it stands inside a JSON string."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+@functools.cache
+def _beginning(marker: str, trim: bool) -> re.Pattern:
+    """What may become a marker, at the end of a text; with the white space in front, if `trim`."""
+    prefixes = "|".join(re.escape(marker[:n]) for n in range(len(marker) - 1, 0, -1))
+    return re.compile((r"\s*" if trim else "") + f"(?:{prefixes})?" + r"\Z")
+
+
+def new_call_id(form: engine.ToolFormat) -> str:
+    """A random id in the shape that the API, or the model's template, asks for."""
+    letters = secrets.SystemRandom().choices(string.ascii_letters + string.digits, k=24)
+    return "".join(letters[:9]) if form.short_ids else "call_" + "".join(letters)
+
+
+# ==== 8. Rendering: events into chunks, chunks into a reply =============================
 
 LOWEST_LOGPROB = -9999.0  # what the OpenAI API sends for an impossible token; JSON has no -inf
 
 
 def to_json(value) -> bytes:
     """Compact JSON, UTF-8."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.encode(errors="replace")  # an error may quote half a character
 
 
 def merge(whole: dict, part: dict) -> dict:
-    """Fold a delta into what came before: text and lists grow, null changes nothing."""
+    """Fold a delta into what came before: text and lists grow, null changes nothing. The items of
+    a list that have an index are deltas, too."""
     for name, value in part.items():
         old = whole.get(name)
         if isinstance(value, dict):
             whole[name] = merge(old or {}, value)
+        elif isinstance(value, list) and value and isinstance(value[0], dict) and "index" in value[0]:
+            items = whole.setdefault(name, [])
+            for item in value:
+                items += [{}] * (item["index"] + 1 - len(items))
+                items[item["index"]] = merge(dict(items[item["index"]]), {
+                    key: inner for key, inner in item.items() if key != "index"})
         elif isinstance(old, (str, list)) and value is not None:
             whole[name] = old + value
         elif value is not None or name not in whole:
@@ -1006,58 +1514,99 @@ def merge(whole: dict, part: dict) -> dict:
 
 
 class Renderer:
-    """Writes one reply. Subclasses give the two endpoints their shapes: `opening` and `closing`
-    are what the first and the last chunk of a choice carry, `delta` what is between."""
+    """Writes one reply. Subclasses give the two endpoints their shapes: `opening` is what the
+    first chunk of a choice carries, `closing` the last one, `parts` what is between."""
 
-    def __init__(self, model_name: str, choices: list[engine.Request], model: engine.Model,
+    def __init__(self, body: GenerationBody, choices: list[engine.Request], model: engine.Model,
                  with_usage: bool):
         """with_usage: end the stream with the token counts."""
-        self.choices, self.model, self.with_usage = choices, model, with_usage
+        self.body, self.choices, self.model, self.with_usage = body, choices, model, with_usage
+        self.unsent: list[tuple[engine.TokenLogprob, ...]] = [()] * len(choices)
         self.head = {"id": f"{self.id_prefix}-{secrets.token_hex(12)}",
                      "object": self.stream_object, "created": int(time.time()),
-                     "model": model_name, "system_fingerprint": f"{NAME}-{VERSION}"}
+                     "model": body.model or model.name,
+                     "system_fingerprint": f"{NAME}-{VERSION}"}
 
     def chunks(self, events: Iterator[engine.Event]) -> Iterator[dict]:
         """Yield the reply's stream, one chunk after the other, without [DONE]."""
-        begun: set[engine.Request] = set()
+        begun: set[int] = set()
+        unfinished = len(self.choices)
         for event in events:
             choice = event.request
-            if self.opening and choice not in begun:
-                yield self.chunk(choice, self.opening)
-            begun.add(choice)
-            if event.text or event.logprobs:
-                yield self.chunk(choice, self.delta(event.text), event.logprobs)
+            if choice.index not in begun:
+                begun.add(choice.index)
+                yield from self.opening(choice)
+            self.unsent[choice.index] += event.logprobs
+            for part in self.parts(event):
+                yield self.chunk(choice, part)
             if event.finish_reason:
-                yield self.chunk(choice, self.closing, (), event.finish_reason)
+                unfinished -= 1
+                is_last = not unfinished and not self.with_usage
+                yield self.chunk(choice, self.closing, self.finish_reason(event)) | (
+                    {"timings": self.timings()} if is_last else {})
         if self.with_usage:
-            yield {**self.head, "choices": [], "usage": self.usage()}
+            yield {**self.head, "choices": [], "usage": self.usage(), "timings": self.timings()}
 
-    def chunk(self, choice: engine.Request, part: dict,
-              tokens: tuple[engine.TokenLogprob, ...] = (), reason: str | None = None) -> dict:
-        wanted = choice.n_top_logprobs is not None
-        logprobs = self.logprobs(choice.index, tokens) if wanted else None
+    def chunk(self, choice: engine.Request, part: dict, reason: str | None = None) -> dict:
+        """One chunk, with the log-probabilities that have waited for it."""
+        logprobs = None
+        if self.body.n_top_logprobs() is not None:
+            logprobs = self.logprobs(choice.index, self.unsent[choice.index])
+            self.unsent[choice.index] = ()
         return {**self.head, **({"usage": None} if self.with_usage else {}), "choices": [
             {"index": choice.index, **part, "logprobs": logprobs, "finish_reason": reason}]}
 
+    def finish_reason(self, event: engine.Event) -> str:
+        return event.finish_reason
+
     def usage(self) -> dict:
-        n_prompt = len(self.choices[0].prompt)
+        """Token counts; a prompt with several choices counts once."""
+        prompts = {id(choice.prompt): choice for choice in reversed(self.choices)}.values()
+        n_prompt = sum(len(choice.prompt) for choice in prompts)
         n_generated = sum(choice.n_generated for choice in self.choices)
         return {"prompt_tokens": n_prompt, "completion_tokens": n_generated,
-                "total_tokens": n_prompt + n_generated,
-                "prompt_tokens_details": {"cached_tokens": self.choices[0].n_reused}}
+                "total_tokens": n_prompt + n_generated, "prompt_tokens_details": {
+                    "cached_tokens": sum(choice.n_reused for choice in prompts)}}
 
-    def fold(self, chunks: Iterator[dict]) -> dict:
-        """The unstreamed reply: the stream's chunks put together; a delta becomes a message."""
+    def timings(self) -> dict:
+        """How long the first choice's prompt and the slowest reply took, in llama-server's names."""
+        first = self.choices[0]
+        n_prompt, n_cached = len(first.prompt), first.n_reused
+        prompt_ms = (first.first_token - first.placed) * 1000
+        slowest = max(self.choices, key=lambda choice: choice.last_token - choice.first_token)
+        return {"cache_n": n_cached, **timing("prompt", n_prompt - n_cached, prompt_ms),
+                **timing("predicted", slowest.n_generated,
+                         (slowest.last_token - slowest.first_token) * 1000)}
+
+    def fold(self, chunks: Iterator[dict], n_each: int) -> dict:
+        """The unstreamed reply: the stream's chunks put together; a delta becomes a message. Of
+        n_each choices for a prompt the n likeliest stay."""
         wholes: list[dict] = [{} for _ in self.choices]
         for chunk in chunks:
             for choice in chunk["choices"]:
                 merge(wholes[choice["index"]], choice)
-        return {**self.head, "object": self.reply_object, "usage": self.usage(),
-                "choices": [{"message" if name == "delta" else name: value
-                             for name, value in choice.items()} for choice in wholes]}
+        kept = []
+        for start in range(0, len(wholes), n_each):
+            group = range(start, start + n_each)
+            if n_each > self.body.n:
+                group = sorted(group, key=lambda index: -self.choices[index].sum_logprob / max(
+                    1, self.choices[index].n_generated))[: self.body.n]
+            kept += [{**self.whole(wholes[index]), "index": len(kept) + i}
+                     for i, index in enumerate(group)]
+        return {**self.head, "object": self.reply_object, "choices": kept, "usage": self.usage(),
+                "timings": self.timings()}
+
+    def whole(self, choice: dict) -> dict:
+        return choice
 
     def token_text(self, token: int) -> str:
         return self.model.piece(token, special=True).decode("utf-8", "replace")
+
+
+def timing(what: str, n: int, ms: float) -> dict:
+    """n tokens in ms milliseconds, as llama-server says it."""
+    return {f"{what}_n": n, f"{what}_ms": ms, f"{what}_per_token_ms": ms / max(n, 1),
+            f"{what}_per_second": n * 1000 / max(ms, 0.001)}
 
 
 class ChatRenderer(Renderer):
@@ -1065,11 +1614,33 @@ class ChatRenderer(Renderer):
 
     id_prefix = "chatcmpl"
     stream_object, reply_object = "chat.completion.chunk", "chat.completion"
-    opening = {"delta": {"role": "assistant", "content": "", "refusal": None}}
     closing = {"delta": {}}
 
-    def delta(self, text: str) -> dict:
-        return {"delta": {"content": text}}
+    def __init__(self, new_parser: Callable[[], ChatParser], *arguments, old_style: bool = False):
+        """old_style: calls are told in the deprecated `function_call`."""
+        super().__init__(*arguments)
+        self.parsers = [new_parser() for _ in self.choices]
+        self.old_style = old_style
+
+    def opening(self, choice: engine.Request) -> Iterator[dict]:
+        yield self.chunk(choice, {"delta": {"role": "assistant", "content": "", "refusal": None}})
+
+    def parts(self, event: engine.Event) -> Iterator[dict]:
+        parser = self.parsers[event.request.index]
+        for delta in parser.feed(event.text) + (parser.finish() if event.finish_reason else []):
+            if self.old_style and "tool_calls" in delta:
+                delta = {"function_call": delta["tool_calls"][0]["function"]}
+            yield {"delta": delta}
+
+    def finish_reason(self, event: engine.Event) -> str:
+        called = event.finish_reason == "stop" and self.parsers[event.request.index].n_calls
+        return ("function_call" if self.old_style else "tool_calls") if called else event.finish_reason
+
+    def whole(self, choice: dict) -> dict:
+        message = choice.pop("delta")
+        if message.get("tool_calls") or message.get("function_call"):
+            message["content"] = message["content"] or None
+        return {"index": 0, "message": message, **choice}
 
     def logprobs(self, index: int, tokens: tuple[engine.TokenLogprob, ...]) -> dict:
         return {"content": [{**self.token_entry(entry.token, entry.logprob),
@@ -1086,25 +1657,46 @@ class TextRenderer(Renderer):
 
     id_prefix = "cmpl"
     stream_object = reply_object = "text_completion"
-    opening, closing = None, {"text": ""}
+    closing = {"text": ""}
 
-    def __init__(self, model_name: str, choices: list[engine.Request], *args):
-        super().__init__(model_name, choices, *args)
-        self.offsets = [0] * len(choices)  # of each choice's next token
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.offsets = [0] * len(self.choices)  # of each choice's next token
 
-    def delta(self, text: str) -> dict:
-        return {"text": text}
+    def opening(self, choice: engine.Request) -> Iterator[dict]:
+        """With `echo`, the prompt; its first token has no log-probability."""
+        if not self.body.echo:
+            return
+        first = engine.TokenLogprob(int(choice.prompt[0]), None, ())
+        scored = next(c for c in self.choices if c.prompt is choice.prompt)
+        self.unsent[choice.index] = (first, *scored.prompt_logprobs)
+        text = b"".join(self.model.piece(int(token), special=True) for token in choice.prompt)
+        yield self.chunk(choice, {"text": text.decode("utf-8", "replace")})
+
+    def parts(self, event: engine.Event) -> Iterator[dict]:
+        if event.text:
+            yield {"text": event.text}
 
     def logprobs(self, index: int, tokens: tuple[engine.TokenLogprob, ...]) -> dict:
-        """The legacy shape; offsets count characters from the start of the reply's text."""
+        """The legacy shape; offsets count characters from the start of the choice's text."""
         texts, offsets = [self.token_text(entry.token) for entry in tokens], []
         for text in texts:
             offsets.append(self.offsets[index])
             self.offsets[index] += len(text)
         return {"tokens": texts, "text_offset": offsets,
-                "token_logprobs": [max(entry.logprob, LOWEST_LOGPROB) for entry in tokens],
-                "top_logprobs": [{self.token_text(token): max(logprob, LOWEST_LOGPROB)
-                                  for token, logprob in entry.top} for entry in tokens]}
+                "token_logprobs": [None if entry.logprob is None else
+                                   max(entry.logprob, LOWEST_LOGPROB) for entry in tokens],
+                "top_logprobs": [None if entry.logprob is None else {
+                    self.token_text(token): max(logprob, LOWEST_LOGPROB)
+                    for token, logprob in entry.top} for entry in tokens]}
+
+
+def piece_json(piece: bytes) -> str | list[int]:
+    """A token's bytes for JSON: as text, or one by one where they are only part of a character."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return list(piece)
 
 
 ROUTES = {
@@ -1114,6 +1706,10 @@ ROUTES = {
     ("GET", "/v1/models/{id}"): Handler.get_model,
     ("POST", "/v1/chat/completions"): Handler.post_chat,
     ("POST", "/v1/completions"): Handler.post_completion,
+    ("POST", "/v1/embeddings"): Handler.post_embeddings,
+    ("POST", "/tokenize"): Handler.post_tokenize,
+    ("POST", "/detokenize"): Handler.post_detokenize,
+    ("POST", "/apply-template"): Handler.post_template,
 }
 
 
@@ -1136,7 +1732,7 @@ def find_route(method: str, path: str) -> tuple[Callable, list[str]]:
     raise ApiError(404, f"unknown path {describe(path)}; GET / lists all", code="not_found")
 
 
-# ==== 8. Main: start, signals, drain ====================================================
+# ==== 9. Main: start, signals, drain ====================================================
 
 EXIT_OK, EXIT_UNUSABLE = 0, 2
 EXAMPLE_BODY = '{"messages": [{"role": "user", "content": "What is gravity?"}], "max_tokens": 64}'

@@ -1,0 +1,96 @@
+"""A real server in a process of its own, and clients that check the shape of all they get.
+
+The server runs under this Python, if llama_cpp is installed here; else under the repository's
+.venv, so that clients with many dependencies can be tested from a virtual environment of theirs.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+
+import openai_schemas
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = {"N_CTX": "1024", "PARALLEL": "4", "DRAIN_SECONDS": "2",
+            "MODEL_ALIASES": "[gpt-4o-mini, text-embedding-3-small]"}
+
+# The heavy clients' tests belong to the environment of requirements-clients.txt.
+collect_ignore = [] if importlib.util.find_spec("langchain_openai") else ["test_clients.py"]
+
+
+def server_python() -> str:
+    return (sys.executable if importlib.util.find_spec("llama_cpp")
+            else str(ROOT / ".venv" / "bin" / "python"))
+
+
+@contextlib.contextmanager
+def serve(**settings):
+    """`python server.py` on a free port; yields its address. It must live to the end."""
+    process = subprocess.Popen(
+        [server_python(), str(ROOT / "server.py"), "--port", "0"], text=True, cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **SETTINGS, **settings},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if match := re.match(r"try: curl (http://\S+)/v1/chat/completions -H", line):
+            break
+    else:
+        raise AssertionError(f"the server did not start: {''.join(lines)}")
+    reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
+    reader.start()  # a full pipe would block the server
+    try:
+        yield match[1]
+    finally:
+        died = process.poll()
+        process.terminate()
+        process.wait(timeout=60)
+    assert died is None, f"the server died with {died}: {''.join(lines[-30:])}"
+    assert process.returncode == 0
+
+
+def check_response(response: httpx.Response) -> None:
+    """An httpx hook: every reply and every chunk of a stream has the API's shape."""
+    response.read()
+    try:
+        asked = json.loads(response.request.content or b"null")
+    except (ValueError, RecursionError):
+        asked = None
+    openai_schemas.check_exchange(response.request.url.path, asked, response.status_code,
+                                  response.headers.get("content-type", ""), response.text)
+
+
+def checking_client(url: str) -> httpx.Client:
+    return httpx.Client(base_url=url, timeout=60, event_hooks={"response": [check_response]})
+
+
+@pytest.fixture(scope="session")
+def url():
+    """The address of the server that most tests share."""
+    with serve() as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def http(url):
+    """Raw HTTP to the shared server, all replies checked."""
+    with checking_client(url) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def start_server():
+    """A function that starts one more server, with settings of its own, and gives raw HTTP."""
+    with contextlib.ExitStack() as stack:
+        def start(**settings):
+            return stack.enter_context(checking_client(stack.enter_context(serve(**settings))))
+        yield start
