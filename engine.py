@@ -682,7 +682,7 @@ class Gbnf:
             return self._visit(whole, at, depth + 1)
         for key in schema.keys() & {"anyOf", "oneOf"}:
             parts = self._list(schema.pop(key), f"{at}.{key}")
-            kinds = [kind for part in parts for kind in _types(part, at) or ["any"]]
+            kinds = [kind for part in parts for kind in _types(part, at) or _kinds_of_values(part)]
             if key == "oneOf" and not is_tagged and len({*kinds, "any"}) <= len(kinds):
                 raise SchemaError(f"{at}.oneOf: the alternatives may overlap: write anyOf, or give "
                                   "each its own type, or a discriminator")
@@ -731,8 +731,10 @@ class Gbnf:
         members = schema.get("properties", {})
         required = self._list(schema.get("required", []), f"{at}.required")
         more = schema.get("additionalProperties", not members)
-        if not isinstance(members, dict) or not all(isinstance(name, str) for name in required):
-            raise SchemaError(f"{at}: properties must be an object, required a list of names")
+        members = {name: inner for name, inner in members.items()
+                   if inner is not False or name in required}
+        if not all(isinstance(name, str) for name in required):
+            raise SchemaError(f"{at}.required: must be a list of names")
         members = members | {name: more or True for name in required if name not in members}
         if schema.get("minProperties", 0) > len(required) or \
                 schema.get("maxProperties", math.inf) < (math.inf if more else len(members)):
@@ -821,7 +823,7 @@ class Gbnf:
             fraction = '"." [0-9]{0,5} [1-9]'
             ways += [f"{way} {fraction}" for way in _naturals(max(low, 0), high - 1)]
             ways += [f'"-" {way} {fraction}' for way in _naturals(max(-high, 0), -low - 1)]
-        return _any_of(ways, at)
+        return _any_of(ways, f"{at}.minimum")
 
 
 def _constraints(schema, at: str) -> dict:
@@ -858,6 +860,12 @@ def _type(value) -> str:
     """The JSON type of a value."""
     return {bool: "boolean", str: "string", int: "integer", float: "number", dict: "object",
             list: "array"}.get(type(value), "null")
+
+
+def _kinds_of_values(schema) -> set[str]:
+    """The types of what const or enum list; {"any"} without these."""
+    values = [schema["const"]] if "const" in schema else schema.get("enum", [])
+    return {_type(value) for value in values} or {"any"}
 
 
 def _both(a, b, at: str):
@@ -1134,7 +1142,7 @@ class SamplingParams:
     xtc_threshold: float = knob(0.1, 0, 1)  # ... but the last of those at least this probable
     mirostat: int = knob(0, 0, 2)  # 1, 2: steer the surprise towards tau, cut no candidates off
     mirostat_tau: float = knob(5.0, 0, 100)  # bits
-    mirostat_eta: float = knob(0.1, 0, 1)
+    mirostat_eta: float = knob(0.1, 0, 100)
     min_tokens: int = knob(0, 0, 2**31 - 1)  # no end before so many tokens
     seed: int | None = knob(None, -(2**63), 2**63 - 1)  # None: a new one every time
     logit_bias: dict[int, float] = dataclasses.field(default_factory=dict)

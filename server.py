@@ -42,7 +42,7 @@ import time
 import types
 import typing
 import urllib.parse
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -297,7 +297,10 @@ def read_object(cls, value: dict, at: str, ignored: list[str]):
                           "unsupported_parameter")
         given[field.name] = read_value(hints[field.name], sent, name, field.metadata, ignored)
     ignored += [prefix + name for name in value if name not in hints]
-    return cls(**given)
+    whole = cls(**given)
+    if hasattr(whole, "check"):  # what no single field can tell
+        whole.check(at)
+    return whole
 
 
 # ==== 4. Bodies: what a client may send =================================================
@@ -357,8 +360,9 @@ class Message:
             raise invalid(f"{at}.tool_calls", f"{at}: a {self.role} message cannot call tools")
         if self.content is None and not (calls or self.refusal or self.reasoning_content):
             raise invalid(f"{at}.content", f"{at}.content is required", "missing_field")
-        if self.role == "tool" and self.tool_call_id is None:
-            raise invalid(f"{at}.tool_call_id", f"{at}.tool_call_id is required", "missing_field")
+        for role, needed in (("tool", "tool_call_id"), ("function", "name")):
+            if self.role == role and getattr(self, needed) is None:
+                raise invalid(f"{at}.{needed}", f"{at}.{needed} is required", "missing_field")
 
 
 @dataclasses.dataclass
@@ -428,7 +432,7 @@ class GenerationBody(engine.SamplingParams):
     """What chat and plain completions have in common, besides how to choose tokens."""
 
     model: str | None = None
-    max_tokens: int | None = option(low=0)
+    max_tokens: int | None = option(low=1)
     n: int = option(1, low=1, high=128)
     stop: str | list[str] | None = option(max_length=16)
     logit_bias: dict[str, float] | None = option(low=-100, high=100)  # JSON's keys are strings
@@ -547,12 +551,12 @@ class ChatBody(GenerationBody):
                                      "were sent; the reply can follow only one of them")
         after = (unclosed,) if unclosed else ()
         if self.grammar is not None:
-            return engine.check_grammar(self.grammar), after
+            return self.plain_constraint(), after
         try:
             if wanted:
                 ways = [gbnf.add_schema(*self.schema())]
-            rules = [(name, engine.arguments_rule(gbnf, form, function["parameters"], at))
-                     for name, function, at in offer.rules()]
+            rules = [(name, engine.arguments_rule(gbnf, form, parameters, at))
+                     for name, parameters, at in offer.rules()]
             if rules and not ways and not offer.is_required and not form.at_start:
                 calls = engine.tool_grammar(form, rules, offer.is_parallel, True)
                 return gbnf.text(calls), (*after, form.trigger)
@@ -591,17 +595,18 @@ class Offer:
     where: str  # "tools", or the deprecated "functions"
 
     def rules(self) -> Iterator[tuple[str, dict, str]]:
-        """Each allowed function's name and body, and where its parameters stand in the request."""
+        """Each allowed function's name and parameters, and where these stand in the request. No
+        parameters, as the OpenAI reference has it, are an empty list of them."""
         for i, tool in enumerate(self.tools):
-            function = {"parameters": {}, **tool["function"]}
-            if function["name"] in self.allowed:
-                inner = ".function" if self.where == "tools" else ""
-                yield function["name"], function, f"{self.where}[{i}]{inner}.parameters"
+            name, inner = tool["function"]["name"], ".function" if self.where == "tools" else ""
+            if name in self.allowed:
+                parameters = tool["function"].get("parameters") or {"additionalProperties": False}
+                yield name, parameters, f"{self.where}[{i}]{inner}.parameters"
 
 
 DEFAULTED = ("temperature", "top_p", "top_k", "min_p")  # settings, where a body does not say
 LEGACY_MAX_TOKENS = 16  # the OpenAI reference's default for /v1/completions
-MAX_INPUTS = 2048  # texts, or tokens of one: the OpenAI limit for embeddings
+MAX_INPUTS = 2048  # texts in one request, as the OpenAI reference has it for embeddings
 Prompts = str | list[str] | list[int] | list[list[int]]
 
 
@@ -609,7 +614,8 @@ Prompts = str | list[str] | list[int] | list[list[int]]
 class CompletionBody(GenerationBody):
     """POST /v1/completions"""
 
-    prompt: Prompts = dataclasses.field(kw_only=True, metadata={"max_length": MAX_INPUTS})
+    prompt: Prompts = dataclasses.field(kw_only=True)
+    max_tokens: int | None = option(low=0)
     logprobs: int | None = option(low=0, high=20)
     echo: bool = False
     suffix: str | None = None
@@ -629,7 +635,7 @@ class CompletionBody(GenerationBody):
 class EmbeddingBody:
     """POST /v1/embeddings"""
 
-    input: Prompts = dataclasses.field(kw_only=True, metadata={"max_length": MAX_INPUTS})
+    input: Prompts = dataclasses.field(kw_only=True)
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = option(low=1)
@@ -971,12 +977,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The model list by name; `max_model_len` is vLLM's name for the context length of a
         request, `meta` has llama-server's names."""
         loaded = self.loaded_engine()
-        entry = {"object": "model", "created": self.server.started, "owned_by": NAME,
-                 "max_model_len": loaded.n_ctx,
-                 "meta": {"n_ctx": loaded.n_ctx, "n_ctx_train": loaded.model.n_ctx_train,
-                          "n_params": loaded.model.n_params, "size": loaded.model.size_bytes}}
+        model, created = loaded.model, self.server.started
+        may = {f"allow_{what}": what not in ("create_engine", "fine_tuning", "search_indices")
+               for what in ("create_engine", "sampling", "logprobs", "search_indices", "view",
+                            "fine_tuning")}
+        entry = {"object": "model", "created": created, "owned_by": NAME, "root": model.name,
+                 "parent": None, "max_model_len": loaded.n_ctx, "permission": [
+                     {"id": f"modelperm-{NAME}", "object": "model_permission", "created": created,
+                      **may, "organization": "*", "group": None, "is_blocking": False}],
+                 "meta": {"n_ctx": loaded.n_ctx, "n_ctx_train": model.n_ctx_train,
+                          "n_params": model.n_params, "size": model.size_bytes,
+                          "n_vocab": model.n_vocab, "n_embd": model.n_embd,
+                          "architecture": model.architecture, "quantization": model.quantization,
+                          "capabilities": [*["completion", "tools"] * model.generates, "embedding"]}}
         return {name: {"id": name, **entry}
-                for name in (loaded.model.name, *self.server.config.model_aliases)}
+                for name in (model.name, *self.server.config.model_aliases)}
 
     def check_model(self, name: str | None) -> None:
         names = self.model_entries()
@@ -994,7 +1009,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         loaded = self.loaded_engine()
         unclosed = engine.unclosed_reasoning(prompt)
         gbnf, triggers = chat.constraint(form, unclosed)
-        tokens = self.tokenize(loaded, prompt, "messages")
+        tokens = self.tokenize(prompt, "messages")
         parse = functools.partial(ChatParser, form if chat.offer.allowed else None,
                                   chat.offer.tools, unclosed, self.server.config.split_reasoning)
         self.generate(chat, [tokens], gbnf, triggers, functools.partial(
@@ -1003,8 +1018,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def render(self, chat: ChatBody) -> tuple[str, engine.ToolFormat]:
         """The prompt of a conversation, and how the model writes calls."""
         model = self.loaded_engine().model
-        for i, message in enumerate(chat.messages):
-            message.check(f"messages[{i}]")
+        for message in chat.messages:
             self.log_text(message.role, message.content)
         messages = [dataclasses.asdict(message) for message in chat.messages]
         begun = messages.pop() if chat.continue_final_message else None
@@ -1023,7 +1037,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except engine.TemplateError as error:
             raise invalid("messages", f"messages: the model's chat template refuses them: {error}",
                           "template_error") from None
-        return prompt + (text_of(begun["content"]) if begun else ""), form
+        return prompt + (text_of(begun["content"] or "") if begun else ""), form
 
     def post_completion(self, body: bytes) -> None:
         completion = self.read_request(CompletionBody, body)
@@ -1031,7 +1045,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if best_of < completion.n or (best_of > completion.n and completion.stream):
             raise invalid("best_of", f"best_of: {best_of} was sent; it must be at least n "
                                      f"({completion.n}), and equal to n in a stream")
-        prompts = self.read_prompts(loaded, completion.prompt, "prompt", loaded.n_ctx - 1)
+        prompts = self.read_prompts(completion.prompt, "prompt")
         if completion.suffix is not None:
             if not isinstance(completion.prompt, str):
                 raise invalid("suffix", "suffix: the prompt must be one string")
@@ -1039,7 +1053,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if prompt is None:
                 raise invalid("suffix", "suffix: this model was not trained to fill in; leave it "
                                         "out, or load one with fill-in-the-middle tokens")
-            prompts = [self.check_length(prompt, loaded.n_ctx - 1, "prompt")]
+            prompts = [self.check_length(prompt, "prompt", 1)]
         self.generate(completion, prompts, completion.plain_constraint(), (), TextRenderer, best_of)
 
     def post_embeddings(self, body: bytes) -> None:
@@ -1050,7 +1064,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if (request.dimensions or 0) > size:
             raise invalid("dimensions", f"dimensions: {request.dimensions} was sent, this model's "
                                         f"vectors have {size}")
-        texts = self.read_prompts(loaded, request.input, "input", loaded.n_ctx)
+        texts = self.read_prompts(request.input, "input", n_reply=0)
         self.tally.prompt = sum(map(len, texts))
         with engine_errors():
             vectors = loaded.embed(texts, self.check_connection)
@@ -1076,7 +1090,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def post_detokenize(self, body: bytes) -> None:
         request = self.read_request(DetokenizeBody, body)
         model = self.loaded_engine().model
-        tokens = self.read_tokens(model, request.tokens, "tokens").tolist()
+        tokens = self.read_tokens(request.tokens, "tokens").tolist()
         pieces = b"".join(model.piece(token, special=True) for token in tokens)
         self.send_json({"content": pieces.decode("utf-8", "replace")})
 
@@ -1154,45 +1168,45 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 reuses=body.cache_prompt, events=events))
         return choices
 
-    def read_prompts(self, loaded: engine.Engine, prompts, param: str, most: int) -> list[np.ndarray]:
-        """The tokens of a text or a list of tokens, or of each in a list; 400 when one is empty
-        or has more than `most`."""
-        model = loaded.model
+    def read_prompts(self, prompts: Prompts, param: str, n_reply: int = 1) -> list[np.ndarray]:
+        """The tokens of a text or a list of tokens, or of each in a list. n_reply: tokens of the
+        context that a reply needs."""
         if isinstance(prompts, str) or prompts and isinstance(prompts[0], int):
             prompts = [prompts]
-        if not prompts:
-            raise invalid(param, f"{param}: is empty; send at least one token")
-        return [self.tokenize(loaded, prompt, param, most) if isinstance(prompt, str) else
-                self.check_length(self.read_tokens(model, prompt, param), most, param)
+        if not 0 < len(prompts) <= MAX_INPUTS:
+            raise invalid(param, f"{param}: {len(prompts)} texts were sent; send 1 to {MAX_INPUTS}")
+        return [self.tokenize(prompt, param, n_reply) if isinstance(prompt, str) else
+                self.check_length(self.read_tokens(prompt, param), param, n_reply)
                 for prompt in prompts]
 
-    def read_tokens(self, model: engine.Model, tokens: list[int], param: str) -> np.ndarray:
+    def read_tokens(self, tokens: list[int], param: str) -> np.ndarray:
         """Token ids from a client; one outside the vocabulary would end the process in C."""
-        for token in tokens:
-            if not 0 <= token < model.n_vocab:
-                raise invalid(param, f"{param}: {describe(token)} is not a token id of this model "
-                                     f"(0 to {model.n_vocab - 1})")
+        n_vocab = self.loaded_engine().model.n_vocab
+        if wrong := [token for token in tokens if not 0 <= token < n_vocab]:
+            raise invalid(param, f"{param}: {describe(wrong[0])} is not a token id of this model "
+                                 f"(0 to {n_vocab - 1})")
         return np.array(tokens, dtype=np.int32)
 
-    def check_length(self, tokens: np.ndarray, most: int, param: str, at_least: str = "") -> np.ndarray:
-        """The tokens; 400 when there are none, or more than `most`."""
-        if len(tokens) > most:
-            raise invalid(param, f"{param}: there are {at_least}{len(tokens)} tokens, but the context "
-                                 f"has room for {most} here; shorten the text or raise n_ctx",
+    def tokenize(self, text: str, param: str, n_reply: int = 1) -> np.ndarray:
+        """The tokens of a text; 400 when there are none, or too many."""
+        loaded = self.loaded_engine()
+        if len(text) > loaded.n_ctx:  # characters: it may or may not fit
+            fewest = loaded.model.fewest_tokens(text)
+            if fewest > loaded.n_ctx - n_reply:
+                self.check_length(range(fewest), param, n_reply, "over ")
+        return self.check_length(loaded.model.tokenize(text), param, n_reply)
+
+    def check_length(self, tokens: Sequence, param: str, n_reply: int, over: str = "") -> Sequence:
+        """The tokens; 400 when there are none, or more than the context holds."""
+        n_ctx = self.loaded_engine().n_ctx
+        if len(tokens) > n_ctx - n_reply:
+            reply = ", one of them for the reply" * n_reply
+            raise invalid(param, f"{param}: the text has {over}{len(tokens)} tokens, but the context "
+                                 f"is {n_ctx} tokens{reply}; shorten the text or raise n_ctx",
                           "context_length_exceeded")
         if len(tokens) == 0:
-            raise invalid(param, f"{param}: is empty; send at least one token")
+            raise invalid(param, f"{param}: the text is empty; send at least one token")
         return tokens
-
-    def tokenize(self, loaded: engine.Engine, text: str, param: str, most: int = 0) -> np.ndarray:
-        """The tokens of a text; 400 when there are none, or more than `most` (by default what
-        leaves room for a reply)."""
-        most = most or loaded.n_ctx - 1
-        if len(text) > most:  # characters: it may or may not fit
-            n_tokens = loaded.model.fewest_tokens(text)
-            if n_tokens > most:
-                return self.check_length(range(n_tokens), most, param, "over ")
-        return self.check_length(loaded.model.tokenize(text), most, param)
 
     def check_connection(self) -> None:
         """Raise ConnectionError when the client has closed its side."""
@@ -1284,9 +1298,7 @@ def _prepare(message: dict, form: engine.ToolFormat) -> dict:
         fits = not form.short_ids or re.fullmatch("[A-Za-z0-9]{9}", call_id)
         return call_id if fits else hashlib.sha256(call_id.encode()).hexdigest()[:9]
 
-    role, content = message["role"], message.get("content") or ""
-    if isinstance(content, list):
-        content = "\n".join(part.get("text") or part.get("refusal", "") for part in content)
+    role, content = message["role"], text_of(message.get("content") or "")
     turn = {"role": NEW_ROLES.get(role, role), "content": content}
     if message.get("reasoning_content"):
         turn["reasoning_content"] = message["reasoning_content"]
@@ -1304,6 +1316,13 @@ def _prepare(message: dict, form: engine.ToolFormat) -> dict:
         texts = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
         turn["content"] = f"{content}\n{_write_calls(form, texts)}".lstrip("\n")
     return turn
+
+
+def text_of(content: str | list[dict]) -> str:
+    """A message's content, its parts joined."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] or part["refusal"] for part in content)
 
 
 def _read_object(text: str) -> dict | str:

@@ -156,8 +156,9 @@ HI = [{"role": "user", "content": "hi"}]
     ({"stream": "yes"}, "stream", "true or false"),
     ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "true or false"),
     ({"top_logprobs": 21}, "top_logprobs", "between 0 and 20"),
-    ({"tools": [{"type": "function"}]}, "tools", "not supported; got [{"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function", "required"),
+    ({"response_format": {"type": "yaml"}}, "response_format.type", "'json_schema'"),
+    ({"store": True}, "store", "not stored; got true"),
 ])
 def test_a_wrong_field_is_refused_by_name_with_the_limit(change, param, words):
     """The message says what was sent and what is allowed; `param` says where."""
@@ -172,7 +173,7 @@ def test_what_openai_clients_send_as_nothing_is_nothing():
             "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"],
             "max_tokens": 4.0}
     chat = server.read_object(server.ChatBody, body, "", [])
-    assert chat.temperature is None and chat.max_tokens == 4 and type(chat.max_tokens) is int
+    assert chat.temperature == 1 and chat.max_tokens == 4 and type(chat.max_tokens) is int
 
 
 def test_unknown_fields_are_named_at_every_depth():
@@ -455,8 +456,7 @@ def test_an_exception_while_sampling_ends_that_request_only():
     assert result(good) == (reply_to(b"good", 4), "length")
 
 
-@pytest.mark.parametrize("part, method", [("context", "decode"), ("context", "trim"),
-                                          ("context", "sample"), ("model", "piece"),
+@pytest.mark.parametrize("part, method", [("context", "decode"), ("context", "trim"), ("model", "piece"),
                                           (None, "_fill"), (None, "_admit")])
 def test_the_engine_thread_outlives_an_exception_in_a_step(part, method, monkeypatch):
     """Whatever breaks, the request concerned is told and the next one is served."""
@@ -801,7 +801,8 @@ def test_health_root_and_head(live, model):
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 1100}]}, 400,
      "messages", "context_length_exceeded"),
     ("/v1/completions", {"prompt": ""}, 400, "prompt", "invalid_value"),
-    ("/v1/completions", {"prompt": ["a", "b"]}, 400, "prompt", "invalid_type"),
+    ("/v1/completions", {"prompt": ["a", 2]}, 400, "prompt", "invalid_type"),
+    ("/v1/completions", {"prompt": [2, 49152]}, 400, "prompt", "invalid_value"),
     ("/v1/completions", {"prompt": "word " * 1100, "stream": True}, 400, "prompt",
      "context_length_exceeded"),
     ("/v1/chat/completions", b"{", 400, None, "invalid_json"),
