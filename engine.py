@@ -13,6 +13,7 @@ Threads: one engine thread runs `Engine.step` for ever. Handler threads prepare 
 import codecs
 import collections
 import concurrent.futures
+import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -22,9 +23,11 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import queue
 import re
+import resource
 import secrets
 import subprocess
 import sys
@@ -554,7 +557,8 @@ def _pointer(array: np.ndarray, ctype):
 
 MAX_SCHEMA_NODES, MAX_SCHEMA_DEPTH = 4000, 48  # subschemas looked at; one inside the other
 MAX_GRAMMAR = 2**18  # bytes of GBNF
-MAX_COPIES = 2000  # of what a pattern repeats: llama.cpp follows that many places at once
+MAX_COPIES, MAX_NESTED_COPIES = 100_000, 256  # llama.cpp may follow as many ways as the latter
+MAX_OPTIONAL = 256  # properties that may be left out: after each comma all are still possible
 BLOCK = 32  # repetitions in one rule; more are blocks of blocks
 ANNOTATIONS = frozenset(
     "title description default examples deprecated readOnly writeOnly $schema $id $comment $defs "
@@ -691,9 +695,9 @@ class Gbnf:
             return _any_of(ways, f"{at}.{key}")
         types = _types(schema, at)
         if "enum" in schema:
-            texts = [literal(json.dumps(value, ensure_ascii=False)) for value in schema["enum"]
-                     if not types or _type(value) in types or {_type(value), *types} >= {"integer", "number"}]
-            return _any_of(texts, f"{at}.enum")
+            texts = [json.dumps(value, ensure_ascii=False) for value in schema["enum"] if not types
+                     or {_type(value), *types} >= {"integer", "number"} or _type(value) in types]
+            return _any_of([_one_of(texts)] if texts else [], f"{at}.enum")
         visitors = {"object": self._object, "array": self._array, "string": self._string,
                     "integer": self._number, "number": self._number}
         types = types or [kind for kind in KEYWORDS if schema.keys() & KEYWORDS[kind]][:1]
@@ -736,6 +740,9 @@ class Gbnf:
         if not all(isinstance(name, str) for name in required):
             raise SchemaError(f"{at}.required: must be a list of names")
         members = members | {name: more or True for name in required if name not in members}
+        if len(members) - len(required) > MAX_OPTIONAL:
+            raise SchemaError(f"{at}: {len(members) - len(required)} properties are optional, the "
+                              f"limit is {MAX_OPTIONAL}: require some of them")
         if schema.get("minProperties", 0) > len(required) or \
                 schema.get("maxProperties", math.inf) < (math.inf if more else len(members)):
             raise SchemaError(f"{at}: minProperties and maxProperties are not supported; list the "
@@ -889,6 +896,15 @@ def _both(a, b, at: str):
     return both
 
 
+def _one_of(texts: list[str]) -> str:
+    """GBNF of one of the texts: a tree, so that there is one way to read each beginning."""
+    prefix = os.path.commonprefix(texts)
+    rests = sorted({text[len(prefix):] for text in texts})
+    groups = [list(group) for _, group in itertools.groupby(rests, lambda rest: rest[:1])]
+    ways = [literal(group[0]) if len(group) == 1 else _one_of(group) for group in groups]
+    return literal(prefix) if len(ways) == 1 else f"{literal(prefix)} ({' | '.join(ways)})"
+
+
 def _any_of(ways: list[str], at: str) -> str:
     if not ways:
         raise SchemaError(f"{at}: nothing satisfies it")
@@ -1000,8 +1016,8 @@ class Pattern:
             low, high, inner = what
             high = None if high == re._constants.MAXREPEAT else int(high)
             before, self._n_copies = self._n_copies, self._n_copies * max(low, high or 1, 1)
-            if self._n_copies > MAX_COPIES:
-                raise self._refuse(f"more than {MAX_COPIES} repetitions")
+            if self._n_copies > (MAX_COPIES if before == 1 else MAX_NESTED_COPIES):
+                raise self._refuse(f"repeating a repetition more than {MAX_NESTED_COPIES} times in all")
             rule = self._grammar.add_rule(self._sequence(list(inner), False, False))
             self._n_copies = before
             repeated = self._grammar.repeat(rule, int(low), high)
@@ -1039,27 +1055,6 @@ class Pattern:
         ways += [literal("\\" + escape) for code, escape in ESCAPES.items()
                  if any(low <= code <= high for low, high in spans)]
         return f"({' | '.join(ways)})" if len(ways) != 1 else ways[0]
-
-
-MAX_CLIENT_GRAMMAR, MAX_PARENTHESES = 2**16, 32  # characters; one inside the other
-GBNF_TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|\[(?:\\.|[^\]\\\n])*\]|#[^\n]*|[()]|["[\]]')
-
-
-def check_grammar(text: str) -> str:
-    """A client's GBNF, as it was sent, where llama.cpp's parser will survive it: it recurses into
-    parentheses and reads on behind an end. Raises SchemaError."""
-    depth = deepest = 0
-    tokens = GBNF_TOKEN.findall(text)
-    for token in tokens:
-        depth += (token == "(") - (token == ")")
-        deepest = max(deepest, depth)
-    if len(text) > MAX_CLIENT_GRAMMAR or deepest > MAX_PARENTHESES:
-        raise SchemaError(f"grammar: has {len(text)} characters and parentheses {deepest} deep; the "
-                          f"limits are {MAX_CLIENT_GRAMMAR} and {MAX_PARENTHESES}")
-    if depth or "\0" in text or {'"', "[", "]"} & set(tokens):
-        raise SchemaError("grammar: has a null character, or a string, class or parenthesis that "
-                          "does not end")
-    return text
 
 
 # ---- tool calls: the literals of a ToolFormat, so that a call always parses
@@ -1225,6 +1220,82 @@ class Grammar:
         return self._among(np.append(tokens, list(self._model.end_tokens)).astype(np.int32))
 
 
+class GuardedGrammar:
+    """A grammar that a client wrote, with the interface of Grammar, in a child process.
+
+    llama.cpp recurses over such a text and follows every way to read it, so that a few lines of
+    GBNF can overflow the stack, double the work with each character or fill the memory. A child
+    that dies, or does not answer in time, ends one request only.
+    """
+
+    MAX_SECONDS, MAX_CPU_SECONDS, MAX_BYTES = 2.0, 600, 2**30  # an answer; all; beyond ours
+
+    def __init__(self, model: Model, gbnf: str, triggers: tuple[str, ...] = ()):
+        """As for Grammar. Raises GrammarError."""
+        model.byte_tokens  # makes the tables: here, once, not in each child
+        fork = multiprocessing.get_context("fork")  # the child has the vocabulary already
+        self._pipe, pipe = fork.Pipe()
+        self._child = fork.Process(target=self._serve, args=(pipe, model, gbnf, triggers), daemon=True)
+        self._child.start()
+        pipe.close()
+        self._answer()
+
+    @classmethod
+    def _serve(cls, pipe, model: Model, gbnf: str, triggers: tuple[str, ...]) -> None:
+        """The child's life: answer questions until the pipe ends."""
+        for name in os.listdir("/proc/self/fd"):  # other clients' connections, above all
+            if int(name) > 2 and int(name) != pipe.fileno():
+                with contextlib.suppress(OSError):
+                    os.close(int(name))
+        limit = 2**10 * int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+        resource.setrlimit(resource.RLIMIT_AS, (limit + cls.MAX_BYTES,) * 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (cls.MAX_CPU_SECONDS,) * 2)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        try:
+            grammar = Grammar(model, gbnf, triggers)
+            pipe.send(None)
+            while True:
+                method, *arguments = pipe.recv()
+                pipe.send(getattr(grammar, method)(*arguments))
+        except GrammarError as error:
+            pipe.send(error)
+        except EOFError:
+            pass
+        os._exit(0)
+
+    def _answer(self):
+        """The child's answer; GrammarError if it has none in time."""
+        try:
+            answer = self._pipe.recv() if self._pipe.poll(self.MAX_SECONDS) else GrammarError(
+                f"it takes longer than {self.MAX_SECONDS:g} seconds for a token; make it simpler: let "
+                "no two alternatives begin alike")
+        except (EOFError, OSError):
+            answer = GrammarError("it is nested too deeply or needs too much memory")
+        if isinstance(answer, GrammarError):
+            self._child.kill()
+            raise answer
+        return answer
+
+    def _ask(self, *question):
+        with contextlib.suppress(OSError):  # then there is no answer either
+            self._pipe.send(question)
+        return self._answer()
+
+    def take(self, token: int) -> bool:
+        """As Grammar.take."""
+        return self._ask("take", token)
+
+    def allowed(self) -> np.ndarray:
+        """As Grammar.allowed."""
+        return self._ask("allowed")
+
+    def __del__(self):
+        if hasattr(self, "_child"):
+            self._child.kill()
+            self._child.join()
+            self._pipe.close()
+
+
 class Sampler:
     """One request's choice of tokens: llama.cpp's chain of samplers, then its grammar.
 
@@ -1235,7 +1306,7 @@ class Sampler:
     MAX_DRAWS = 2  # refused draws before all tokens are tested: a draw costs less, but may fail too
 
     def __init__(self, model: Model, params: SamplingParams, n_ctx: int, prompt: np.ndarray,
-                 grammar: Grammar | None = None):
+                 grammar: Grammar | GuardedGrammar | None = None):
         """prompt: token ids; the last ones count as text so far for repeat_penalty and DRY."""
         self._model, self._grammar, self._min_tokens = model, grammar, params.min_tokens
         self._n_taken = 0
@@ -1510,7 +1581,7 @@ class Event:
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None  # "stop" or "length"
-    error: EngineFault | EngineClosed | None = None
+    error: EngineFault | EngineClosed | GrammarError | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -1941,6 +2012,9 @@ class Engine:
                 logprob = token_logprob(logits, token, request.n_top_logprobs)
             is_end = token in self.model.end_tokens or token == NO_TOKEN
             event = request.push(b"" if is_end else self.model.piece(token), is_end, logprob)
+        except GrammarError as error:  # the client's own
+            self._fail(slot, error)
+            return
         except Exception as error:
             log.exception("sampling failed")
             self._fail(slot, EngineFault(f"sampling failed: {describe(error)}"))

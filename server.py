@@ -456,11 +456,14 @@ class GenerationBody(engine.SamplingParams):
         if self.grammar is not None and self.json_schema is not None:
             raise invalid("grammar", "grammar and json_schema were sent; the reply can follow only "
                                      "one of them")
+        if self.grammar == "" or (self.grammar and self.n > MAX_GRAMMAR_CHOICES):
+            raise invalid("grammar", f"grammar: has {len(self.grammar)} characters for {self.n} "
+                                     f"choices; send a text, for at most {MAX_GRAMMAR_CHOICES}")
         try:
             if self.json_schema is not None:
                 gbnf = engine.Gbnf()
                 return gbnf.text(gbnf.add_schema(self.json_schema, "json_schema"))
-            return engine.check_grammar(self.grammar) if self.grammar is not None else ""
+            return self.grammar or ""
         except engine.SchemaError as error:
             raise invalid(str(error).split(":")[0], str(error)) from None
 
@@ -604,6 +607,7 @@ class Offer:
                 yield name, parameters, f"{self.where}[{i}]{inner}.parameters"
 
 
+MAX_GRAMMAR_CHOICES = 8  # each has a process of its own, see engine.GuardedGrammar
 DEFAULTED = ("temperature", "top_p", "top_k", "min_p")  # settings, where a body does not say
 LEGACY_MAX_TOKENS = 16  # the OpenAI reference's default for /v1/completions
 MAX_INPUTS = 2048  # texts in one request, as the OpenAI reference has it for embeddings
@@ -1154,8 +1158,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             prompt = prompts[index // n_each]
             if body.seed is not None:
                 params["seed"] = body.seed + index * SEED_STRIDE
+            kind = engine.Grammar if body.grammar is None else engine.GuardedGrammar
             try:
-                grammar = engine.Grammar(model, gbnf, triggers) if gbnf else None
+                grammar = kind(model, gbnf, triggers) if gbnf else None
             except engine.GrammarError as error:
                 source = next(name for name in ("grammar", "json_schema", "response_format", "tools")
                               if getattr(body, name, None) is not None)
@@ -1245,6 +1250,8 @@ def engine_errors():
     except (engine.QueueFull, engine.EngineClosed) as error:
         code = "queue_full" if isinstance(error, engine.QueueFull) else "shutting_down"
         raise unavailable(str(error), code) from None
+    except engine.GrammarError as error:
+        raise invalid("grammar", f"grammar: {error}") from None
     except engine.EngineFault as error:
         raise ApiError(500, str(error), code="engine_error") from None
 

@@ -114,7 +114,7 @@ def test_format_text_is_the_default(http):
 
 
 def test_json_object_is_an_object_streamed_or_not(http):
-    asked = dict(text='Write this JSON object: {"fruit": "apple"}', max_tokens=300,
+    asked = dict(text='Answer only with the JSON object {"fruit": "apple"}.', max_tokens=300,
                  response_format={"type": "json_object"})
     for choice in (ask(http, **asked), ask_streamed(http, **asked)):
         assert choice["finish_reason"] == "stop"

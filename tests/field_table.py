@@ -1,0 +1,204 @@
+"""The README's tables of request fields, made from the dataclasses in server.py.
+
+`python tests/field_table.py` writes them between the two markers in README.md; a test checks that
+they are there as made. What becomes of a field and its limits come from its metadata, the notes
+from NOTES below.
+"""
+
+import dataclasses
+import inspect
+import math
+import sys
+import typing
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import engine  # noqa: E402
+import server  # noqa: E402
+
+BEGIN, END = "<!-- fields -->\n", "<!-- /fields -->\n"
+BODIES = {server.ChatBody: "chat", server.CompletionBody: "completions",
+          server.EmbeddingBody: "embeddings", server.TokenizeBody: "tokenize",
+          server.DetokenizeBody: "detokenize"}
+# In this order the fields are listed: OpenAI's of each path, those that paths share, samplers.
+ORDER = [server.ChatBody, server.CompletionBody, server.EmbeddingBody, server.TokenizeBody,
+         server.DetokenizeBody, server.GenerationBody, engine.SamplingParams]
+KINDS = ("honoured", "no effect", "refused")
+SETTING = "default: the setting"
+LOCAL = "local extension"
+
+# By the field's path, or by "PLACE PATH" where places differ.
+NOTES = {
+    "model": "the model's name or one of `model_aliases`; may be left out",
+    "messages": "content is a string or text parts; an assistant's may be null beside `tool_calls`",
+    "chat max_tokens": SETTING,
+    "completions max_tokens": "default: 16",
+    "max_completion_tokens": "the newer name; wins over `max_tokens`",
+    "chat logprobs": "true or false; with `bytes`",
+    "completions logprobs": "the legacy shape",
+    "top_logprobs": "needs `logprobs: true`",
+    "response_format": "`text`, `json_object` or `json_schema`, see Structured output",
+    "tools": "functions, see Tools",
+    "tool_choice": "`none`, `auto`, `required`, a named function, or `allowed_tools`",
+    "parallel_tool_calls": "false: one call at most; default: true",
+    "functions": "the deprecated form of `tools`",
+    "function_call": "the deprecated form of `tool_choice`",
+    "reasoning_effort": "given to the template; `none` and `minimal` also set `enable_thinking: "
+                        "false`, the others true",
+    "chat_template_kwargs": f"{LOCAL}: variables for the chat template",
+    "add_generation_prompt": f"{LOCAL}: false ends the prompt after the last message",
+    "continue_final_message": f"{LOCAL}: the reply goes on where the last, the assistant's, "
+                              "message ends",
+    "prompt": "a string, a list of strings, a list of token ids, or a list of such lists; at most "
+              f"{server.MAX_INPUTS}",
+    "echo": "the text begins with the prompt; with `logprobs`, its tokens are scored too",
+    "suffix": "what follows the reply; 400 where the model has no fill-in-the-middle tokens",
+    "best_of": "at least `n`; the `n` likeliest of so many replies; in a stream equal to `n`",
+    "input": f"a string, a list of strings, a list of token ids, or a list of such lists; at most "
+             f"{server.MAX_INPUTS}",
+    "dimensions": "at most the model's; the vector's beginning, brought to length 1",
+    "content": "the text",
+    "add_special": "put the BOS in front, where the model has one; default: false",
+    "parse_special": "special tokens written out become these tokens; default: true",
+    "with_pieces": "also the text of each token; default: false",
+    "tokens": "token ids",
+    "n": "choices for each prompt, which share one reading of it; default: 1",
+    "stop": "a string or a list; the text ends before it",
+    "logit_bias": "by token id",
+    "ignore_eos": f"{LOCAL}: no end of text",
+    "stream": "server-sent events",
+    "stream_options": "needs `stream: true`",
+    "cache_prompt": f"{LOCAL}: false reads the prompt anew; default: true",
+    "grammar": f"{LOCAL}: GBNF that the reply follows",
+    "json_schema": f"{LOCAL}: a JSON Schema that the reply satisfies",
+    "seed": "the same seed and request give the same reply, but for rounding when other requests "
+            "run beside it; default: a new one each time",
+    "temperature": f"0 takes the likeliest token; {SETTING}",
+    "top_p": SETTING,
+    "top_k": f"{LOCAL}: 0 and -1 keep all tokens; {SETTING}",
+    "min_p": f"{LOCAL}; {SETTING}",
+    "typical_p": f"{LOCAL}; 1: off",
+    "top_n_sigma": f"{LOCAL}; below 0: off",
+    "presence_penalty": "counts the tokens of the reply",
+    "frequency_penalty": "counts the tokens of the reply",
+    "repeat_penalty": f"{LOCAL}; 1: off",
+    "repeat_last_n": f"{LOCAL}: tokens looked back at, in the prompt too; -1: all; default: 64",
+    "dry_multiplier": f"{LOCAL}; 0: off",
+    "dry_base": f"{LOCAL}; default: 1.75",
+    "dry_allowed_length": f"{LOCAL}; default: 2",
+    "dry_penalty_last_n": f"{LOCAL}: tokens looked back at; -1, the default: all",
+    "dry_sequence_breakers": f"{LOCAL}; default: line end, `:`, `\"`, `*`",
+    "xtc_probability": f"{LOCAL}; 0: off",
+    "xtc_threshold": f"{LOCAL}; default: 0.1",
+    "mirostat": f"{LOCAL}: 1 and 2 take the place of all samplers but the temperature; 0: off",
+    "mirostat_tau": f"{LOCAL}; default: 5",
+    "mirostat_eta": f"{LOCAL}; default: 0.1",
+    "min_tokens": f"{LOCAL}: no end before so many tokens",
+    "store": "but for false",
+    "modalities": "but for `[\"text\"]`",
+    "messages[].role": "`developer` is taken for `system`, `function` for `tool`",
+    "messages[].content": "null only beside calls, a refusal or reasoning",
+    "messages[].name": "what a `function` message answers; elsewhere it changes nothing",
+    "messages[].tool_calls": "in an assistant's message",
+    "messages[].tool_calls[].function.arguments": "JSON as text",
+    "messages[].tool_call_id": "required in a `tool` message",
+    "messages[].function_call": "the deprecated form of `tool_calls`",
+    "messages[].reasoning_content": "given to the template",
+    "response_format.schema": f"{LOCAL}: with `json_object`, a schema as in `json_schema`",
+    "response_format.json_schema.strict": "the reply always validates",
+    "tools[].function.parameters": "a JSON Schema; left out: no parameters",
+    "tools[].function.strict": "the arguments always validate",
+    "tool_choice.allowed_tools.tools": "items as in `tools`, names are enough",
+    "tool_choice.function": "its `name`",
+}
+
+
+def kind_of(field: dataclasses.Field) -> str:
+    return next((kind for kind in KINDS[1:] if field.metadata.get(kind.replace(" ", "_"))), KINDS[0])
+
+
+def number(value: float) -> str:
+    """A limit as it is best read: 2^31-1, not 2147483647."""
+    size = abs(value) + (value > 0)
+    if size >= 2**31 and math.log2(size).is_integer():
+        return f"{'-' * (value < 0)}2^{math.log2(size):.0f}{'-1' * (value > 0)}"
+    return f"{value:g}"
+
+
+def limits_of(field: dataclasses.Field, hint) -> str:
+    """The values and limits of a field, as the validator checks them."""
+    texts = [f"`{word}`" for option in (hint, *typing.get_args(hint))
+             if typing.get_origin(option) is typing.Literal for word in typing.get_args(option)]
+    said = [", ".join(texts)] if texts else []
+    get = field.metadata.get
+    low, high = get("low", -math.inf), get("high", math.inf)
+    if math.isfinite(low):
+        said += [f"{number(low)} to {number(high)}" if math.isfinite(high) else
+                 f"at least {number(low)}"]
+    if "min_length" in field.metadata:
+        said += [f"at least {get('min_length')} item{'s' * (get('min_length') != 1)}"]
+    if "max_length" in field.metadata:
+        said += [f"at most {get('max_length')} items"]
+    return "; ".join(said)
+
+
+def dataclasses_in(hint, path: str):
+    """Yield (dataclass, path) for what a type holds; a list's items have [] behind the path."""
+    if dataclasses.is_dataclass(hint):
+        yield hint, path
+    for inner in typing.get_args(hint):
+        yield from dataclasses_in(inner, path + "[]" * (typing.get_origin(hint) is list))
+
+
+def rows_of(cls, place: str, path: str, seen: set) -> list[tuple[str, str, str, str]]:
+    """(path, kind, place, limits) of each field, then of those inside; a class is listed once."""
+    rows, inside = [], []
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        name = path + field.name
+        rows.append((name, kind_of(field), place, limits_of(field, hints[field.name])))
+        for inner, at in dataclasses_in(hints[field.name], name):
+            if inner not in seen:
+                seen.add(inner)
+                inside += rows_of(inner, place, f"{at}.", seen)
+    return rows + inside
+
+
+def make() -> str:
+    """Both tables, in Markdown."""
+    order = [name for cls in ORDER for name in inspect.get_annotations(cls)]
+    unused, seen, found = set(NOTES), set(), {}  # {(path, kind, rest of the row): places}
+    for cls, place in BODIES.items():
+        for path, kind, place, limits in rows_of(cls, place, "", seen):
+            key = f"{place} {path}" if f"{place} {path}" in NOTES else path
+            unused.discard(key)
+            said = "; ".join(filter(None, (limits, NOTES.get(key, ""))))
+            places = found.setdefault((path, kind, said), [])
+            places += [place] if place not in places else []
+    if unused:
+        raise SystemExit(f"NOTES of fields that are not there: {', '.join(sorted(unused))}")
+    rows = sorted(found.items(), key=lambda row: (
+        KINDS.index(row[0][1]), order.index(row[0][0]) if row[0][0] in order else 0))
+    lines = ["| field | what becomes of it | in | |", "|---|---|---|---|"]
+    lines += [f"| `{path}` | {kind} | {', '.join(places)} | {said} |"
+              for (path, kind, said), places in rows if "." not in path]
+    lines += ["", "Inside them:", "", "| field | what becomes of it | |", "|---|---|---|"]
+    lines += [f"| `{path}` | {kind} | {said} |" for path, kind, said in found if "." in path]
+    return "\n".join(lines) + "\n"
+
+
+def parts(readme: str) -> tuple[str, str, str]:
+    """What stands before, between and behind the markers."""
+    before, _, rest = readme.partition(BEGIN)
+    between, end, after = rest.partition(END)
+    if not end:
+        raise SystemExit(f"README.md lacks the markers {BEGIN.strip()} and {END.strip()}")
+    return before + BEGIN, between, END + after
+
+
+if __name__ == "__main__":
+    file = ROOT / "README.md"
+    before, _, after = parts(file.read_text())
+    file.write_text(before + make() + after)
