@@ -39,12 +39,13 @@ WORDS = ("time year people way day man thing woman life child world school state
 class Stream:
     """One request and when its pieces arrived. All times are seconds since `started`."""
 
-    def __init__(self, url: str, messages: list[dict], max_tokens: int, eos: list[int]):
+    def __init__(self, url: str, messages: list[dict], max_tokens: int, eos: list[int], **more):
+        """more: further fields of the body."""
         self.url = urllib.parse.urlsplit(url)
         self.body = json.dumps({
             "model": model_at(url), "messages": messages, "stream": True, "max_tokens": max_tokens,
             "temperature": 0, "logit_bias": {str(token): -100 for token in eos},
-            "stream_options": {"include_usage": True}})
+            "stream_options": {"include_usage": True}, **more})
         self.max_tokens = max_tokens
         self.arrivals: list[float] = []
         self.text: list[str] = []
@@ -224,8 +225,29 @@ def rate(url: str, rng: random.Random, eos: list[int]) -> dict[str, float]:
     return figures
 
 
+PEOPLE = {"type": "array", "minItems": 4, "maxItems": 6, "items": {
+    "type": "object", "additionalProperties": False, "required": ["name", "age", "job", "likes"],
+    "properties": {"name": {"type": "string", "maxLength": 40}, "age": {"type": "integer"},
+                   "job": {"enum": ["baker", "pilot", "nurse", "farmer"]},
+                   "likes": {"type": "array", "maxItems": 3,
+                             "items": {"type": "string", "maxLength": 40}}}}}
+
+
+def constrained(url: str, rng: random.Random, eos: list[int]) -> dict[str, float]:
+    """A reply held to a JSON Schema, against a free one to the same prompt."""
+    messages = user(f"Describe four people as JSON. Their town is {text_of(3, rng)}.")
+    seconds = {}
+    for kind, more in (("free", {}), ("constrained", {"response_format": {
+            "type": "json_schema", "json_schema": {"name": "people", "schema": PEOPLE}}})):
+        stream = Stream(url, messages, 160, eos, **more).run()
+        seconds[kind] = (stream.arrivals[-1] - stream.arrivals[0]) / (stream.n_tokens - 1)
+    return {"free ms/token": 1e3 * seconds["free"],
+            "constrained ms/token": 1e3 * seconds["constrained"],
+            "constrained/free": seconds["constrained"] / seconds["free"]}
+
+
 SCENARIOS = {scenario.__name__: scenario
-             for scenario in (single, eight, shared, beside, conversation, rate)}
+             for scenario in (single, eight, shared, beside, conversation, rate, constrained)}
 HIGHER_IS_BETTER = ("tokens/s", "req/s")
 
 
