@@ -27,7 +27,7 @@ ORDER = [server.ChatBody, server.CompletionBody, server.EmbeddingBody, server.To
          server.DetokenizeBody, server.GenerationBody, engine.SamplingParams]
 KINDS = ("honoured", "no effect", "refused")
 SETTING = "default: the setting"
-LOCAL = "local extension"
+LOCAL = "local"
 
 # By the field's path, or by "PLACE PATH" where places differ.
 NOTES = {
@@ -39,12 +39,12 @@ NOTES = {
     "chat logprobs": "true or false; with `bytes`",
     "completions logprobs": "the legacy shape",
     "top_logprobs": "needs `logprobs: true`",
-    "response_format": "`text`, `json_object` or `json_schema`, see Structured output",
-    "tools": "functions, see Tools",
-    "tool_choice": "`none`, `auto`, `required`, a named function, or `allowed_tools`",
+    "response_format": "see Structured output",
+    "tools": "functions; see Tools",
+    "tool_choice": "or a named function, or `allowed_tools`",
     "parallel_tool_calls": "false: one call at most; default: true",
     "functions": "the deprecated form of `tools`",
-    "function_call": "the deprecated form of `tool_choice`",
+    "function_call": "or a named function; the deprecated form of `tool_choice`",
     "reasoning_effort": "given to the template; `none` and `minimal` also set `enable_thinking: "
                         "false`, the others true",
     "chat_template_kwargs": f"{LOCAL}: variables for the chat template",
@@ -71,7 +71,8 @@ NOTES = {
     "stream": "server-sent events",
     "stream_options": "needs `stream: true`",
     "cache_prompt": f"{LOCAL}: false reads the prompt anew; default: true",
-    "grammar": f"{LOCAL}: GBNF that the reply follows",
+    "grammar": f"{LOCAL}: GBNF that the reply follows; for at most {server.MAX_GRAMMAR_CHOICES} "
+               "choices",
     "json_schema": f"{LOCAL}: a JSON Schema that the reply satisfies",
     "seed": "the same seed and request give the same reply, but for rounding when other requests "
             "run beside it; default: a new one each time",
@@ -107,6 +108,7 @@ NOTES = {
     "messages[].function_call": "the deprecated form of `tool_calls`",
     "messages[].reasoning_content": "given to the template",
     "response_format.schema": f"{LOCAL}: with `json_object`, a schema as in `json_schema`",
+    "response_format.json_schema.name": "required, but changes nothing",
     "response_format.json_schema.strict": "the reply always validates",
     "tools[].function.parameters": "a JSON Schema; left out: no parameters",
     "tools[].function.strict": "the arguments always validate",
@@ -116,7 +118,9 @@ NOTES = {
 
 
 def kind_of(field: dataclasses.Field) -> str:
-    return next((kind for kind in KINDS[1:] if field.metadata.get(kind.replace(" ", "_"))), KINDS[0])
+    """Refused, no effect, or honoured."""
+    said = (kind for kind in KINDS[1:] if field.metadata.get(kind.replace(" ", "_")))
+    return next(said, KINDS[0])
 
 
 def number(value: float) -> str:
