@@ -513,8 +513,8 @@ class Model:
             return None
         before, after = self.tokenize(prefix, bos=False), self.tokenize(suffix, bos=False)
         bos = [self._bos] if self._add_bos else []
-        return np.concatenate([bos, marks[:1], before, marks[1:2], after, marks[2:]], dtype=np.int32,
-                              casting="unsafe")
+        parts = [bos, marks[:1], before, marks[1:2], after, marks[2:]]
+        return np.concatenate([np.array(part, dtype=np.int32) for part in parts])
 
     def render_chat(self, messages: list[dict], add_generation_prompt: bool = True,
                     **options) -> str:
@@ -535,9 +535,10 @@ class Model:
         try:
             try:
                 return template(messages=messages, **options).prompt
-            except (TypeError, jinja2.UndefinedError):  # some look into the tools unasked
-                return template(messages=messages, **{**options, "tools": options.get("tools") or []}
-                                ).prompt
+            except (TypeError, jinja2.UndefinedError):
+                if options.get("tools") is not None:
+                    raise
+                return template(messages=messages, **options | {"tools": []}).prompt  # some need it
         except Exception as error:  # a template is a program: it can raise anything
             raise TemplateError(str(error) or type(error).__name__) from error
         finally:
@@ -577,7 +578,7 @@ BYTE, NAME_PART = r"(25[0-5]|2[0-4]\d|1\d\d|[1-9]\d|\d)", "[A-Za-z0-9]{1,20}(-[A
 FORMATS = {  # any other format is an annotation, as the specification has it
     "date": f"^{DATE}$", "time": f"^{TIME}$", "date-time": f"^{DATE}T{TIME}$",
     "uuid": "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", "ipv4": rf"^({BYTE}\.){{3}}{BYTE}$",
-    "email": rf"^[A-Za-z0-9_+-]{{1,40}}(\.[A-Za-z0-9_+-]{{1,20}})?@({NAME_PART}\.)+[A-Za-z]{{2,9}}$",
+    "email": rf"^{NAME_PART}(\.{NAME_PART})?@({NAME_PART}\.)+[A-Za-z]{{2,9}}$",
     "hostname": rf"^{NAME_PART}(\.{NAME_PART}){{0,3}}$",
     "uri": rf"^https?://{NAME_PART}(\.{NAME_PART})*(:\d{{1,4}})?(/[\w.~-]*)*$"}
 BASE_RULES = {
@@ -590,12 +591,13 @@ BASE_RULES = {
     "array": '"[" ws (value ("," ws value)* ws)? "]"'}
 
 
+COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 KINDS = {"pattern": str, "format": str, "$ref": str, "properties": dict, "enum": list,
-         "multipleOf": (int, float), **dict.fromkeys(("minItems", "maxItems", "minLength", "maxLength",
-                                                      "minProperties", "maxProperties"), int),
-         **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), (int, float))}
+         "multipleOf": (int, float), **dict.fromkeys(COUNTS, int),
+         **dict.fromkeys(BOUNDS, (int, float))}
 MAX_NUMBER = 10**15 - 1
-INNER = ("SUBPATTERN", "BRANCH", "MAX_REPEAT", "MIN_REPEAT")  # they look after the text's end themselves
+INNER = ("SUBPATTERN", "BRANCH", "MAX_REPEAT", "MIN_REPEAT")  # see to the text's ends themselves
 
 
 class SchemaError(ValueError):
@@ -618,7 +620,8 @@ class Gbnf:
 
     def text(self, root: str) -> str:
         """The whole grammar for a body of the rule `root`. Raises SchemaError."""
-        text = "\n".join(f"{name} ::= {body}" for name, body in [("root", root), *self.rules.items()])
+        rules = {"root": root, **self.rules}
+        text = "\n".join(f"{name} ::= {body}" for name, body in rules.items())
         if len(text) > MAX_GRAMMAR:
             raise SchemaError(f"the schema makes a grammar of {len(text)} bytes, the limit is "
                               f"{MAX_GRAMMAR}: shorten it")
@@ -641,7 +644,8 @@ class Gbnf:
         block = self.add_rule(f"{rule}{{{BLOCK}}}")
         exact = self.repeat(block, low // BLOCK, low // BLOCK) + f" {rule}{{{low % BLOCK}}}"
         if low:
-            return exact if low == high else f"{exact} {self.add_rule(self.repeat(rule, 0, high - low))}"
+            more = "" if low == high else self.add_rule(self.repeat(rule, 0, high - low))
+            return f"{exact} {more}"
         n_blocks, rest = divmod(high, BLOCK)
         return (f"({self.repeat(block, 0, n_blocks - 1)} {rule}{{0,{BLOCK - 1}}} | "
                 f"{self.repeat(block, n_blocks, n_blocks)} {rule}{{0,{rest}}})")
@@ -718,7 +722,8 @@ class Gbnf:
             key = key and urllib.parse.unquote(key).replace("~1", "/").replace("~0", "~")
             target = target.get(key) if isinstance(target, dict) else None
         if target is None or not ref.startswith("#") or ref[1:2] not in ("", "/"):
-            raise SchemaError(f"{at}.$ref: {ref!r} is not a place in this schema, like #/$defs/name")
+            raise SchemaError(f"{at}.$ref: {ref!r:.200} is not a place in this schema, such as "
+                              "#/$defs/name")
         return target
 
     def _rule_of(self, ref: str, at: str) -> str:
@@ -771,7 +776,8 @@ class Gbnf:
         """The rest of a property name, with its closing quote, if it must not be one of these."""
         ways = [] if "" in names else [QUOTE]
         firsts = {name[0] for name in names if name}
-        ways.append(f"{_char_class(_complement(NOT_PLAIN + [_span(c) for c in firsts]))} char* {QUOTE}")
+        others = _complement(NOT_PLAIN + [_span(char) for char in firsts])
+        ways.append(f"{_char_class(others)} char* {QUOTE}")
         ways += [f"{literal(c)} {self._other_name({n[1:] for n in names if n[:1] == c})}"
                  for c in sorted(firsts)]
         return self.add_rule(" | ".join(ways))
@@ -820,7 +826,8 @@ class Gbnf:
         if schema.get("multipleOf", 1) != 1:
             raise SchemaError(f"{at}.multipleOf: is not supported; leave it out")
         low, high = schema.get("minimum", -MAX_NUMBER), schema.get("maximum", MAX_NUMBER)
-        above, below = schema.get("exclusiveMinimum", low - 1), schema.get("exclusiveMaximum", high + 1)
+        above = schema.get("exclusiveMinimum", low - 1)
+        below = schema.get("exclusiveMaximum", high + 1)
         least = max(math.ceil(low), math.floor(above) + 1, -MAX_NUMBER)
         most = min(math.floor(high), math.ceil(below) - 1, MAX_NUMBER)
         ways = _integers(least, most)
@@ -884,7 +891,7 @@ def _both(a, b, at: str):
     for key in [key for key in a.keys() & b.keys() if a[key] != b[key]]:
         if key == "required":
             both[key] = [*a[key], *b[key]]
-        elif key == "properties" and not [n for n in a[key].keys() & b[key] if a[key][n] != b[key][n]]:
+        elif key == "properties" and {**a[key], **b[key]} == {**b[key], **a[key]}:
             both[key] = {**a[key], **b[key]}
         elif key == "type" and (types := [t for t in _types(a, at) if t in _types(b, at)]):
             both[key] = types
@@ -1017,7 +1024,7 @@ class Pattern:
             high = None if high == re._constants.MAXREPEAT else int(high)
             before, self._n_copies = self._n_copies, self._n_copies * max(low, high or 1, 1)
             if self._n_copies > (MAX_COPIES if before == 1 else MAX_NESTED_COPIES):
-                raise self._refuse(f"repeating a repetition more than {MAX_NESTED_COPIES} times in all")
+                raise self._refuse(f"a repetition repeated {self._n_copies} times in all")
             rule = self._grammar.add_rule(self._sequence(list(inner), False, False))
             self._n_copies = before
             repeated = self._grammar.repeat(rule, int(low), high)
@@ -1037,8 +1044,8 @@ class Pattern:
                 inner = self._spans(what[negated:])
                 spans += _complement(inner) if negated else inner
             elif op == "CATEGORY":
-                negated, _, name = str(what).removeprefix("CATEGORY_").rpartition("NOT_")
-                spans += _complement(CATEGORIES[name]) if negated or "NOT_" in str(what) else CATEGORIES[name]
+                _, negated, name = str(what).removeprefix("CATEGORY_").rpartition("NOT_")
+                spans += _complement(CATEGORIES[name]) if negated else CATEGORIES[name]
             elif op == "RANGE":
                 spans.append(what)
             elif op == "ANY":
@@ -1215,7 +1222,8 @@ class Grammar:
         if self._triggers:
             return np.arange(self._model.n_vocab, dtype=np.int32)
         single = self._model.byte_tokens
-        may_come = np.append(np.isin(single, self._among(single[single >= 0])) | (single < 0), False)
+        may_come = np.isin(single, self._among(single[single >= 0])) | (single < 0)
+        may_come = np.append(may_come, False)  # for NO_TEXT
         tokens = np.flatnonzero(may_come[self._model.first_byte])
         return self._among(np.append(tokens, list(self._model.end_tokens)).astype(np.int32))
 
@@ -1235,7 +1243,8 @@ class GuardedGrammar:
         model.byte_tokens  # makes the tables: here, once, not in each child
         fork = multiprocessing.get_context("fork")  # the child has the vocabulary already
         self._pipe, pipe = fork.Pipe()
-        self._child = fork.Process(target=self._serve, args=(pipe, model, gbnf, triggers), daemon=True)
+        self._child = fork.Process(target=self._serve, args=(pipe, model, gbnf, triggers),
+                                   daemon=True)
         self._child.start()
         pipe.close()
         self._answer()
@@ -1267,8 +1276,8 @@ class GuardedGrammar:
         """The child's answer; GrammarError if it has none in time."""
         try:
             answer = self._pipe.recv() if self._pipe.poll(self.MAX_SECONDS) else GrammarError(
-                f"it takes longer than {self.MAX_SECONDS:g} seconds for a token; make it simpler: let "
-                "no two alternatives begin alike")
+                f"it takes longer than {self.MAX_SECONDS:g} seconds for a token; make it simpler: "
+                "let no two alternatives begin alike")
         except (EOFError, OSError):
             answer = GrammarError("it is nested too deeply or needs too much memory")
         if isinstance(answer, GrammarError):

@@ -161,7 +161,8 @@ def read_config_file(path: str | None) -> dict[str, tuple[str, Any]]:
                 raise ConfigError(f"{file}: {name} belongs in section {right}, not {section}")
             if name in found:
                 raise ConfigError(f"{file}: {name} is set twice")
-            if name in ("model_path", "chat_template_file") and isinstance(value, str):  # relative to the file
+            # Paths are relative to the file.
+            if name in ("model_path", "chat_template_file") and isinstance(value, str):
                 value = str(file.parent / Path(value).expanduser())
             found[name] = (str(file), value)
     return found
@@ -550,8 +551,8 @@ class ChatBody(GenerationBody):
         if self.response_format and self.response_format.type != "text":
             wanted.append("response_format")
         if len(wanted) > 1 or (offer.allowed and self.grammar):
-            raise invalid(wanted[0], f"{' and '.join([*wanted, *[offer.where] * bool(offer.allowed)])} "
-                                     "were sent; the reply can follow only one of them")
+            sent = " and ".join([*wanted, *[offer.where] * bool(offer.allowed)])
+            raise invalid(wanted[0], f"{sent} were sent; the reply can follow only one of them")
         after = (unclosed,) if unclosed else ()
         if self.grammar is not None:
             return self.plain_constraint(), after
@@ -993,7 +994,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                           "n_params": model.n_params, "size": model.size_bytes,
                           "n_vocab": model.n_vocab, "n_embd": model.n_embd,
                           "architecture": model.architecture, "quantization": model.quantization,
-                          "capabilities": [*["completion", "tools"] * model.generates, "embedding"]}}
+                          "capabilities": [*["completion", "tools"] * model.generates,
+                                           "embedding"]}}
         return {name: {"id": name, **entry}
                 for name in (model.name, *self.server.config.model_aliases)}
 
@@ -1027,8 +1029,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         messages = [dataclasses.asdict(message) for message in chat.messages]
         begun = messages.pop() if chat.continue_final_message else None
         if begun and begun["role"] != "assistant":
-            raise invalid("continue_final_message", "continue_final_message: the last message must "
-                                                    f"be the assistant's, not the {begun['role']}'s")
+            raise invalid("continue_final_message", "continue_final_message: the last message is "
+                                                    f"the {begun['role']}'s, not the assistant's")
         form = model.tool_format
         turns = prepare_messages(messages, chat.offer.tools, model.template_source, form)
         options = {"enable_thinking": chat.reasoning_effort not in ("none", "minimal"),
@@ -1162,8 +1164,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             try:
                 grammar = kind(model, gbnf, triggers) if gbnf else None
             except engine.GrammarError as error:
-                source = next(name for name in ("grammar", "json_schema", "response_format", "tools")
-                              if getattr(body, name, None) is not None)
+                sources = ("grammar", "json_schema", "response_format", "tools", "functions")
+                source = next(name for name in sources if getattr(body, name, None) is not None)
                 raise invalid(source, f"{source}: llama.cpp refuses the grammar: {error}") from None
             sampler = engine.Sampler(model, engine.SamplingParams(**params), loaded.n_ctx, prompt,
                                      grammar)
@@ -1206,9 +1208,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         n_ctx = self.loaded_engine().n_ctx
         if len(tokens) > n_ctx - n_reply:
             reply = ", one of them for the reply" * n_reply
-            raise invalid(param, f"{param}: the text has {over}{len(tokens)} tokens, but the context "
-                                 f"is {n_ctx} tokens{reply}; shorten the text or raise n_ctx",
-                          "context_length_exceeded")
+            raise invalid(param, f"{param}: the text has {over}{len(tokens)} tokens, but the "
+                                 f"context is {n_ctx} tokens{reply}; shorten the text or raise "
+                                 "n_ctx", "context_length_exceeded")
         if len(tokens) == 0:
             raise invalid(param, f"{param}: the text is empty; send at least one token")
         return tokens
@@ -1433,17 +1435,21 @@ class ChatParser:
     def _parameters(self, function: str, form: engine.ToolFormat) -> Generator:
         """XML parameters, passed on as a JSON object."""
         properties, before = self._schemas.get(function, {}).get("properties", {}), "{"
-        while (found := (yield from self._choose(engine.PARAMETER, form.ending))) == engine.PARAMETER:
+        start, end = engine.PARAMETER, engine.PARAMETER_END
+        while (found := (yield from self._choose(start, form.ending))) == start:
             if not (name := (yield from self._until(form.between))):
                 return
             quote, convert = ('"', quoted) if engine.is_text(properties.get(name)) else ("", str)
             self._add_arguments(f'{before}"{quoted(name)}": {quote}')
-            if (yield from self._until(
-                    engine.PARAMETER_END, lambda text: self._add_arguments(convert(text)))) is not None:
+            add = functools.partial(self._add_converted, convert)
+            if (yield from self._until(end, add)) is not None:
                 self._add_arguments(quote)
             before = ", "
         if found:
             self._add_arguments("{}" if before == "{" else "}")
+
+    def _add_converted(self, convert: Callable[[str], str], text: str) -> None:
+        self._add_arguments(convert(text))
 
     def _until(self, marker: str, add: Callable[[str], None] | None = None,
                strip: str = "") -> Generator:
@@ -1520,18 +1526,18 @@ def to_json(value) -> bytes:
 
 
 def merge(whole: dict, part: dict) -> dict:
-    """Fold a delta into what came before: text and lists grow, null changes nothing. The items of
-    a list that have an index are deltas, too."""
+    """Fold a delta into what came before: text and lists grow, null changes nothing; the calls
+    in a list of them are deltas themselves."""
     for name, value in part.items():
         old = whole.get(name)
         if isinstance(value, dict):
             whole[name] = merge(old or {}, value)
-        elif isinstance(value, list) and value and isinstance(value[0], dict) and "index" in value[0]:
-            items = whole.setdefault(name, [])
-            for item in value:
-                items += [{}] * (item["index"] + 1 - len(items))
-                items[item["index"]] = merge(dict(items[item["index"]]), {
-                    key: inner for key, inner in item.items() if key != "index"})
+        elif name == "tool_calls":
+            calls = whole.setdefault(name, [])
+            for call in value:
+                calls += [{} for _ in range(len(calls), call["index"] + 1)]
+                merge(calls[call["index"]], {
+                    key: inner for key, inner in call.items() if key != "index"})
         elif isinstance(old, (str, list)) and value is not None:
             whole[name] = old + value
         elif value is not None or name not in whole:
@@ -1595,7 +1601,7 @@ class Renderer:
                     "cached_tokens": sum(choice.n_reused for choice in prompts)}}
 
     def timings(self) -> dict:
-        """How long the first choice's prompt and the slowest reply took, in llama-server's names."""
+        """What the first choice's prompt and the slowest reply took, in llama-server's names."""
         first = self.choices[0]
         n_prompt, n_cached = len(first.prompt), first.n_reused
         prompt_ms = (first.first_token - first.placed) * 1000
@@ -1659,8 +1665,9 @@ class ChatRenderer(Renderer):
             yield {"delta": delta}
 
     def finish_reason(self, event: engine.Event) -> str:
-        called = event.finish_reason == "stop" and self.parsers[event.request.index].n_calls
-        return ("function_call" if self.old_style else "tool_calls") if called else event.finish_reason
+        if event.finish_reason != "stop" or not self.parsers[event.request.index].n_calls:
+            return event.finish_reason
+        return "function_call" if self.old_style else "tool_calls"
 
     def whole(self, choice: dict) -> dict:
         message = choice.pop("delta")

@@ -456,8 +456,8 @@ def test_an_exception_while_sampling_ends_that_request_only():
     assert result(good) == (reply_to(b"good", 4), "length")
 
 
-@pytest.mark.parametrize("part, method", [("context", "decode"), ("context", "trim"), ("model", "piece"),
-                                          (None, "_fill"), (None, "_admit")])
+@pytest.mark.parametrize("part, method", [("context", "decode"), ("context", "trim"),
+                                          ("model", "piece"), (None, "_fill"), (None, "_admit")])
 def test_the_engine_thread_outlives_an_exception_in_a_step(part, method, monkeypatch):
     """Whatever breaks, the request concerned is told and the next one is served."""
     fake = fake_engine().start()

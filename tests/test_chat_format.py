@@ -1,0 +1,516 @@
+"""Chat formats: prompts of every family, tool formats, messages, replies taken apart.
+
+Set LLAMA_CPP_TEMPLATES to the `models/templates` of an unpacked llama-cpp-python sdist to test
+the real templates too; without it each of those tests passes having looked at none.
+
+    1  families              expected strings
+    2  the real templates    tool formats, histories
+    3  messages              into what templates take
+    4  replies               ChatParser, however the text is cut
+    5  grammars              of tool calls
+    6  rendering             bounded in time, chat_template_file, one BOS
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import engine  # noqa: E402
+import server  # noqa: E402
+
+TEMPLATES = Path(os.environ.get("LLAMA_CPP_TEMPLATES") or "no/such/folder")
+NAMES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+TOOLS = [
+    {"type": "function", "function": {
+        "name": "get_weather", "description": "The weather in a city.",
+        "parameters": {"type": "object", "required": ["city"], "properties": {
+            "city": {"type": "string", "description": "A city"},
+            "days": {"type": "integer"}, "unit": {"type": "string", "enum": ["C", "F"]}}}}},
+    {"type": "function", "function": {"name": "get_time"}}]
+CALL = {"id": "call_abc", "type": "function",
+        "function": {"name": "get_weather", "arguments": '{"city": "Paris", "days": 2}'}}
+SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Rain?"}
+RESULT = {"role": "tool", "tool_call_id": "call_abc", "content": "sunny"}
+ANSWER, MORE = {"role": "assistant", "content": "No."}, {"role": "user", "content": "Sure?"}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+
+
+def render(source: str, messages, tools=None, **options) -> str:
+    """What the server does, with a Model that has a template and no weights."""
+    model, form = object.__new__(engine.Model), engine.tool_format_of(source)
+    model._template = Jinja2ChatFormatter(template=source, eos_token="</s>", bos_token="<s>")
+    return model.render_chat(server.prepare_messages(messages, tools, source, form),
+                             tools=server.prepare_tools(tools, form), **options)
+
+
+def source_of(name: str) -> str:
+    return (TEMPLATES / f"{name}.jinja").read_text()
+
+
+# ==== 1. Families =========================================================================
+
+TALK = [SYSTEM, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "Bye"}]
+EXPECTED = {
+    "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+              "<|im_start|>assistant\nHello!<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n"
+              "<|im_start|>assistant\n",
+    "gemma": "<s><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n"
+             "<start_of_turn>model\nHello!<end_of_turn>\n<start_of_turn>user\nBye<end_of_turn>\n"
+             "<start_of_turn>model\n",
+    "llama2": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Hello! </s>"
+              "<s>[INST] Bye [/INST]",
+    "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+              "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+              "<|start_header_id|>assistant<|end_header_id|>\n\nHello!<|eot_id|>"
+              "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
+              "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "chatglm": "[gMASK]sop<|system|>\n Be brief.<|user|>\n Hi<|assistant|>\n Hello!"
+               "<|user|>\n Bye<|assistant|>",
+    "glm4": "[gMASK]<sop><|system|>\nBe brief.<|user|>\nHi<|assistant|>\nHello!"
+            "<|user|>\nBye<|assistant|>\n",
+    "mistral": "<s>[INST] Be brief.\n\nHi [/INST] Hello!</s>[INST] Bye [/INST]",
+    "zephyr": "<|system|>\nBe brief.</s>\n<|user|>\nHi</s>\n<|assistant|>\nHello!</s>\n"
+              "<|user|>\nBye</s>\n<|assistant|>\n",
+    "plain": "system: Be brief.\nuser: Hi\nassistant: Hello!\nuser: Bye\nassistant:",
+}
+
+
+@pytest.mark.parametrize("family", engine.FAMILY_TEMPLATES)
+def test_a_familys_prompt_is_the_published_one(family):
+    assert render(engine.FAMILY_TEMPLATES[family], TALK) == EXPECTED[family]
+
+
+@pytest.mark.parametrize("architecture, file_name, family", [
+    ("qwen2", "x.gguf", "chatml"), ("qwen3moe", "Llama-3-like.gguf", "chatml"),
+    ("gemma3", "m.gguf", "gemma"), ("glm4", "m.gguf", "glm4"), ("chatglm", "m.gguf", "chatglm"),
+    ("chatglm", "glm-4-9b-chat.gguf", "glm4"), ("chatglm", "chatglm3-6b.gguf", "chatglm"),
+    ("smollm3", "m.gguf", "chatml"), ("llama", "Llama-2-7B-Chat.gguf", "llama2"),
+    ("llama", "Meta-Llama-3.1-8B.gguf", "llama3"), ("llama", "llama3.gguf", "llama3"),
+    ("llama", "Mistral-7B-Instruct-v0.2.gguf", "mistral"), ("llama", "mixtral.gguf", "mistral"),
+    ("llama", "OpenHermes-2.5-Mistral-7B.gguf", "chatml"),
+    ("llama", "SmolLM2-135M-Instruct.Q4_1.gguf", "chatml"),
+    ("llama", "tinyllama-1.1b-chat.gguf", "zephyr"), ("llama", "model.gguf", "plain"),
+    ("falcon", "falcon.gguf", "plain"), ("", "", "plain")])
+def test_the_family_is_seen_from_the_architecture_then_the_file_name(
+        architecture, file_name, family):
+    assert engine.family_of(architecture, file_name) == family
+
+
+# ==== 2. The real templates ===============================================================
+
+NATIVE = {
+    "hermes": {"Bielik-11B-v3.0-Instruct", "MiMo-VL", "Qwen-QwQ-32B", "Qwen-Qwen2.5-7B-Instruct",
+               "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use", "Qwen-Qwen3-0.6B", "Reka-Edge",
+               "NousResearch-Hermes-3-Llama-3.1-8B-tool_use", "ibm-granite-granite-4.0",
+               "ibm-granite-granite-4.1"},
+    "qwen3-coder": {"NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", "Qwen3-Coder", "Qwen3.5-4B",
+                    "StepFun3.5-Flash"},
+    "llama3": {"meta-llama-Llama-3.1-8B-Instruct", "meta-llama-Llama-3.2-3B-Instruct",
+               "meta-llama-Llama-3.3-70B-Instruct"},
+    "mistral": {"Mistral-Small-3.2-24B-Instruct-2506", "unsloth-mistral-Devstral-Small-2507",
+                "mistralai-Ministral-3-14B-Reasoning-2512"},
+    "mistral-nemo": {"mistralai-Mistral-Nemo-Instruct-2407"},
+}
+ALTERNATE = NATIVE["mistral-nemo"] | NATIVE["mistral"] - {"unsloth-mistral-Devstral-Small-2507"}
+OWN_ARGUMENTS = {"fireworks-ai-llama-3-firefunction-v2"}  # wants variables that only it knows
+WORKING = [name for name in NAMES if name not in OWN_ARGUMENTS]
+
+
+def for_each(names, check) -> None:
+    """Check every template of these that is there; report all that fail."""
+    problems = []
+    for name in sorted(set(names) & set(NAMES)):
+        try:
+            check(name, source_of(name))
+        except Exception as error:
+            problems.append(f"{name}: {type(error).__name__}: {error}")
+    assert not problems, "\n\n".join(problems)
+
+
+def test_gemmas_own_template_agrees_with_ours():
+    def check(_name, source):
+        assert render(source, TALK) == EXPECTED["gemma"]
+
+    for_each(["google-gemma-2-2b-it"], check)
+
+
+def test_a_templates_source_tells_its_tool_format():
+    def check(name, source):
+        expected = next((key for key, names in NATIVE.items() if name in names), None)
+        form = engine.TOOL_FORMATS[expected] if expected else engine.GENERIC
+        assert engine.tool_format_of(source) is form
+
+    for_each(NAMES, check)
+
+
+def test_every_template_renders_calls_results_and_tools():
+    def check(_name, source):
+        prompt = render(source, [SYSTEM, USER, CALLING, RESULT, ANSWER, MORE], TOOLS)
+        for text in ("Rain?", "get_weather", "Paris", "sunny", "get_time", "Sure?"):
+            assert text in prompt
+        assert "Be brief." in render(source, [SYSTEM, USER, ANSWER, MORE])
+        form = engine.tool_format_of(source)
+        if not form.xml and "[CALL_ID]" not in source:  # the history looks like our calls
+            call = json.dumps({"city": "Paris", "days": 2})
+            written = f"{form.trigger}{form.opening}get_weather{form.between}{call}"
+            assert written in re.sub(r"(?<=\d\})</?s>", "", prompt)
+
+    for_each(WORKING, check)
+
+
+def test_a_user_turn_after_a_result_renders_or_is_the_templates_own_refusal():
+    def check(name, source):
+        try:
+            prompt = render(source, [SYSTEM, USER, CALLING, RESULT, MORE], TOOLS)
+        except engine.TemplateError as error:
+            assert name in ALTERNATE and "alternate" in str(error)
+        else:
+            assert "sunny" in prompt and "Sure?" in prompt and name not in ALTERNATE
+
+    for_each(WORKING, check)
+
+
+def test_the_xml_history_looks_like_our_calls():
+    def check(_name, source):
+        prompt = render(source, [SYSTEM, USER, CALLING, RESULT], TOOLS)
+        assert ("<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
+                "<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>") in prompt
+
+    for_each(NATIVE["qwen3-coder"], check)
+
+
+# ==== 3. Messages =========================================================================
+
+
+def test_messages_of_every_kind_reach_the_template_in_its_words():
+    old = [{"role": "developer", "content": [{"type": "text", "text": "a"},
+                                             {"type": "text", "text": "b"}]},
+           {"role": "assistant", "content": None, "reasoning_content": "Hm.",
+            "function_call": {"name": "f", "arguments": "[1"}},
+           {"role": "function", "name": "f", "content": "r"}]
+    system, call, result = server.prepare_messages(old, None, None, engine.TOOL_FORMATS["hermes"])
+    assert system == {"role": "system", "content": "a\nb"}
+    assert call == {"role": "assistant", "content": "", "reasoning_content": "Hm.", "tool_calls": [
+        {"id": "f", "type": "function", "function": {"name": "f", "arguments": "[1"}}]}
+    assert result == {"role": "tool", "tool_call_id": "f", "content": "r"}
+    _, call, result = server.prepare_messages(old, None, None, engine.TOOL_FORMATS["mistral"])
+    assert call["tool_calls"][0]["id"] == result["tool_call_id"]
+    assert re.fullmatch("[a-zA-Z0-9]{9}", result["tool_call_id"])
+
+
+def test_generic_calls_and_results_become_text_and_nothing_sent_is_changed():
+    messages = [SYSTEM, USER, CALLING, RESULT, {**RESULT, "content": "warm"}, MORE]
+    before = json.dumps(messages)
+    turns = server.prepare_messages(messages, TOOLS, None, engine.GENERIC)
+    assert json.dumps(messages) == before
+    assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user"]
+    assert turns[0]["content"].startswith("Be brief.\n\n") and "get_time" in turns[0]["content"]
+    assert turns[2]["content"] == ('<tool_call>\n{"name": "get_weather", "arguments": '
+                                   '{"city": "Paris", "days": 2}}\n</tool_call>')
+    assert turns[3]["content"] == ("<tool_response>\nsunny\n</tool_response>\n\n<tool_response>\n"
+                                   "warm\n</tool_response>\n\nSure?")
+
+
+# ==== 4. Replies ==========================================================================
+
+
+def read(text: str, step: int = 1, **options) -> dict:
+    """Feed a reply in pieces of `step` characters and fold the deltas."""
+    parser = server.ChatParser(**options)
+    reply = {"content": "", "reasoning_content": "", "calls": []}
+    deltas = [d for i in range(0, len(text), step) for d in parser.feed(text[i:i + step])]
+    for delta in deltas + parser.finish():
+        (key, value), = delta.items()
+        if key != "tool_calls":
+            assert value
+            reply[key] += value
+            continue
+        (call,) = value
+        if "id" in call:
+            assert call["index"] == len(reply["calls"]) and call["type"] == "function"
+            assert call["function"]["arguments"] == ""
+            reply["calls"].append([call["id"], call["function"]["name"], ""])
+        else:
+            assert call.keys() == {"index", "function"} and call["function"]["arguments"]
+            reply["calls"][call["index"]][2] += call["function"]["arguments"]
+    assert parser.n_calls == len(reply["calls"])
+    return reply
+
+
+STEPS = pytest.mark.parametrize("step", [1, 2, 3, 7, 1000])
+ARGUMENTS = ['{"city": "Pa\\"}\\n</tool_call>\\\\", "days": 2}', '{"a": [{}, "]"]}', "{}"]
+JSON_CALLS = {
+    "hermes": '<tool_call>\n{"name": "f", "arguments": %s}\n</tool_call>\n<tool_call>\n'
+              '{"name": "g", "arguments": %s}\n</tool_call>',
+    "llama3": '{"name": "f", "parameters": %s}',
+    "mistral": "[TOOL_CALLS]f[ARGS]%s[TOOL_CALLS]g[ARGS]%s",
+    "mistral-nemo": '[TOOL_CALLS][{"name": "f", "arguments": %s}, {"name": "g", "arguments": %s}]',
+}
+
+
+@STEPS
+@pytest.mark.parametrize("name", JSON_CALLS)
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+def test_calls_are_read_however_the_text_is_cut(name, arguments, step):
+    text = JSON_CALLS[name]
+    n_calls = text.count("%s")
+    reply = read(text % ((arguments,) * n_calls), step, form=engine.TOOL_FORMATS[name])
+    assert [call[1:] for call in reply["calls"]] == [["f", arguments], ["g", arguments]][:n_calls]
+    assert reply["content"] == ""
+    pattern = "[a-zA-Z0-9]{9}" if "mistral" in name else "call_[a-zA-Z0-9]{24}"
+    assert all(re.fullmatch(pattern, call[0]) for call in reply["calls"])
+
+
+@STEPS
+def test_xml_parameters_become_a_json_object(step):
+    text = ("Let me look.\n<tool_call>\n<function=get_weather>\n<parameter=city>\nSão \"P\"\n\n"
+            "</parameter>\n<parameter=days>\n[1, 2]\n</parameter>\n<parameter=unit>\nC\n"
+            "</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=get_time>\n"
+            "</function>\n</tool_call>")
+    reply = read(text, step, form=engine.TOOL_FORMATS["qwen3-coder"], tools=TOOLS)
+    assert reply["content"] == "Let me look."
+    assert [call[1] for call in reply["calls"]] == ["get_weather", "get_time"]
+    assert json.loads(reply["calls"][0][2]) == {"city": 'São "P"\n', "days": [1, 2], "unit": "C"}
+    assert reply["calls"][1][2] == "{}"
+
+
+@STEPS
+@pytest.mark.parametrize("text, reasoning, content", [
+    ("<think>\nHm.\n</think>\n\nYes. ", "Hm.", "Yes. "),
+    ("<think>\n\n</think>\n\nYes", "", "Yes"),
+    ("[THINK]a <b> [/THIN[/THINK]c", "a <b> [/THIN", "c"),
+    ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b",
+     "a", "b"),
+    ("<|channel|>final<|message|>b", "", "b"),
+    ("<think>cut off</thi", "cut off</thi", ""),
+    (" \n<thin air> </think>", "", " \n<thin air> </think>"),
+    ("Tags <think>later</think>", "", "Tags <think>later</think>"),
+    ("a\0b", "", "a\0b"), ("", "", ""), (" ", "", " "),
+    ("\n\n" + 300 * " " + "x\n ", "", "\n\n" + 300 * " " + "x\n "),
+])
+def test_reasoning_is_told_from_content(text, reasoning, content, step):
+    reply = read(text, step)
+    assert (reply["reasoning_content"], reply["content"]) == (reasoning, content)
+
+
+@STEPS
+def test_reasoning_that_the_prompt_opened(step):
+    close = engine.unclosed_reasoning("<|Assistant|><think>\n")
+    reply = read("So.\n</think>\n\n<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>",
+                 step, unclosed=close, form=engine.GENERIC)
+    assert reply["reasoning_content"] == "So." and reply["calls"][0][1:] == ["f", "{}"]
+    assert engine.unclosed_reasoning("<think>\n\n</think>\n\n") == ""
+    assert read("<think>x</think>", step, split_reasoning=False)["content"] == "<think>x</think>"
+
+
+@STEPS
+def test_a_partial_tag_never_leaks_and_is_released_at_the_end(step):
+    for text in ("a <tool_cal", "a <tool_calls> b \n\n", "<tool", "a\n", "<<tool_call"):
+        assert read(text, step, form=engine.GENERIC)["content"] == text
+
+
+@STEPS
+def test_a_llama_call_stands_only_at_the_start(step):
+    text = 'Write {"name": "x", "parameters": {}}'
+    assert read(text, step, form=engine.TOOL_FORMATS["llama3"])["content"] == text
+
+
+@pytest.mark.parametrize("name", JSON_CALLS)
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_call_cut_anywhere_yields_what_was_complete(name, step):
+    whole = JSON_CALLS[name].replace("%s", '{"a": "b"}')
+    before = []
+    for end in range(len(whole)):
+        reply = read(whole[:end], step, form=engine.TOOL_FORMATS[name])
+        assert reply["content"] == "" or reply["content"] == whole[:end]
+        assert not (reply["content"] and reply["calls"])
+        calls = "".join(name + arguments for _, name, arguments in reply["calls"])
+        assert calls.startswith("".join(before))
+        before = [calls]
+    assert calls
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_an_xml_call_cut_anywhere_yields_what_was_complete(step):
+    whole = ("<tool_call>\n<function=get_weather>\n<parameter=city>\nA\n</parameter>\n"
+             "<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>")
+    arguments = '{"city": "A", "days": 2}'
+    for end in range(len("<tool_call>"), len(whole) + 1):
+        reply = read(whole[:end], step, form=engine.TOOL_FORMATS["qwen3-coder"], tools=TOOLS)
+        assert reply["content"] == ""
+        assert all(call[1] == "get_weather" and arguments.startswith(call[2])
+                   for call in reply["calls"]), whole[:end]
+    assert reply["calls"][0][2] == arguments
+
+
+def test_work_does_not_grow_with_the_text():
+    parser = server.ChatParser(engine.GENERIC)
+    for _ in range(50_000):
+        parser.feed(" <")
+        assert len(parser._pending) <= server.MAX_HELD + 2
+
+
+# ==== 5. Grammars of tool calls ===========================================================
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The default model."""
+    model = engine.Model(engine.find_model_file(None, ROOT / "models"))
+    yield model
+    model.close()
+
+
+def follows(model, gbnf: str, text: str) -> bool:
+    """Whether a reply of this text, and no less, follows a grammar."""
+    grammar, end = engine.Grammar(model, gbnf), min(model.end_tokens)
+    return all(grammar.take(token) for token in model.tokenize(text, bos=False).tolist()) \
+        and grammar.take(end)
+
+
+CALL_TEXTS = {name: text.replace("%s", "{}").replace('"f"', '"get_time"').replace('"g"', '"get_time"')
+              .replace("f[", "get_time[").replace("g[", "get_time[")
+              for name, text in JSON_CALLS.items()} | {"qwen3-coder": "\n".join(
+                  ["<tool_call>\n<function=get_time>\n</function>\n</tool_call>"] * 2)}
+
+
+@pytest.mark.parametrize("name", engine.TOOL_FORMATS)
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("from_trigger", [True, False])
+def test_the_grammar_of_calls_takes_what_the_parser_reads(model, name, parallel, from_trigger):
+    """llama.cpp reads the grammar; it takes the calls of the parser's tests, two only if
+    parallel, and neither half a call nor another function."""
+    form, gbnf = engine.TOOL_FORMATS[name], engine.Gbnf()
+    rules = [(tool["function"]["name"], engine.arguments_rule(
+        gbnf, form, tool["function"].get("parameters") or {}, f"tools[{i}].function.parameters"))
+        for i, tool in enumerate(TOOLS)]
+    grammar = gbnf.text(engine.tool_grammar(form, rules, parallel, from_trigger))
+    both = CALL_TEXTS[name]
+    separator = next((each for each in ("\n<tool_call>", "[TOOL_CALLS]get", ', {"name"')
+                      if each in both[5:]), None)
+    one = both if separator is None else both[:both.index(separator, 5)] + form.closing
+    cut = len(form.trigger) if from_trigger else 0
+    assert follows(model, grammar, one[cut:])
+    assert separator is None or follows(model, grammar, both[cut:]) == parallel
+    assert not follows(model, grammar, one[cut:-1])
+    assert not follows(model, grammar, one[cut:].replace("get_time", "get_tim"))
+    reply = read(one, form=form, tools=TOOLS)
+    assert [call[1:] for call in reply["calls"]] == [["get_time", "{}"]]
+
+
+def test_text_until_a_marker_ends_at_its_first():
+    """Whatever comes before: the text of an XML parameter may hold any part of the end tag."""
+    gbnf = engine.Gbnf()
+    rule = gbnf.text_until("\n</a>")
+    for text in ("", "x", "\n", "\n\n", "\n<", "\n</a", "\n\n</", "a</a>\n<b>\n</b", '"\\é'):
+        assert matches(gbnf.rules, rule, text), text
+        assert not matches(gbnf.rules, rule, f"{text}\n</a>"), text
+        assert not matches(gbnf.rules, rule, f"{text}\n</a>x"), text
+
+
+def matches(rules: dict, rule: str, text: str) -> bool:
+    """Walk the automaton of `text_until`: each rule is (CLASS rule | "C" rule ...)?"""
+    for char in text:
+        ways = re.findall(r'(\[[^\]]*\]|"(?:\\x..|.)") (until-\S+?)(?=\)| )', rules[rule])
+        assert ways
+        taken = [to for what, to in ways if (re.fullmatch(what, char) if what[0] == "[" else
+                 char == re.sub(r"\\x(..)", lambda m: chr(int(m[1], 16)), what[1:-1]))]
+        assert len(taken) <= 1, "one way to read each text"
+        if not taken:
+            return False
+        rule = taken[0]
+    return True
+
+
+# ==== 6. Rendering ========================================================================
+
+ENDLESS = {
+    "nested": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+              "{% endfor %}{% endfor %}{% endfor %}",
+    "writing": "{% for a in range(99999) %}{% for b in range(99999) %}{{ b }}{% endfor %}"
+               "{% endfor %}",
+    "in a macro": "{% macro f(n) %}{% for a in range(99999) %}{% for b in range(99999) %}"
+                  "{% set x = a * b %}{% endfor %}{% endfor %}{% endmacro %}{{ f(1) }}",
+    "recursive": "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",
+    "in one line": "{% set x = namespace(n=0) %}{% for a in range(99999) %}{% for b in range(99999)"
+                   " %}{% set x.n = x.n + 1 %}{% endfor %}{% endfor %}{{ x.n }}",
+}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """The default model with a template of one's own."""
+    models = []
+
+    def load(template: str) -> engine.Model:
+        file = tmp_path / "template.jinja"
+        file.write_text(template)
+        models.append(engine.Model(engine.find_model_file(None, ROOT / "models"),
+                                   chat_template_file=str(file)))
+        return models[-1]
+
+    yield load
+    for model in models:
+        model.close()
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_rendering_is_bounded_in_time(load, name):
+    """A template that does not end is refused like one that raises, and the next one works."""
+    model = load("{% if messages[0].content == 'loop' %}" + ENDLESS[name] + "{% endif %}ok")
+    began = time.monotonic()
+    with pytest.raises(engine.TemplateError):
+        model.render_chat([{"role": "user", "content": "loop"}])
+    assert time.monotonic() - began < 3
+    assert model.render_chat([{"role": "user", "content": "end"}]) == "ok"
+
+
+def test_the_template_files_own_words_reach_the_prompt(load):
+    """chat_template_file stands in for the GGUF's own, and says how calls are written."""
+    model = load("{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+                 "{% if add_generation_prompt %}<bot>{% endif %}{{ mood }}")
+    assert model.render_chat([{"role": "user", "content": "Hi"}]) == "<|im_start|><user>Hi<bot>"
+    assert model.render_chat([{"role": "user", "content": "Hi"}], False, mood="!") == \
+        "<|im_start|><user>Hi!"
+    assert model.tool_format is engine.GENERIC
+    assert load("[TOOL_CALLS][ARGS]").tool_format is engine.TOOL_FORMATS["mistral"]
+
+
+def test_a_template_that_cannot_be_used_is_a_model_error(tmp_path):
+    path = engine.find_model_file(None, ROOT / "models")
+    with pytest.raises(engine.ModelError, match="no-such.jinja"):
+        engine.Model(path, chat_template_file=str(tmp_path / "no-such.jinja"))
+    (tmp_path / "bad.jinja").write_text("{% for %}")
+    with pytest.raises(engine.ModelError, match="bad.jinja"):
+        engine.Model(path, chat_template_file=str(tmp_path / "bad.jinja"))
+
+
+@pytest.mark.parametrize("source, message", [
+    ("{{ raise_exception('Roles must alternate') }}", "Roles must alternate"),
+    ("{{ messages[0].no.such }}", "no attribute"),
+    ("{{ ''.__class__.__mro__ }}", "unsafe"),  # the sandbox
+    ("{{ 1 / 0 }}", "zero")])
+def test_a_templates_own_refusal_is_told(source, message):
+    with pytest.raises(engine.TemplateError, match=message):
+        render(source, TALK)
+
+
+@pytest.mark.parametrize("opening", ["", "{{ bos_token }}"])
+def test_a_prompt_has_exactly_one_bos(load, opening):
+    """Whether the template writes it, the tokenizer adds it, or both. (The default model's own
+    BOS is <|im_start|> and is not added; this one is made to.)"""
+    model = load(opening + "{{ messages[0].content }}")
+    model._add_bos = True
+    tokens = model.tokenize(model.render_chat([{"role": "user", "content": "Hi"}])).tolist()
+    assert tokens.count(model._bos) == 1 and tokens[0] == model._bos
+    assert model.tokenize("Hi", bos=False).tolist() == tokens[1:]
