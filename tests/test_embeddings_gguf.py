@@ -51,7 +51,7 @@ def write_bert(path: Path, pooling: gguf.PoolingType) -> Path:
     control = [gguf.TokenType.UNKNOWN if token == "[UNK]" else gguf.TokenType.CONTROL
                if token[0] == "[" else gguf.TokenType.NORMAL for token in VOCABULARY]
     writer.add_token_types(control)
-    for name in ("pad", "unk", "cls", "sep", "mask"):
+    for name in ("pad", "unk", "sep", "mask"):
         token = VOCABULARY.index(f"[{name.upper()}]")
         getattr(writer, f"add_{name}_token_id")(token)
     writer.add_bos_token_id(VOCABULARY.index("[CLS]"))
@@ -150,9 +150,9 @@ def embed(http, **body) -> np.ndarray:
     return np.array([entry["embedding"] for entry in data])
 
 
-def refused(http, path, **body) -> str:
+def refused(http, route, **body) -> str:
     """400 with the error's message."""
-    response = http.post(path, json=body)
+    response = http.post(route, json=body)
     assert response.status_code == 400, response.text
     return response.json()["error"]["message"]
 
@@ -184,14 +184,14 @@ def test_a_text_that_fills_the_context_fits_and_a_longer_one_is_400(http):
     assert embed(http, input="dog").shape == (1, N_EMBD)
 
 
-@pytest.mark.parametrize("path, body", [
+@pytest.mark.parametrize("route, body", [
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "stream": True}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "response_format": {
         "type": "json_object"}}),
     ("/v1/completions", {"prompt": "Hi"}), ("/v1/completions", {"prompt": "a", "suffix": "b"})])
-def test_what_needs_a_generative_model_is_a_400_that_says_so(http, path, body):
-    message = refused(http, path, **body)
+def test_what_needs_a_generative_model_is_a_400_that_says_so(http, route, body):
+    message = refused(http, route, **body)
     assert "embedding" in message or "fill" in message
     assert embed(http, input="dog").shape == (1, N_EMBD)
 
