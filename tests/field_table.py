@@ -71,8 +71,7 @@ NOTES = {
     "stream": "server-sent events",
     "stream_options": "needs `stream: true`",
     "cache_prompt": f"{LOCAL}: false reads the prompt anew; default: true",
-    "grammar": f"{LOCAL}: GBNF that the reply follows; for at most {server.MAX_GRAMMAR_CHOICES} "
-               "choices",
+    "grammar": f"{LOCAL}: GBNF that the reply follows",
     "json_schema": f"{LOCAL}: a JSON Schema that the reply satisfies",
     "seed": "the same seed and request give the same reply, but for rounding when other requests "
             "run beside it; default: a new one each time",
