@@ -517,7 +517,7 @@ class Model:
         return np.concatenate([np.array(part, dtype=np.int32) for part in parts])
 
     def render_chat(self, messages: list[dict], add_generation_prompt: bool = True,
-                    **options) -> str:
+                    options: dict | None = None) -> str:
         """Return the prompt for `messages`. options: what else the template may read, such as
         `tools`. Raises TemplateError."""
         deadline = time.monotonic() + MAX_TEMPLATE_SECONDS
@@ -534,9 +534,9 @@ class Model:
         sys.settrace(watch)
         try:
             try:
-                return template(messages=messages, **options).prompt
+                return template(messages=messages, **(options or {})).prompt
             except (TypeError, jinja2.UndefinedError):
-                if options.get("tools") is not None:
+                if not options or options["tools"] is not None:
                     raise
                 return template(messages=messages, **options | {"tools": []}).prompt  # some need it
         except Exception as error:  # a template is a program: it can raise anything
@@ -557,7 +557,7 @@ def _pointer(array: np.ndarray, ctype):
 # others only where `additionalProperties` asks for them, numbers of at most 15 digits.
 
 MAX_SCHEMA_NODES, MAX_SCHEMA_DEPTH = 4000, 48  # subschemas looked at; one inside the other
-MAX_GRAMMAR = 2**18  # bytes of GBNF
+MAX_GRAMMAR = 2**18  # characters of GBNF
 MAX_COPIES, MAX_NESTED_COPIES = 100_000, 256  # llama.cpp may follow as many ways as the latter
 MAX_OPTIONAL = 256  # properties that may be left out: after each comma all are still possible
 BLOCK = 32  # repetitions in one rule; more are blocks of blocks
@@ -594,7 +594,8 @@ BASE_RULES = {
 COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 KINDS = {"pattern": str, "format": str, "$ref": str, "properties": dict, "enum": list,
-         "multipleOf": (int, float), **dict.fromkeys(COUNTS, int),
+         "multipleOf": (int, float), "required": list, "prefixItems": list, "allOf": list,
+         "anyOf": list, "oneOf": list, **dict.fromkeys(COUNTS, int),
          **dict.fromkeys(BOUNDS, (int, float))}
 MAX_NUMBER = 10**15 - 1
 INNER = ("SUBPATTERN", "BRANCH", "MAX_REPEAT", "MIN_REPEAT")  # see to the text's ends themselves
@@ -616,20 +617,21 @@ class Gbnf:
         self.rules = dict(BASE_RULES)
         self._names = {body: name for name, body in self.rules.items()}
         self._refs: dict[int, str] = {}  # id of a subschema: its rule
-        self._n_nodes = 0
+        self._n_nodes = self._size = 0
+        self._root_at = "schema"
 
     def text(self, root: str) -> str:
-        """The whole grammar for a body of the rule `root`. Raises SchemaError."""
+        """The whole grammar for a body of the rule `root`."""
         rules = {"root": root, **self.rules}
-        text = "\n".join(f"{name} ::= {body}" for name, body in rules.items())
-        if len(text) > MAX_GRAMMAR:
-            raise SchemaError(f"the schema makes a grammar of {len(text)} bytes, the limit is "
-                              f"{MAX_GRAMMAR}: shorten it")
-        return text
+        return "\n".join(f"{name} ::= {body}" for name, body in rules.items())
 
     def add_rule(self, body: str) -> str:
         """The name of a rule with this body."""
         if body not in self._names:
+            self._size += len(body)
+            if self._size > MAX_GRAMMAR:
+                raise SchemaError(f"{self._root_at}: the schema makes a grammar of more than "
+                                  f"{MAX_GRAMMAR} characters: shorten it")
             self._names[body] = name = f"r{len(self.rules)}"
             self.rules[name] = body
         return self._names[body]
@@ -684,12 +686,12 @@ class Gbnf:
         if "$ref" in schema and len(schema) == 1:
             return self._rule_of(schema["$ref"], at)
         if "$ref" in schema or "allOf" in schema:
-            parts = self._list(schema.pop("allOf", []), f"{at}.allOf")
+            parts = [*schema.pop("allOf", [])]
             parts += [self._target(schema.pop("$ref"), at)] if "$ref" in schema else []
             whole = functools.reduce(lambda a, b: _both(a, b, at), parts, schema)
             return self._visit(whole, at, depth + 1)
         for key in schema.keys() & {"anyOf", "oneOf"}:
-            parts = self._list(schema.pop(key), f"{at}.{key}")
+            parts = schema.pop(key)
             kinds = [kind for part in parts for kind in _types(part, at) or _kinds_of_values(part)]
             if key == "oneOf" and not is_tagged and len({*kinds, "any"}) <= len(kinds):
                 raise SchemaError(f"{at}.oneOf: the alternatives may overlap: write anyOf, or give "
@@ -708,12 +710,6 @@ class Gbnf:
         ways = [visitors[kind](schema, at, depth) if schema.keys() & KEYWORDS[kind] else kind
                 for kind in types]
         return _any_of(ways, at) if types else "value"
-
-    @staticmethod
-    def _list(value, at: str) -> list:
-        if not isinstance(value, list):
-            raise SchemaError(f"{at}: must be a list")
-        return list(value)
 
     def _target(self, ref, at: str):
         """What a $ref names."""
@@ -738,7 +734,7 @@ class Gbnf:
     def _object(self, schema: dict, at: str, depth: int) -> str:
         """Members in declared order, then others where they are asked for."""
         members = schema.get("properties", {})
-        required = self._list(schema.get("required", []), f"{at}.required")
+        required = schema.get("required", [])
         more = schema.get("additionalProperties", not members)
         members = {name: inner for name, inner in members.items()
                    if inner is not False or name in required}
@@ -784,7 +780,7 @@ class Gbnf:
 
     def _array(self, schema: dict, at: str, depth: int) -> str:
         """All prefixItems, then items."""
-        first = self._list(schema.get("prefixItems", []), f"{at}.prefixItems")
+        first = schema.get("prefixItems", [])
         low, high = schema.get("minItems", 0), schema.get("maxItems", math.inf)
         more = schema.get("items", not first)
         high = len(first) if more is False else high
@@ -926,6 +922,8 @@ def _integers(low: int, high: int) -> list[str]:
 def _naturals(low: int, high: int) -> list[str]:
     """Ways to write the integers from low >= 0 to high, without leading zeros."""
     ways = []
+    if low > high:
+        return ways
     for size in range(len(str(low)), len(str(max(high, 0))) + 1):
         first, last = max(low, 10 ** (size - 1) if size > 1 else 0), min(high, 10**size - 1)
         if first <= last:
@@ -1075,6 +1073,8 @@ def is_text(schema) -> bool:
 def arguments_rule(gbnf: Gbnf, form: ToolFormat, schema: dict, at: str) -> str:
     """Add a rule for the arguments of a function with these `parameters`; return its name. XML
     parameters come in the schema's order, and those not required may be left out."""
+    if schema.get("type", "object") != "object":
+        raise SchemaError(f"{at}.type: must be 'object', got {schema['type']!r:.60}")
     if not form.xml:
         return gbnf.add_schema({**schema, "type": "object"}, at)
     shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
@@ -1139,7 +1139,7 @@ class SamplingParams:
     dry_allowed_length: int = knob(2, 0, 2**31 - 1)  # tokens: longer repetitions are penalized
     dry_penalty_last_n: int = knob(-1, -1, 2**31 - 1)  # tokens looked back at; -1: all
     dry_sequence_breakers: list[str] = dataclasses.field(
-        default_factory=lambda: ["\n", ":", '"', "*"], metadata={"max_length": 64})
+        default_factory=lambda: ["\n", ":", '"', "*"], metadata={"max_length": 8})
     xtc_probability: float = knob(0.0, 0, 1)  # XTC, "exclude top choices": the chance to drop all
     xtc_threshold: float = knob(0.1, 0, 1)  # ... but the last of those at least this probable
     mirostat: int = knob(0, 0, 2)  # 1, 2: steer the surprise towards tau, cut no candidates off
@@ -1161,11 +1161,12 @@ class Grammar:
     chosen freely and tested alone; only when that fails are others looked at (`Sampler`).
     """
 
-    def __init__(self, model: Model, gbnf: str, triggers: tuple[str, ...] = ()):
+    def __init__(self, model: Model, gbnf: str, triggers: tuple[str, ...] = (),
+                 must_trigger: bool = False):
         """gbnf: its rule `root` is what may be written, from the start, or after these texts have
-        come one after the other. Raises GrammarError."""
+        come one after the other; must_trigger: no end before. Raises GrammarError."""
         native_errors.clear()
-        self._model = model
+        self._model, self._must_trigger = model, must_trigger
         self._native = lib.llama_sampler_init_grammar(model.vocab, gbnf.encode(), b"root")
         if not self._native:
             raise GrammarError("; ".join(native_errors) or "llama.cpp cannot parse it")
@@ -1176,10 +1177,15 @@ class Grammar:
         if self._native:
             free(self._native)
 
+    def check(self) -> None:
+        """Nothing more: it could be made."""
+
     def take(self, token: int) -> bool:
         """Read a chosen token; False, and nothing is changed, if it may not come here."""
         if not self._triggers:
             return self._advance(token)
+        if self._must_trigger and token in self._model.end_tokens:
+            return False
         tail, triggers = self._tail + self._model.piece(token), self._triggers
         while triggers and triggers[0] in tail:
             tail = tail.partition(triggers[0])[2]
@@ -1220,7 +1226,8 @@ class Grammar:
         first, and then only those tokens that begin with a byte that may come.
         """
         if self._triggers:
-            return np.arange(self._model.n_vocab, dtype=np.int32)
+            tokens = np.arange(self._model.n_vocab, dtype=np.int32)
+            return tokens[self._model.first_byte != NO_TEXT] if self._must_trigger else tokens
         single = self._model.byte_tokens
         may_come = np.isin(single, self._among(single[single >= 0])) | (single < 0)
         may_come = np.append(may_come, False)  # for NO_TEXT
@@ -1228,56 +1235,60 @@ class Grammar:
         return self._among(np.append(tokens, list(self._model.end_tokens)).astype(np.int32))
 
 
-class GuardedGrammar:
-    """A grammar that a client wrote, with the interface of Grammar, in a child process.
+class GrammarProcess:
+    """The grammars of one reply's choices, in a child process.
 
-    llama.cpp recurses over such a text and follows every way to read it, so that a few lines of
-    GBNF can overflow the stack, double the work with each character or fill the memory. A child
-    that dies, or does not answer in time, ends one request only.
+    llama.cpp follows every way to read a text at once and recurses over a grammar, so that a few
+    lines of a client's can double the work with each character, overflow the stack or fill the
+    memory. A child that dies, or does not answer in time, ends one reply only. Asking it costs a
+    twentieth of a decode step.
     """
 
-    MAX_SECONDS, MAX_CPU_SECONDS, MAX_BYTES = 2.0, 600, 2**30  # an answer; all; beyond ours
+    COMPILE_SECONDS, TOKEN_SECONDS, CPU_SECONDS = 5.0, 1.5, 3600
+    MAX_BYTES = 2**30  # beyond what the server has itself
 
-    def __init__(self, model: Model, gbnf: str, triggers: tuple[str, ...] = ()):
+    def __init__(self, model: Model, gbnf: str, triggers: tuple[str, ...], must_trigger: bool):
         """As for Grammar. Raises GrammarError."""
         model.byte_tokens  # makes the tables: here, once, not in each child
         fork = multiprocessing.get_context("fork")  # the child has the vocabulary already
         self._pipe, pipe = fork.Pipe()
-        self._child = fork.Process(target=self._serve, args=(pipe, model, gbnf, triggers),
-                                   daemon=True)
+        self._child = fork.Process(target=self._serve, daemon=True,
+                                   args=(pipe, model, gbnf, triggers, must_trigger))
         self._child.start()
         pipe.close()
-        self._answer()
+        self.ask(self.COMPILE_SECONDS, 0, "check")
 
     @classmethod
-    def _serve(cls, pipe, model: Model, gbnf: str, triggers: tuple[str, ...]) -> None:
+    def _serve(cls, pipe, *of_grammar) -> None:
         """The child's life: answer questions until the pipe ends."""
         for name in os.listdir("/proc/self/fd"):  # other clients' connections, above all
             if int(name) > 2 and int(name) != pipe.fileno():
                 with contextlib.suppress(OSError):
                     os.close(int(name))
-        limit = 2**10 * int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-        resource.setrlimit(resource.RLIMIT_AS, (limit + cls.MAX_BYTES,) * 2)
-        resource.setrlimit(resource.RLIMIT_CPU, (cls.MAX_CPU_SECONDS,) * 2)
+        n_pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = n_pages * resource.getpagesize() + cls.MAX_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_CPU, (cls.CPU_SECONDS, cls.CPU_SECONDS))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        try:
-            grammar = Grammar(model, gbnf, triggers)
-            pipe.send(None)
+        grammars: dict[int, Grammar] = {}  # by choice
+        with contextlib.suppress(EOFError, KeyboardInterrupt):
             while True:
-                method, *arguments = pipe.recv()
-                pipe.send(getattr(grammar, method)(*arguments))
-        except GrammarError as error:
-            pipe.send(error)
-        except EOFError:
-            pass
+                index, method, *arguments = pipe.recv()
+                try:
+                    grammar = grammars.get(index) or grammars.setdefault(
+                        index, Grammar(*of_grammar))
+                    pipe.send(getattr(grammar, method)(*arguments))
+                except (GrammarError, MemoryError) as error:
+                    pipe.send(GrammarError(str(error) or "it needs too much memory"))
         os._exit(0)
 
-    def _answer(self):
-        """The child's answer; GrammarError if it has none in time."""
+    def ask(self, seconds: float, *question):
+        """The child's answer. Raises GrammarError if it has none in time."""
         try:
-            answer = self._pipe.recv() if self._pipe.poll(self.MAX_SECONDS) else GrammarError(
-                f"it takes longer than {self.MAX_SECONDS:g} seconds for a token; make it simpler: "
-                "let no two alternatives begin alike")
+            self._pipe.send(question)
+            answer = self._pipe.recv() if self._pipe.poll(seconds) else GrammarError(
+                f"it takes longer than {seconds:g} seconds for a token; make it simpler: let no "
+                "two alternatives begin alike")
         except (EOFError, OSError):
             answer = GrammarError("it is nested too deeply or needs too much memory")
         if isinstance(answer, GrammarError):
@@ -1285,24 +1296,27 @@ class GuardedGrammar:
             raise answer
         return answer
 
-    def _ask(self, *question):
-        with contextlib.suppress(OSError):  # then there is no answer either
-            self._pipe.send(question)
-        return self._answer()
-
-    def take(self, token: int) -> bool:
-        """As Grammar.take."""
-        return self._ask("take", token)
-
-    def allowed(self) -> np.ndarray:
-        """As Grammar.allowed."""
-        return self._ask("allowed")
-
     def __del__(self):
         if hasattr(self, "_child"):
             self._child.kill()
             self._child.join()
             self._pipe.close()
+
+
+@dataclasses.dataclass
+class GuardedGrammar:
+    """One choice's Grammar in a GrammarProcess."""
+
+    process: GrammarProcess
+    index: int
+
+    def take(self, token: int) -> bool:
+        """As Grammar.take."""
+        return self.process.ask(GrammarProcess.TOKEN_SECONDS, self.index, "take", token)
+
+    def allowed(self) -> np.ndarray:
+        """As Grammar.allowed."""
+        return self.process.ask(GrammarProcess.TOKEN_SECONDS, self.index, "allowed")
 
 
 class Sampler:

@@ -238,7 +238,13 @@ def read_value(hint, value, at: str, limits: Mapping, ignored: list[str]):
     """Return `value` as the type `hint`, or raise a 400 that names the place `at`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     reason = None
-    if hint is Any or (hint in (bool, types.NoneType) and isinstance(value, hint)):
+    if hint in (bool, types.NoneType) and isinstance(value, hint):
+        return value
+    if hint is Any:
+        try:
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
+            raise invalid(at, f"{at}: is not JSON with valid Unicode: {error}"[:MAX_LINE]) from None
         return value
     if origin is Literal and value in args and type(value) in map(type, args):
         return value
@@ -452,14 +458,18 @@ class GenerationBody(engine.SamplingParams):
                                   "before its first token")
         return stops
 
+    def constrained_by(self) -> str | None:
+        """The field that holds the reply to a grammar."""
+        fields = ("grammar", "json_schema", "response_format", "tools", "functions")
+        return next((name for name in fields if getattr(self, name, None) is not None), None)
+
     def plain_constraint(self) -> str:
         """The GBNF of `grammar` or `json_schema`, "" for none."""
         if self.grammar is not None and self.json_schema is not None:
             raise invalid("grammar", "grammar and json_schema were sent; the reply can follow only "
                                      "one of them")
-        if self.grammar == "" or (self.grammar and self.n > MAX_GRAMMAR_CHOICES):
-            raise invalid("grammar", f"grammar: has {len(self.grammar)} characters for {self.n} "
-                                     f"choices; send a text, for at most {MAX_GRAMMAR_CHOICES}")
+        if self.grammar == "":
+            raise invalid("grammar", "grammar: is empty; leave it out")
         try:
             if self.json_schema is not None:
                 gbnf = engine.Gbnf()
@@ -543,6 +553,12 @@ class ChatBody(GenerationBody):
         return Offer(tools if mode != "none" else [], allowed if mode != "none" else [],
                      mode == "required", self.parallel_tool_calls and not is_named, where)
 
+    @property
+    def may_answer_freely(self) -> bool:
+        """Whether a reply that calls no function need not follow a grammar."""
+        return bool(self.offer.allowed) and not self.offer.is_required and \
+            self.constrained_by() in ("tools", "functions")
+
     def constraint(self, form: engine.ToolFormat, unclosed: str) -> tuple[str, tuple[str, ...]]:
         """The GBNF that the reply must follow ("" for none), and the texts from which on it must.
         unclosed: the tag that ends the reasoning with which the reply begins."""
@@ -585,6 +601,8 @@ class ChatBody(GenerationBody):
         return given(wanted.schema, {"type": "object"}), "response_format.schema"
 
 
+TEMPLATE_NAMES = {"messages", "tools", "functions", "function_call", "tool_choice", "bos_token",
+                  "eos_token", "add_generation_prompt", "raise_exception", "strftime_now", "self"}
 TOOL_NAME = "[a-zA-Z0-9_-]{1,64}"
 
 
@@ -608,7 +626,7 @@ class Offer:
                 yield name, parameters, f"{self.where}[{i}]{inner}.parameters"
 
 
-MAX_GRAMMAR_CHOICES = 8  # each has a process of its own, see engine.GuardedGrammar
+MAX_CHOICES = 512  # replies to one request: prompts times n or best_of
 DEFAULTED = ("temperature", "top_p", "top_k", "min_p")  # settings, where a body does not say
 LEGACY_MAX_TOKENS = 16  # the OpenAI reference's default for /v1/completions
 MAX_INPUTS = 2048  # texts in one request, as the OpenAI reference has it for embeddings
@@ -1031,15 +1049,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if begun and begun["role"] != "assistant":
             raise invalid("continue_final_message", "continue_final_message: the last message is "
                                                     f"the {begun['role']}'s, not the assistant's")
+        if taken := TEMPLATE_NAMES & (chat.chat_template_kwargs or {}).keys():
+            raise invalid("chat_template_kwargs", f"chat_template_kwargs: {min(taken)!r} is set by "
+                                                  "the server; leave it out")
         form = model.tool_format
         turns = prepare_messages(messages, chat.offer.tools, model.template_source, form)
         options = {"enable_thinking": chat.reasoning_effort not in ("none", "minimal"),
                    "reasoning_effort": chat.reasoning_effort} if chat.reasoning_effort else {}
         try:
-            prompt = model.render_chat(
-                turns, chat.add_generation_prompt or begun is not None,
-                tools=prepare_tools(chat.offer.tools, form),
-                **options, **(chat.chat_template_kwargs or {}))
+            options |= {**(chat.chat_template_kwargs or {}),
+                        "tools": prepare_tools(chat.offer.tools, form)}
+            prompt = model.render_chat(turns, chat.add_generation_prompt or begun is not None,
+                                       options)
         except engine.TemplateError as error:
             raise invalid("messages", f"messages: the model's chat template refuses them: {error}",
                           "template_error") from None
@@ -1105,7 +1126,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # ==== 6. Generation: prompt, submit, events =========================================
 
-    def generate(self, body: GenerationBody, prompts: list[np.ndarray], gbnf: str | None,
+    def generate(self, body: GenerationBody, prompts: list[np.ndarray], gbnf: str,
                  triggers: tuple[str, ...], renderer: Callable, best_of: int | None = None) -> None:
         """Submit the choices, and write their reply: streamed, or folded into one."""
         if body.stream_options and not body.stream:
@@ -1117,7 +1138,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         reply = renderer(body, choices, loaded.model, with_usage)
         try:
-            with engine_errors():
+            with engine_errors(body.constrained_by()):
                 loaded.submit(choices)
                 chunks = reply.chunks(self.events(choices))
                 if not body.stream:
@@ -1135,10 +1156,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.tally.generated = sum(choice.n_generated for choice in choices)
 
     def make_choices(self, loaded: engine.Engine, body: GenerationBody, prompts: list[np.ndarray],
-                     n_each: int, gbnf: str | None, triggers: tuple[str, ...]
+                     n_each: int, gbnf: str, triggers: tuple[str, ...]
                      ) -> list[engine.Request]:
         """n_each requests for each prompt. Everything that can be refused is refused here, before
         the engine hears of it."""
+        must_trigger = not (isinstance(body, ChatBody) and body.may_answer_freely)
         model, stops, n_top = loaded.model, body.stops(), body.n_top_logprobs()
         if not model.generates:
             raise invalid("model", f"{model.name} makes embeddings only; ask /v1/embeddings")
@@ -1155,18 +1177,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         limit = given(body.reply_limit(), self.server.config.max_tokens)
         limit = loaded.n_ctx if limit is None else limit
         events: queue.SimpleQueue = queue.SimpleQueue()
-        choices = []
-        for index in range(n_each * len(prompts)):
+        choices, n_choices = [], n_each * len(prompts)
+        if n_choices > MAX_CHOICES:
+            raise invalid("n", f"n: {n_choices} replies were asked for, the limit is {MAX_CHOICES} in "
+                               "one request; send fewer prompts or a smaller n")
+        process = None
+        if gbnf:
+            with engine_errors(body.constrained_by()):
+                process = engine.GrammarProcess(model, gbnf, triggers, must_trigger)
+        for index in range(n_choices):
             prompt = prompts[index // n_each]
             if body.seed is not None:
                 params["seed"] = body.seed + index * SEED_STRIDE
-            kind = engine.Grammar if body.grammar is None else engine.GuardedGrammar
-            try:
-                grammar = kind(model, gbnf, triggers) if gbnf else None
-            except engine.GrammarError as error:
-                sources = ("grammar", "json_schema", "response_format", "tools", "functions")
-                source = next(name for name in sources if getattr(body, name, None) is not None)
-                raise invalid(source, f"{source}: llama.cpp refuses the grammar: {error}") from None
+            grammar = engine.GuardedGrammar(process, index) if process else None
             sampler = engine.Sampler(model, engine.SamplingParams(**params), loaded.n_ctx, prompt,
                                      grammar)
             choices.append(engine.Request(
@@ -1245,15 +1268,15 @@ POLL_SECONDS = 0.1  # how often a silent request looks whether its client is sti
 
 
 @contextlib.contextmanager
-def engine_errors():
-    """The engine's refusals and faults as ApiErrors."""
+def engine_errors(grammar_from: str | None = None):
+    """The engine's refusals and faults as ApiErrors; grammar_from: the field of the grammar."""
     try:
         yield
     except (engine.QueueFull, engine.EngineClosed) as error:
         code = "queue_full" if isinstance(error, engine.QueueFull) else "shutting_down"
         raise unavailable(str(error), code) from None
     except engine.GrammarError as error:
-        raise invalid("grammar", f"grammar: {error}") from None
+        raise invalid(grammar_from, f"{grammar_from}: the grammar is refused: {error}") from None
     except engine.EngineFault as error:
         raise ApiError(500, str(error), code="engine_error") from None
 
@@ -1367,7 +1390,7 @@ class ChatParser:
                  unclosed: str = "", split_reasoning: bool = True):
         """form: None where no calls are looked for. tools: for the types of XML parameters.
         unclosed: what unclosed_reasoning says of the prompt."""
-        self.n_calls = 0
+        self.n_calls = self.n_whole = 0  # calls begun and ended
         self._form, self._unclosed = form, unclosed
         self._tags = engine.REASONING_TAGS if split_reasoning else {}
         functions = [tool["function"] for tool in tools or ()]
@@ -1406,15 +1429,16 @@ class ChatParser:
         while more and (name := (yield from self._until(form.between))):
             self.n_calls += 1
             self._add_arguments("", id=new_call_id(form), type="function", function={"name": name})
-            yield from self._parameters(name, form) if form.xml else self._object()
-            yield from self._choose(form.ending)
+            read = self._parameters(name, form) if form.xml else self._object(form)
+            self.n_whole += bool((yield from read))
             ends = filter(None, (form.separator, form.closing))
             more = (yield from self._choose(*ends)) == form.separator
         if self._ended:
             self._pending = ""  # part of one of the literals
 
-    def _object(self) -> Generator:
-        """A JSON object, passed on as it comes, up to the brace that closes its first."""
+    def _object(self, form: engine.ToolFormat) -> Generator:
+        """A JSON object, passed on as it comes, up to the brace that closes its first and the
+        ending behind it; whether both came."""
         depth, in_string, escaped = 0, False, False
         while not self._ended:
             end = 0  # of what is read in this piece
@@ -1429,16 +1453,16 @@ class ChatParser:
             text, self._pending = self._pending[:end], self._pending[end:]
             self._add_arguments(text)
             if text and depth == 0:
-                return
+                return (yield from self._choose(form.ending)) is not None
             yield
 
     def _parameters(self, function: str, form: engine.ToolFormat) -> Generator:
-        """XML parameters, passed on as a JSON object."""
+        """XML parameters, passed on as a JSON object, up to the ending; whether that came."""
         properties, before = self._schemas.get(function, {}).get("properties", {}), "{"
         start, end = engine.PARAMETER, engine.PARAMETER_END
         while (found := (yield from self._choose(start, form.ending))) == start:
             if not (name := (yield from self._until(form.between))):
-                return
+                return False
             quote, convert = ('"', quoted) if engine.is_text(properties.get(name)) else ("", str)
             self._add_arguments(f'{before}"{quoted(name)}": {quote}')
             add = functools.partial(self._add_converted, convert)
@@ -1447,6 +1471,7 @@ class ChatParser:
             before = ", "
         if found:
             self._add_arguments("{}" if before == "{" else "}")
+        return bool(found)
 
     def _add_converted(self, convert: Callable[[str], str], text: str) -> None:
         self._add_arguments(convert(text))
@@ -1665,7 +1690,8 @@ class ChatRenderer(Renderer):
             yield {"delta": delta}
 
     def finish_reason(self, event: engine.Event) -> str:
-        if event.finish_reason != "stop" or not self.parsers[event.request.index].n_calls:
+        parser = self.parsers[event.request.index]
+        if event.finish_reason != "stop" or not 0 < parser.n_calls == parser.n_whole:
             return event.finish_reason
         return "function_call" if self.old_style else "tool_calls"
 

@@ -49,7 +49,7 @@ def render(source: str, messages, tools=None, **options) -> str:
     model, form = object.__new__(engine.Model), engine.tool_format_of(source)
     model._template = Jinja2ChatFormatter(template=source, eos_token="</s>", bos_token="<s>")
     return model.render_chat(server.prepare_messages(messages, tools, source, form),
-                             tools=server.prepare_tools(tools, form), **options)
+                             options={"tools": server.prepare_tools(tools, form), **options})
 
 
 def source_of(name: str) -> str:
@@ -480,7 +480,7 @@ def test_the_template_files_own_words_reach_the_prompt(load):
     model = load("{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
                  "{% if add_generation_prompt %}<bot>{% endif %}{{ mood }}")
     assert model.render_chat([{"role": "user", "content": "Hi"}]) == "<|im_start|><user>Hi<bot>"
-    assert model.render_chat([{"role": "user", "content": "Hi"}], False, mood="!") == \
+    assert model.render_chat([{"role": "user", "content": "Hi"}], False, {"mood": "!", "tools": None}) == \
         "<|im_start|><user>Hi!"
     assert model.tool_format is engine.GENERIC
     assert load("[TOOL_CALLS][ARGS]").tool_format is engine.TOOL_FORMATS["mistral"]
