@@ -384,6 +384,10 @@ class Model:
         self.on_gpu = bool(n_gpu_layers and lib.llama_supports_gpu_offload())
         self._bos = lib.llama_vocab_bos(self.vocab)
         self._add_bos = bool(lib.llama_vocab_get_add_bos(self.vocab))
+        # What an embedding model was trained to see at the end of a text: SEP, EOS or nothing.
+        self._end_of_text = lib.llama_vocab_sep(self.vocab) \
+            if lib.llama_vocab_get_add_sep(self.vocab) else lib.llama_vocab_eos(self.vocab) \
+            if lib.llama_vocab_get_add_eos(self.vocab) else -1
         tokens = range(self.n_vocab)
         self.end_tokens = frozenset(  # EOS, end of turn and the like: they end the generation
             token for token in tokens if lib.llama_vocab_is_eog(self.vocab, token))
@@ -458,6 +462,8 @@ class Model:
         tokens = np.concatenate(parts)
         if bos and self._add_bos and (len(tokens) == 0 or tokens[0] != self._bos):
             tokens = np.insert(tokens, 0, self._bos)
+        if bos and self.pools and self._end_of_text >= 0:
+            tokens = np.append(tokens, self._end_of_text).astype(np.int32)
         return tokens
 
     def _cut_long_runs(self, text: str) -> list[str]:
@@ -568,8 +574,8 @@ KEYWORDS = {  # of each type
     "object": {"properties", "required", "additionalProperties", "minProperties", "maxProperties"},
     "array": {"items", "prefixItems", "minItems", "maxItems"},
     "string": {"pattern", "minLength", "maxLength", "format"},
-    "integer": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
     "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
+    "integer": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
     "boolean": set(), "null": set()}
 KNOWN = {"type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref"}.union(*KEYWORDS.values())
 DATE = r"[12]\d{3}-((0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])|(0[13-9]|1[0-2])-(29|30))"
@@ -607,6 +613,7 @@ class SchemaError(ValueError):
 
 def literal(text: str) -> str:
     """A GBNF literal."""
+    text.encode()  # half a character is a UnicodeEncodeError
     return '"' + re.sub(r'[\x00-\x1f"\\\x7f]', lambda m: f"\\x{ord(m[0]):02X}", text) + '"'
 
 
@@ -667,11 +674,15 @@ class Gbnf:
     def add_schema(self, schema, at: str) -> str:
         """The name of a rule for a value of the schema, as JSON text. Raises SchemaError, which
         names the place, below `at`, of what is wrong or not supported."""
-        self._root, self._root_at, self._refs = schema, at, {}
+        self._root, self._root_at, self._refs, self._chain = schema, at, {}, frozenset()
         try:
             return self.add_rule(self._visit(schema, at, 0))
         except RecursionError:
             raise SchemaError(f"{at}: a pattern or a property's name is too long") from None
+        except SchemaError:
+            raise
+        except ValueError as error:  # infinity, or half a character
+            raise SchemaError(f"{at}: is not JSON with valid Unicode: {error}") from None
 
     def _visit(self, schema, at: str, depth: int) -> str:
         """The GBNF of a subschema."""
@@ -692,23 +703,26 @@ class Gbnf:
             return self._visit(whole, at, depth + 1)
         for key in schema.keys() & {"anyOf", "oneOf"}:
             parts = schema.pop(key)
-            kinds = [kind for part in parts for kind in _types(part, at) or _kinds_of_values(part)]
+            places = [f"{at}.{key}[{i}]" for i in range(len(parts))]
+            kinds = [kind for part, place in zip(parts, places) for kind in _kinds(part, place)]
             if key == "oneOf" and not is_tagged and len({*kinds, "any"}) <= len(kinds):
                 raise SchemaError(f"{at}.oneOf: the alternatives may overlap: write anyOf, or give "
                                   "each its own type, or a discriminator")
-            ways = [self._visit(_both(schema, part, at), f"{at}.{key}[{i}]", depth + 1)
-                    for i, part in enumerate(parts)]
+            ways = [self._visit(_both(schema, part, place), place, depth + 1)
+                    for part, place in zip(parts, places)]
             return _any_of(ways, f"{at}.{key}")
         types = _types(schema, at)
         if "enum" in schema:
-            texts = [json.dumps(value, ensure_ascii=False) for value in schema["enum"] if not types
-                     or {_type(value), *types} >= {"integer", "number"} or _type(value) in types]
+            texts = [json.dumps(value, ensure_ascii=False, allow_nan=False)
+                     for value in schema["enum"] if _satisfies(value, schema, at)]
             return _any_of([_one_of(texts)] if texts else [], f"{at}.enum")
         visitors = {"object": self._object, "array": self._array, "string": self._string,
-                    "integer": self._number, "number": self._number}
+                    "integer": functools.partial(_number, whole=True), "number": _number}
         types = types or [kind for kind in KEYWORDS if schema.keys() & KEYWORDS[kind]][:1]
+        chain, self._chain = self._chain, frozenset()
         ways = [visitors[kind](schema, at, depth) if schema.keys() & KEYWORDS[kind] else kind
                 for kind in types]
+        self._chain = chain
         return _any_of(ways, at) if types else "value"
 
     def _target(self, ref, at: str):
@@ -725,10 +739,14 @@ class Gbnf:
     def _rule_of(self, ref: str, at: str) -> str:
         """The rule of a $ref, which may be inside what it names."""
         target = self._target(ref, at)
+        if ref in self._chain:
+            raise SchemaError(f"{at}.$ref: {ref} is only itself; describe a value")
         if ref not in self._refs:
             self._refs[ref] = name = f"ref-{len(self.rules)}"
             self.rules[name] = ""
+            chain, self._chain = self._chain, self._chain | {ref}
             self.rules[name] = self._visit(target, self._root_at + ref[1:].replace("/", "."), 0)
+            self._chain = chain
         return self._refs[ref]
 
     def _object(self, schema: dict, at: str, depth: int) -> str:
@@ -740,12 +758,15 @@ class Gbnf:
                    if inner is not False or name in required}
         if not all(isinstance(name, str) for name in required):
             raise SchemaError(f"{at}.required: must be a list of names")
-        members = members | {name: more or True for name in required if name not in members}
+        if more is False and set(required) - members.keys():
+            raise SchemaError(f"{at}.required: {min(set(required) - members.keys())!r:.60} is not "
+                              "among the properties, and others are not allowed")
+        members = members | {name: more for name in required if name not in members}
         if len(members) - len(required) > MAX_OPTIONAL:
             raise SchemaError(f"{at}: {len(members) - len(required)} properties are optional, the "
                               f"limit is {MAX_OPTIONAL}: require some of them")
-        if schema.get("minProperties", 0) > len(required) or \
-                schema.get("maxProperties", math.inf) < (math.inf if more else len(members)):
+        if schema.get("minProperties", 0) > len(set(required)) or \
+                schema.get("maxProperties", math.inf) < (math.inf if more is not False else len(members)):
             raise SchemaError(f"{at}: minProperties and maxProperties are not supported; list the "
                               "properties as required, with additionalProperties: false")
         tail, end = "", ""  # what may follow a member; what may stand where none has come
@@ -765,16 +786,18 @@ class Gbnf:
 
     def _member_name(self, others: set[str]) -> str:
         """A property name in quotes that is none of the others."""
-        names = {json.dumps(name, ensure_ascii=False)[1:-1] for name in others}
+        names = {tuple(re.findall(r"\\u.{4}|\\.|.", json.dumps(name, ensure_ascii=False)[1:-1]))
+                 for name in others}
         return f"{QUOTE} {self._other_name(names)}" if names else "string"
 
-    def _other_name(self, names: set[str]) -> str:
-        """The rest of a property name, with its closing quote, if it must not be one of these."""
-        ways = [] if "" in names else [QUOTE]
+    def _other_name(self, names: set[tuple[str, ...]]) -> str:
+        """The rest of a property name, with its closing quote, if it must not be one of these,
+        each given by its characters as JSON escapes them."""
+        ways = [] if () in names else [QUOTE]
         firsts = {name[0] for name in names if name}
-        others = _complement(NOT_PLAIN + [_span(char) for char in firsts])
+        others = _complement(NOT_PLAIN + [_span(char) for char in firsts if len(char) == 1])
         ways.append(f"{_char_class(others)} char* {QUOTE}")
-        ways += [f"{literal(c)} {self._other_name({n[1:] for n in names if n[:1] == c})}"
+        ways += [f"{literal(c)} {self._other_name({n[1:] for n in names if n[:1] == (c,)})}"
                  for c in sorted(firsts)]
         return self.add_rule(" | ".join(ways))
 
@@ -783,10 +806,10 @@ class Gbnf:
         first = schema.get("prefixItems", [])
         low, high = schema.get("minItems", 0), schema.get("maxItems", math.inf)
         more = schema.get("items", not first)
-        high = len(first) if more is False else high
-        if not len(first) <= high >= low:
-            raise SchemaError(f"{at}: no array has {low} to {high} items with {len(first)} in "
-                              "prefixItems")
+        high = min(high, len(first)) if more is False else high
+        first = first[: high if high < math.inf else None]
+        if low > high:
+            raise SchemaError(f"{at}.minItems: no array has {low} to {high} items")
         items = [self._visit(item, f"{at}.prefixItems[{i}]", depth + 1)
                  for i, item in enumerate(first)]
         if high > len(first):
@@ -817,23 +840,28 @@ class Gbnf:
                               "format; say it all in the pattern")
         return f"{QUOTE} {Pattern(self, pattern, f'{at}.pattern').body} {QUOTE}"
 
-    def _number(self, schema: dict, at: str, _depth: int) -> str:
-        """Integers within bounds; for `number` also fractions between two allowed integers."""
-        if schema.get("multipleOf", 1) != 1:
-            raise SchemaError(f"{at}.multipleOf: is not supported; leave it out")
-        low, high = schema.get("minimum", -MAX_NUMBER), schema.get("maximum", MAX_NUMBER)
-        above = schema.get("exclusiveMinimum", low - 1)
-        below = schema.get("exclusiveMaximum", high + 1)
-        least = max(math.ceil(low), math.floor(above) + 1, -MAX_NUMBER)
-        most = min(math.floor(high), math.ceil(below) - 1, MAX_NUMBER)
-        ways = _integers(least, most)
-        if schema.get("type") != "integer" and "multipleOf" not in schema:
-            # Between two neighbours every fraction will do; 0.5 may come before the first integer.
-            low, high = math.ceil(max(low, above)), math.floor(min(high, below))
-            fraction = '"." [0-9]{0,5} [1-9]'
-            ways += [f"{way} {fraction}" for way in _naturals(max(low, 0), high - 1)]
-            ways += [f'"-" {way} {fraction}' for way in _naturals(max(-high, 0), -low - 1)]
-        return _any_of(ways, f"{at}.minimum")
+
+def _number(schema: dict, at: str, _depth: int, whole: bool = False) -> str:
+    """Integers within bounds; unless `whole`, also fractions between two allowed integers."""
+    if schema.get("multipleOf", 1) != 1:
+        raise SchemaError(f"{at}.multipleOf: is not supported; leave it out")
+    low, high = schema.get("minimum", -MAX_NUMBER), schema.get("maximum", MAX_NUMBER)
+    low, high = max(low, -MAX_NUMBER), min(high, MAX_NUMBER)
+    above, below = schema.get("exclusiveMinimum", low - 1), schema.get("exclusiveMaximum", high + 1)
+    least = max(math.ceil(low), math.floor(above) + 1)
+    most = min(math.floor(high), math.ceil(below) - 1)
+    ways = _integers(least, most)
+    if not whole and "multipleOf" not in schema:
+        # Between two neighbours every fraction will do; 0.5 may come before the first integer.
+        low, high, fraction = max(low, above), min(high, below), '"." [0-9]{0,5} [1-9]'
+        first, last = math.ceil(low), math.floor(high)
+        ways += [f"{way} {fraction}" for way in _naturals(max(first, 0), last - 1)]
+        ways += [f'"-" {way} {fraction}' for way in _naturals(max(-last, 0), -first - 1)]
+        base = math.floor(low)
+        inner = math.ceil((low - base) * 1000) + 1, math.floor((high - base) * 1000) - 1
+        if not ways and base >= 0 and inner[0] <= inner[1] < 1000:  # between two integers
+            ways = [f"{literal(f'{base}.')} {_digits(f'{inner[0]:03}', f'{inner[1]:03}')}"]
+    return _any_of(ways, f"{at}.minimum")
 
 
 def _constraints(schema, at: str) -> dict:
@@ -847,8 +875,10 @@ def _constraints(schema, at: str) -> dict:
         kind = KINDS.get(key)
         if key not in KNOWN:
             raise SchemaError(f"{at}.{key}: this keyword is not supported; leave it out")
-        if kind and (not isinstance(value, kind) or isinstance(value, bool) or value != value):
-            raise SchemaError(f"{at}.{key}: {value!r:.60} is not what belongs there")
+        if kind and (not isinstance(value, kind) or isinstance(value, bool)
+                     or isinstance(value, float) and not math.isfinite(value)):
+            what = {str: "a string", dict: "an object", list: "a list", int: "a count"}
+            raise SchemaError(f"{at}.{key}: must be {what.get(kind, 'a number')}, got {value!r:.60}")
         if kind is int and not 0 <= value < 2**31:
             raise SchemaError(f"{at}.{key}: {value} is not a count")
     if "const" in schema:
@@ -867,15 +897,40 @@ def _types(schema, at: str) -> list[str]:
 
 
 def _type(value) -> str:
-    """The JSON type of a value."""
+    """The JSON type of a value; 1.0 is an integer."""
+    if isinstance(value, float) and value.is_integer():
+        return "integer"
     return {bool: "boolean", str: "string", int: "integer", float: "number", dict: "object",
             list: "array"}.get(type(value), "null")
 
 
-def _kinds_of_values(schema) -> set[str]:
-    """The types of what const or enum list; {"any"} without these."""
-    values = [schema["const"]] if "const" in schema else schema.get("enum", [])
-    return {_type(value) for value in values} or {"any"}
+def _kinds(schema, at: str) -> set[str]:
+    """The types of a schema's values, for telling alternatives apart: no integers, all numbers."""
+    schema = _constraints(schema, at) if not isinstance(schema, bool) else {}
+    kinds = _types(schema, at) or [_type(value) for value in schema.get("enum", [])] or ["any"]
+    return {"number" if kind == "integer" else kind for kind in kinds}
+
+
+def _satisfies(value, schema: dict, at: str) -> bool:
+    """Whether a value of an enum satisfies what stands beside it."""
+    kind, types = _type(value), _types(schema, at)
+    if types and kind not in types and not (kind == "integer" and "number" in types):
+        return False
+    if kind in ("object", "array") and schema.keys() & KEYWORDS[kind]:
+        raise SchemaError(f"{at}.enum: cannot be combined with other rules for an {kind}")
+    if kind in ("integer", "number"):
+        return schema.get("minimum", value) <= value <= schema.get("maximum", value) \
+            and schema.get("exclusiveMinimum", -math.inf) < value \
+            and value < schema.get("exclusiveMaximum", math.inf)
+    if kind == "string":
+        return schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", math.inf) \
+            and re.search(schema.get("pattern", ""), value) is not None
+    return True
+
+
+def _same(a, b) -> bool:
+    """Whether two JSON values are equal; for Python, true would be 1."""
+    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
 
 
 def _both(a, b, at: str):
@@ -884,10 +939,16 @@ def _both(a, b, at: str):
         return (b if a else a) if isinstance(a, bool) else (a if b else b)
     a, b = _constraints(a, at), _constraints(b, at)
     both = {**a, **b}
-    for key in [key for key in a.keys() & b.keys() if a[key] != b[key]]:
+    for one, other in ((a, b), (b, a)):
+        closed = one.get("additionalProperties", True) is not True
+        if closed and other.get("properties", {}).keys() - one.get("properties", {}).keys() \
+                or "prefixItems" in one and "items" in other:
+            raise SchemaError(f"{at}: additionalProperties or prefixItems beside properties or "
+                              "items of another part of the schema; write them in one place")
+    for key in [key for key in a.keys() & b.keys() if not _same(a[key], b[key])]:
         if key == "required":
             both[key] = [*a[key], *b[key]]
-        elif key == "properties" and {**a[key], **b[key]} == {**b[key], **a[key]}:
+        elif key == "properties" and _same({**a[key], **b[key]}, {**b[key], **a[key]}):
             both[key] = {**a[key], **b[key]}
         elif key == "type" and (types := [t for t in _types(a, at) if t in _types(b, at)]):
             both[key] = types
@@ -957,9 +1018,15 @@ MAX_CODE = 0x10FFFF
 QUOTE = literal('"')
 NOT_PLAIN: Spans = [(0, 0x1F), (34, 34), (92, 92), (127, 127), (0xD800, 0xDFFF)]  # not as they are
 ESCAPES = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", 34: '"', 92: "\\"}
-SPACES: Spans = [(9, 13), (32, 32)]
-WORDS: Spans = [(48, 57), (65, 90), (95, 95), (97, 122)]
-CATEGORIES = {"DIGIT": [(48, 57)], "SPACE": SPACES, "WORD": WORDS}  # as in ECMAScript, ASCII
+CATEGORIES = {"DIGIT": [(48, 57)], "SPACE": [(9, 13), (32, 32)],
+              "WORD": [(48, 57), (65, 90), (95, 95), (97, 122)]}  # ASCII, as in ECMAScript
+# What is in \D, \S, \W by every reading: ECMAScript's, and Python's of more than ASCII.
+NEGATED: dict[str, Spans] = {
+    "DIGIT": [(0, 47), (58, 0x65F)], "WORD": [(0, 47), (58, 64), (91, 94), (96, 96), (123, 127)],
+    "SPACE": [(33, 0x84), (0x86, 0x9F), (0xA1, 0x167F), (0x1681, 0x1FFF), (0x200B, 0x2027),
+              (0x202A, 0x202E), (0x2030, 0x205E), (0x2060, 0x2FFF), (0x3001, 0xFEFE),
+              (0xFF00, 0x10FFFF)]}
+LINE_ENDS: Spans = [(10, 10), (13, 13), (0x2028, 0x2029)]
 
 
 def _span(char: str) -> tuple[int, int]:
@@ -1043,23 +1110,24 @@ class Pattern:
                 spans += _complement(inner) if negated else inner
             elif op == "CATEGORY":
                 _, negated, name = str(what).removeprefix("CATEGORY_").rpartition("NOT_")
-                spans += _complement(CATEGORIES[name]) if negated else CATEGORIES[name]
+                spans += NEGATED[name] if negated else CATEGORIES[name]
             elif op == "RANGE":
                 spans.append(what)
             elif op == "ANY":
-                spans += _complement([(10, 10), (13, 13)])
+                spans += _complement(LINE_ENDS)
             else:
                 spans += _complement([(what, what)]) if op == "NOT_LITERAL" else [(what, what)]
         return spans
 
-    @staticmethod
-    def _characters(spans: Spans) -> str:
+    def _characters(self, spans: Spans) -> str:
         """Those characters as they stand in a JSON string: some are escaped."""
         plain = _complement(_complement(spans) + NOT_PLAIN)
         ways = [_char_class(plain)] if plain else []
         ways += [literal("\\" + escape) for code, escape in ESCAPES.items()
                  if any(low <= code <= high for low, high in spans)]
-        return f"({' | '.join(ways)})" if len(ways) != 1 else ways[0]
+        if not ways:
+            raise self._refuse("a character that JSON cannot hold as it is")
+        return _any_of(ways, self._at)
 
 
 # ---- tool calls: the literals of a ToolFormat, so that a call always parses
@@ -1067,7 +1135,8 @@ class Pattern:
 def is_text(schema) -> bool:
     """Whether an XML parameter is bare text: a string with no rules but an enum. Else JSON."""
     known = {"type", "enum", "title", "description", "default", "examples"}
-    return isinstance(schema, dict) and schema.get("type") == "string" and schema.keys() <= known
+    return isinstance(schema, dict) and schema.get("type") == "string" \
+        and schema.keys() <= known and isinstance(schema.get("enum", []), list)
 
 
 def arguments_rule(gbnf: Gbnf, form: ToolFormat, schema: dict, at: str) -> str:
@@ -1078,7 +1147,9 @@ def arguments_rule(gbnf: Gbnf, form: ToolFormat, schema: dict, at: str) -> str:
     if not form.xml:
         return gbnf.add_schema({**schema, "type": "object"}, at)
     shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    elements = []
+    schema, elements = _constraints(schema, at), []
+    if other := schema.keys() - {"type", "properties", "required", "additionalProperties"}:
+        raise SchemaError(f"{at}.{min(other)}: is not supported in this model's format of calls")
     for name, inner in schema.get("properties", {}).items():
         if not is_text(inner):
             inner = {**shared, **inner} if isinstance(inner, dict) else inner

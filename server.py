@@ -1330,7 +1330,8 @@ def _prepare(message: dict, form: engine.ToolFormat) -> dict:
         fits = not form.short_ids or re.fullmatch("[A-Za-z0-9]{9}", call_id)
         return call_id if fits else hashlib.sha256(call_id.encode()).hexdigest()[:9]
 
-    role, content = message["role"], text_of(message.get("content") or "")
+    role, content = message["role"], text_of(
+        message.get("content") or message.get("refusal") or "")
     turn = {"role": NEW_ROLES.get(role, role), "content": content}
     if message.get("reasoning_content"):
         turn["reasoning_content"] = message["reasoning_content"]
