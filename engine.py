@@ -766,7 +766,8 @@ class Gbnf:
             raise SchemaError(f"{at}: {len(members) - len(required)} properties are optional, the "
                               f"limit is {MAX_OPTIONAL}: require some of them")
         if schema.get("minProperties", 0) > len(set(required)) or \
-                schema.get("maxProperties", math.inf) < (math.inf if more is not False else len(members)):
+                schema.get("maxProperties", math.inf) < (
+                    math.inf if more is not False else len(members)):
             raise SchemaError(f"{at}: minProperties and maxProperties are not supported; list the "
                               "properties as required, with additionalProperties: false")
         tail, end = "", ""  # what may follow a member; what may stand where none has come
@@ -878,7 +879,8 @@ def _constraints(schema, at: str) -> dict:
         if kind and (not isinstance(value, kind) or isinstance(value, bool)
                      or isinstance(value, float) and not math.isfinite(value)):
             what = {str: "a string", dict: "an object", list: "a list", int: "a count"}
-            raise SchemaError(f"{at}.{key}: must be {what.get(kind, 'a number')}, got {value!r:.60}")
+            raise SchemaError(f"{at}.{key}: must be {what.get(kind, 'a number')}, got "
+                              f"{value!r:.60}")
         if kind is int and not 0 <= value < 2**31:
             raise SchemaError(f"{at}.{key}: {value} is not a count")
     if "const" in schema:

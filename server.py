@@ -1179,8 +1179,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         events: queue.SimpleQueue = queue.SimpleQueue()
         choices, n_choices = [], n_each * len(prompts)
         if n_choices > MAX_CHOICES:
-            raise invalid("n", f"n: {n_choices} replies were asked for, the limit is {MAX_CHOICES} in "
-                               "one request; send fewer prompts or a smaller n")
+            raise invalid("n", f"n: {n_choices} replies were asked for, the limit is {MAX_CHOICES} "
+                               "in one request; send fewer prompts or a smaller n")
         process = None
         if gbnf:
             with engine_errors(body.constrained_by()):
