@@ -14,6 +14,7 @@ hook in the HTTP client (conftest.py); the tests check what the shapes cannot sa
 import base64
 import json
 import math
+import re
 import struct
 import threading
 import time
@@ -766,12 +767,25 @@ IMPOSSIBLE = {
     "a null character": {"grammar": 'root ::= "a\0b" c'},
     "a bad escape": {"grammar": r'root ::= "\xZZ"'},
     "an open range": {"grammar": "root ::= [z-a"},
+    "a reversed repetition": {"grammar": 'root ::= "a"{5,2}'},  # llama.cpp counts down from 2**64
+    "recursion that doubles with each character": {
+        "grammar": 'root ::= "a" root "b" | "a" root "c"'},
+    "half a character": {"json_schema": {"enum": ["\ud800"]}},
+    "infinity": '{"json_schema": {"type": "integer", "minimum": 1e400}}',
+    "a list that is none": {"json_schema": {"allOf": [{"required": 1}, {"required": 2}]}},
     "a schema that is only itself": {"json_schema": {"$ref": "#"}},
     "a ring of references": {"json_schema": {
         "$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}},
 }
 # ... and what it may refuse or honour, as long as it neither dies nor takes for ever.
 HEAVY = {
+    "recursion that may double": {"grammar": 'root ::= ("a" root "b" | "a" root "c" | "")'},
+    "arrays that begin alike": {"json_schema": {"$ref": "#/$defs/t", "$defs": {"t": {"anyOf": [
+        {"type": "array", "items": {"$ref": "#/$defs/t"}, "minItems": 1, "maxItems": n}
+        for n in (1, 2)]}}}},
+    "a nullable repetition repeated": {"json_schema": {
+        "type": "string", "pattern": "^((a?){0,40}){0,40}$"}},
+    "an enum of 10,000": {"json_schema": {"enum": [f"value {i}" for i in range(10_000)]}},
     "repetitions of repetitions": {"grammar": 'root ::= (((("ab"{90}){90}){90}){90}){90}'},
     "deep parentheses": {"grammar": "root ::= " + "(" * 60_000 + '"a"' + ")" * 60_000},
     "empty loops": {"grammar": 'root ::= (("a"*)*)*'},
@@ -797,13 +811,44 @@ HEAVY = {
 @pytest.mark.parametrize("name", [*IMPOSSIBLE, *HEAVY])
 def test_a_hostile_grammar_or_schema_neither_kills_nor_holds_the_server(http, name):
     """Refused by name within seconds, or honoured; the next request is none the wiser."""
-    [(field, value)] = (IMPOSSIBLE | HEAVY)[name].items()
+    sent = (IMPOSSIBLE | HEAVY)[name]
+    sent = sent if isinstance(sent, str) else json.dumps(sent)  # as text: 1e400 is not Python's
+    body = '{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 20, ' + sent[1:]
+    field = re.match(r'{"(\w+)"', sent)[1]
     began = time.monotonic()
-    response = http.post(CHAT, json={"messages": HI, "max_tokens": 2, field: value})
+    response = http.post(CHAT, content=body, headers={"Content-Type": "application/json"})
     assert time.monotonic() - began < 10
     assert response.status_code == 400 or (name in HEAVY and response.status_code == 200)
     assert response.status_code == 200 or response.json()["error"]["param"].startswith(field)
     assert complete(http, HA, max_tokens=2)
+
+
+def test_template_variables_reach_the_template_or_are_refused(http):
+    """What the server sets itself cannot be set beside it; the usual switch can, twice even."""
+    for name in ("messages", "tools", "add_generation_prompt", "self", "raise_exception"):
+        error = refused(http, CHAT, {"messages": HI, "max_tokens": 1,
+                                     "chat_template_kwargs": {name: 1}}, "chat_template_kwargs")
+        assert name in error
+    post(http, CHAT, {"messages": HI, "max_tokens": 1, "reasoning_effort": "low",
+                      "chat_template_kwargs": {"enable_thinking": True}})
+
+
+def test_a_call_cut_by_a_stop_sequence_does_not_end_in_tool_calls(http):
+    """Whoever reads `tool_calls` parses the arguments."""
+    choice = ask(http, tools=[WEATHER], tool_choice="required", stop=["}"], max_tokens=60)
+    assert choice["finish_reason"] == "stop"
+
+
+def test_a_forced_form_does_not_end_inside_the_reasoning(http):
+    """A reply that never leaves its reasoning is cut off, not done."""
+    messages = [*HI, {"role": "assistant", "content": "<think>"}]
+    reply = post(http, CHAT, {"messages": messages, **GREEDY, "continue_final_message": True,
+                              "response_format": {"type": "json_object"}, "max_tokens": 30})
+    assert reply["choices"][0]["finish_reason"] == "length"
+
+
+def test_too_many_replies_to_one_request_are_refused(http):
+    refused(http, COMPLETIONS, {"prompt": ["hi"] * 2048, "n": 128, "max_tokens": 1}, "n")
 
 
 def test_a_large_but_honest_max_length_compiles(http):
