@@ -858,7 +858,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         closes, self.lingers, self.close_connection = self.close_connection, True, True
         if len(self.requestline.split()) != 3:
             raise ApiError(400, "the request line must be `METHOD PATH HTTP/1.1`")
-        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+        try:
+            path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+        except ValueError as error:
+            raise ApiError(400, f"the path {describe(self.path)} is malformed: {error}") from None
         body = self.read_body()
         self.lingers, self.close_connection = False, closes
         route, rest = find_route(self.command, path)

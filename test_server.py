@@ -851,6 +851,7 @@ def test_unknown_fields_are_served_but_named(live):
     (b"GET /health\r\n\r\n", 400),
     (b"GET /health HTTP/9.9\r\n\r\n", 505),
     (b"GET /health HTTP/x\r\n\r\n", 400),
+    (b"GET http://[ HTTP/1.1\r\n\r\n", 400),
     (b"BREW /health HTTP/1.1\r\nHost: x\r\n\r\n", 501),
     (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", 414),
     (b"GET /health HTTP/1.1\r\n" + b"".join(b"h%d: x\r\n" % i for i in range(200)) + b"\r\n", 431),

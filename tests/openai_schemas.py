@@ -188,11 +188,12 @@ def check_ending(message: dict, finish_reason: str) -> None:
     if finish_reason in ("tool_calls", "function_call"):
         assert message.get(finish_reason), f"ends in {finish_reason} without any"
     elif calls or function:
-        assert finish_reason == "length", f"a call ends in {finish_reason}"
+        # Cut off: by max_tokens, or by a stop sequence of the client's.
+        assert finish_reason in ("length", "stop"), f"a call ends in {finish_reason}"
     else:
         assert isinstance(message["content"], str), "neither text nor a call"
     for call in [function] if function else [call["function"] for call in calls or ()]:
-        if finish_reason != "length":
+        if finish_reason in ("tool_calls", "function_call"):
             assert isinstance(json.loads(call["arguments"]), dict), call
     ids = [call["id"] for call in calls or ()]
     assert len(set(ids)) == len(ids), "two calls with one id"
