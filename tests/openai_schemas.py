@@ -181,6 +181,15 @@ def check_usage(usage: dict) -> None:
     assert details["cached_tokens"] <= usage["prompt_tokens"]
 
 
+def parses(text: str) -> bool:
+    """Whether a text is JSON."""
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
 def check_ending(message: dict, finish_reason: str) -> None:
     """The finish_reason says what the message holds; a call that was cut is no call to make."""
     calls, function = message.get("tool_calls"), message.get("function_call")
@@ -188,8 +197,10 @@ def check_ending(message: dict, finish_reason: str) -> None:
     if finish_reason in ("tool_calls", "function_call"):
         assert message.get(finish_reason), f"ends in {finish_reason} without any"
     elif calls or function:
-        # Cut off: by max_tokens, or by a stop sequence of the client's.
-        assert finish_reason in ("length", "stop"), f"a call ends in {finish_reason}"
+        # Cut off by max_tokens, or in the middle by a stop sequence of the client's.
+        last = function or calls[-1]["function"]
+        assert finish_reason == "length" or not parses(last["arguments"]), \
+            f"a call ends in {finish_reason}"
     else:
         assert isinstance(message["content"], str), "neither text nor a call"
     for call in [function] if function else [call["function"] for call in calls or ()]:
