@@ -1,8 +1,9 @@
 """The model: loading, text, sampling, scheduling.
 
-This file knows nothing of HTTP or JSON. It turns prompts (arrays of token ids) into events
-(pieces of text), for many requests at once, with one llama.cpp context. Read it from top to
-bottom; each of its eight parts uses only what stands above it, and the last one is the loop.
+This file knows nothing of HTTP, and of JSON only the schemas that a reply may have to follow. It
+turns prompts (arrays of token ids) into events (pieces of text), for many requests at once, with
+one llama.cpp context. Read it from top to bottom; each of its ten parts uses only what stands
+above it, and the last one is the loop. Parts 4 and 6 can wait for a second reading.
 Words: a *slot* is a lane of the context, a *request* its guest; *prefill* reads a prompt into the
 KV cache, *decode* produces one token per *step*; a *batch* is the rows of one llama_decode.
 

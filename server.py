@@ -9,8 +9,9 @@ the way of a request:
     4  bodies       what a client may send, field by field
     5  HTTP         socket, head, body, route, and how an answer is written
     6  generation   prompt, submit, events
-    7  rendering    events into chunks; the unstreamed reply is folded from the chunks
-    8  main         start, signals, drain
+    7  chat         messages into what templates take; text into content, reasoning and calls
+    8  rendering    events into chunks; the unstreamed reply is folded from the chunks
+    9  main         start, signals, drain
 
 Threads: the main thread waits for a signal, one thread accepts connections, one thread per
 connection handles its requests, and the engine has its own.
