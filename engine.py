@@ -1314,8 +1314,8 @@ class GrammarProcess:
 
     llama.cpp follows every way to read a text at once and recurses over a grammar, so that a few
     lines of a client's can double the work with each character, overflow the stack or fill the
-    memory. A child that dies, or does not answer in time, ends one reply only. Asking it costs a
-    twentieth of a decode step.
+    memory. A child that dies, or does not answer in time, ends one reply only. What asking it
+    costs is lost in the noise of a decode step (bench.py: constrained).
     """
 
     COMPILE_SECONDS, TOKEN_SECONDS, CPU_SECONDS = 5.0, 1.5, 3600

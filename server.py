@@ -1034,7 +1034,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def post_chat(self, body: bytes) -> None:
         chat = self.read_request(ChatBody, body)
         prompt, form = self.render(chat)
-        loaded = self.loaded_engine()
         unclosed = engine.unclosed_reasoning(prompt)
         gbnf, triggers = chat.constraint(form, unclosed)
         tokens = self.tokenize(prompt, "messages")
