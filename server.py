@@ -7,11 +7,12 @@ the way of a request:
     2  errors       every refusal is an ApiError, raised anywhere, written in one place
     3  validation   JSON into dataclasses, driven by the fields' types and metadata
     4  bodies       what a client may send, field by field
-    5  HTTP         socket, head, body, route, and how an answer is written
-    6  generation   prompt, submit, events
-    7  chat         messages into what templates take; text into content, reasoning and calls
-    8  rendering    events into chunks; the unstreamed reply is folded from the chunks
-    9  main         start, signals, drain
+    5  the wire     heads and bodies as they arrive; who may ask how often
+    6  HTTP         connection, route, guards, and how an answer is written
+    7  generation   prompt, submit, events
+    8  chat         messages into what templates take; text into content, reasoning and calls
+    9  rendering    events into chunks; the unstreamed reply is folded from the chunks
+    10 main         start, signals, drain
 
 Threads: the main thread waits for a signal, one thread accepts connections, one thread per
 connection handles its requests, and the engine has its own.
@@ -19,12 +20,18 @@ connection handles its requests, and the engine has its own.
 
 import argparse
 import base64
+import collections
 import contextlib
 import dataclasses
 import difflib
+import email.utils
 import functools
 import hashlib
+import hmac
 import http.server
+import io
+import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -55,6 +62,7 @@ import engine
 NAME, VERSION = "twofile", "0.1.0"
 HERE = Path(__file__).resolve().parent
 INT32_MAX = 2**31 - 1  # what fits the C API's int
+DAY = 86400.0  # seconds
 log = logging.getLogger("server")
 
 # ==== 1. Settings =======================================================================
@@ -67,15 +75,29 @@ def setting(section: str, default, **limits):
 
 @dataclasses.dataclass
 class Config:
-    """Every setting; config.yaml explains each. A key is unique, so sections are optional."""
+    """Every setting; config.yaml explains each. A key is unique, so sections are optional; inside
+    its section, `auth_enabled` is just `enabled`."""
 
     host: str = setting("server", "127.0.0.1")
     port: int = setting("server", 8080, low=0, high=65535)
     log_messages: bool = setting("server", False)
-    max_body_mb: float = setting("server", 16.0, low=0.001)
+    cors_origins: list[str] = setting("server", ())
+    allowed_hosts: list[str] = setting("server", ())
+    max_connections: int = setting("server", 512, low=1, high=2**15)
+    max_body_mb: float = setting("server", 16.0, low=0.001, high=1024)
     max_queue: int = setting("server", 128, low=1)
-    client_timeout: float = setting("server", 60.0, low=0.1, high=86400)
-    drain_seconds: float = setting("server", 30.0, low=0, high=86400)
+    client_timeout: float = setting("server", 60.0, low=0.1, high=DAY)
+    keep_alive_timeout: float = setting("server", 75.0, low=0.1, high=DAY)
+    ping_interval: float = setting("server", 15.0, low=0, high=DAY)
+    stall_seconds: float = setting("server", 120.0, low=1, high=DAY)
+    drain_seconds: float = setting("server", 30.0, low=0, high=DAY)
+
+    auth_enabled: bool | None = setting("auth", None)
+    api_keys: list[str] = setting("auth", ())
+    public_metrics: bool = setting("auth", False)
+
+    rate_limiting_enabled: bool = setting("rate_limiting", False)
+    requests_per_minute: int = setting("rate_limiting", 60, low=1, high=10**6)
 
     model_path: str | None = setting("model", None)
     model_aliases: list[str] = setting("model", ())
@@ -96,6 +118,18 @@ class Config:
     top_p: float = setting("generation", 0.95, low=0, high=1)
     top_k: int = setting("generation", 40, low=-1, high=INT32_MAX)
     min_p: float = setting("generation", 0.05, low=0, high=1)
+
+    def check(self, _at: str) -> None:
+        """Refuse what settings together make impossible."""
+        if self.parallel > self.n_batch:
+            raise invalid("n_batch", f"n_batch is {self.n_batch} but must be at least parallel "
+                                     f"({self.parallel}): each slot needs a row in the batch")
+        if self.auth_enabled and not self.api_keys:
+            raise invalid("auth_enabled", "auth is enabled, but there are no api_keys")
+        for number, key in enumerate(self.api_keys, start=1):
+            if not re.fullmatch("[!-~]+", key):
+                raise invalid("api_keys", f"api_keys: number {number} must be printable ASCII "
+                                          "without spaces")
 
 
 class ConfigError(Exception):
@@ -120,18 +154,22 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
         if (text := environ.get(name.upper())) is not None:
             source = f"environment variable {name.upper()}"
             try:
-                found[name] = (source, text if hint in (str, str | None) else yaml.safe_load(text))
+                if hint == list[str] and not text.lstrip().startswith("["):  # a,b or [a, b]
+                    value = [item.strip() for item in text.split(",") if item.strip()]
+                else:
+                    value = text if hint in (str, str | None) else yaml.safe_load(text)
+                found[name] = (source, value)
             except NOT_YAML as error:
                 raise ConfigError(f"{source}: {text!r} is not a value") from error
     found |= {name: ("flag", value) for name, value in flags.items() if value is not None}
     try:
-        config = read_object(Config, {name: value for name, (_, value) in found.items()}, "", [])
+        return read_object(Config, {name: value for name, (_, value) in found.items()}, "", [])
     except ApiError as error:
-        raise ConfigError(f"{found[error.param.split('[')[0]][0]}: {error.message}") from error
-    if config.parallel > config.n_batch:
-        raise ConfigError(f"n_batch is {config.n_batch} but must be at least parallel "
-                          f"({config.parallel}): each slot needs a row in the batch")
-    return config
+        name = error.param.split("[")[0]
+        source, _ = found.get(name, ("settings", None))
+        if name == "api_keys" and error.code == "invalid_type":  # its message shows the value
+            raise ConfigError(f"{source}: api_keys must be a list of strings") from None
+        raise ConfigError(f"{source}: {error.message}") from error
 
 
 def read_config_file(path: str | None) -> dict[str, tuple[str, Any]]:
@@ -153,6 +191,8 @@ def read_config_file(path: str | None) -> dict[str, tuple[str, Any]]:
         if not isinstance(values, dict):
             raise ConfigError(f"{file}: section {key} holds keys, not {describe(values)}")
         for name, value in values.items():
+            if f"{section}_{name}" in sections:  # auth: {enabled: ...}
+                name = f"{section}_{name}"
             if name not in sections:
                 names = [*sections, *sections.values()]
                 near = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0)[0]
@@ -185,7 +225,8 @@ class ApiError(Exception):
         self.headers = headers or {}
 
     def body(self) -> dict:
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = "requests" if self.status == 429 else \
+            "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param,
                           "code": self.code}}
 
@@ -300,7 +341,8 @@ def read_object(cls, value: dict, at: str, ignored: list[str]):
         if sent is None and not required:  # null means "not given"
             continue
         refused = field.metadata.get("refused")
-        if refused and sent not in (False, "", [], {}, *field.metadata.get("harmless", ())):
+        nothing = (False, "", [], {}, *field.metadata.get("harmless", ()))
+        if refused and not any(type(sent) is type(no) and sent == no for no in nothing):  # 0 is no
             raise invalid(name, f"{name}: {refused}; got {describe(sent)}, leave it out",
                           "unsupported_parameter")
         given[field.name] = read_value(hints[field.name], sent, name, field.metadata, ignored)
@@ -685,10 +727,218 @@ class DetokenizeBody:
     model: str | None = None
 
 
-# ==== 5. HTTP: socket, head, body, route, answer ========================================
+# ==== 5. The wire: heads, bodies, and who may ask how often =============================
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+MAX_TARGET = 8192  # bytes of a request line; nginx has the same
+MAX_HEAD = 32768  # bytes of a head
+MAX_HEADERS = 100
+MAX_CHUNK_LINE = 256  # bytes of a chunk's size and extensions
+SMALL_BODY = 65536  # bytes; read also where the request is refused, to keep the connection
+MAX_BUCKETS = 10_000  # clients that the rate limiter remembers
+REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
+HEADER_LINE = re.compile(  # a value has no control characters but the tab
+    r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^][:/?#@\s]*)(:[0-9]*)?")
+ONCE = {"host", "content-length", "transfer-encoding", "authorization", "x-api-key", "origin",
+        "connection", "expect"}  # sent twice, two readers could choose differently
+
+
+@dataclasses.dataclass
+class Head:
+    """A request's first line and headers."""
+
+    method: str = "-"
+    target: str = "-"
+    version: str = "1.1"
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)  # by lower-case name
+
+    @property
+    def path(self) -> str:
+        """The target without query, and without the address that a proxy's client puts first."""
+        path = re.sub("(?i)^https?://[^/?]*", "", self.target)
+        return urllib.parse.unquote(re.split("[?#]", path)[0] or "/")
+
+    @property
+    def keeps_alive(self) -> bool:
+        wish = self.headers.get("connection", "").lower()
+        return "close" not in wish and (self.version == "1.1" or "keep-alive" in wish)
+
+
+class DeadlineReader(io.RawIOBase):
+    """The bytes from a socket, until a deadline: a client that sends one byte a second must not
+    hold its thread for hours. Raises TimeoutError."""
+
+    def __init__(self, connection: socket.socket):
+        self.connection = connection
+        self.deadline = 0.0  # time.monotonic()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.connection.settimeout(left)
+        return self.connection.recv_into(buffer)
+
+
+def read_line(file: io.BufferedIOBase, limit: int, too_long: ApiError) -> str:
+    """A line without its end."""
+    line = file.readline(limit + 1)
+    if len(line) > limit:
+        raise too_long
+    if not line.endswith(b"\n"):
+        raise ConnectionError("the client hung up")
+    return line[:-1].removesuffix(b"\r").decode("latin-1")
+
+
+def read_head(file: io.BufferedIOBase) -> Head:
+    """The head of a request, by the letter of RFC 9112: what two servers could read differently
+    (a bare CR, a folded line, a length sent twice) is refused. Raises ApiError."""
+    too_long = ApiError(414, f"the request line is longer than {MAX_TARGET} bytes")
+    line = read_line(file, MAX_TARGET, too_long) or read_line(file, MAX_TARGET, too_long)
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise ApiError(400, f"the request line {describe(line)} is not `METHOD TARGET HTTP/1.1`")
+    method, target, major, minor = match.groups()
+    if major != "1":
+        raise ApiError(505, f"HTTP/{major}.{minor} was sent; this server speaks HTTP/1.1")
+    if method not in METHODS:
+        raise ApiError(501, f"unknown method {describe(method)}")
+    if not (target.startswith(("/", "http://", "https://")) or (method, target) == ("OPTIONS", "*")):
+        raise ApiError(400, f"the target {describe(target)} is not a path")
+    head = Head(method, target, "1.0" if minor == "0" else "1.1")
+    room, n_lines = MAX_HEAD, 0
+    while line := read_line(file, room, ApiError(431, f"the head is over {MAX_HEAD} bytes")):
+        room, n_lines = room - len(line), n_lines + 1
+        if n_lines > MAX_HEADERS:
+            raise ApiError(431, f"the request has more than {MAX_HEADERS} headers")
+        match = HEADER_LINE.fullmatch(line)
+        if not match:
+            raise ApiError(400, f"the header line {describe(line)} is malformed")
+        name, value = match[1].lower(), match[2]
+        if name in head.headers and name in ONCE:
+            raise ApiError(400, f"the header {name} was sent twice")
+        head.headers[name] = f"{head.headers[name]}, {value}" if name in head.headers else value
+    if "host" not in head.headers and head.version != "1.0":
+        raise ApiError(400, "the Host header is missing")
+    return head
+
+
+def body_size(head: Head, limit: int) -> int | None:
+    """Bytes of the body, None for a chunked one of at most `limit`. Raises ApiError."""
+    coding, length = head.headers.get("transfer-encoding"), head.headers.get("content-length")
+    if coding is not None:
+        if length is not None or head.version == "1.0":
+            raise ApiError(400, "Transfer-Encoding was sent "
+                                + ("beside Content-Length" if length is not None else "in HTTP/1.0"))
+        if coding.lower() != "chunked":
+            raise ApiError(501, f"Transfer-Encoding: {describe(coding)} was sent; only chunked is "
+                                "served")
+        return None
+    if length is None:
+        if head.method in ("POST", "PUT", "PATCH"):
+            raise ApiError(411, "send a Content-Length header, or a chunked body",
+                           code="length_required")
+        return 0
+    if not (length.isascii() and length.isdigit()):
+        raise ApiError(400, f"Content-Length is {describe(length)}, not a number of bytes")
+    if len(length) > len(str(limit)) or int(length) > limit:
+        raise body_too_large(f"has {length[:MAX_LINE]} bytes", limit)
+    return int(length)
+
+
+def body_too_large(size: str, limit: int) -> ApiError:
+    return ApiError(413, f"the body {size}, the limit is {limit} (max_body_mb)",
+                    code="body_too_large")
+
+
+def read_exactly(file: io.BufferedIOBase, size: int) -> bytes:
+    data = file.read(size)
+    if len(data) < size:
+        raise ConnectionError("the client hung up")
+    return data
+
+
+def read_chunked(file: io.BufferedIOBase, limit: int) -> bytes:
+    """A body in chunked transfer coding (RFC 9112, 7.1). Extensions and trailers mean nothing
+    here. Raises ApiError."""
+    malformed = ApiError(400, "the chunked body is malformed")
+    body = bytearray()
+    while True:
+        line = read_line(file, MAX_CHUNK_LINE, malformed)
+        size = re.match("([0-9A-Fa-f]{1,8})[ \t]*(?:;|$)", line)
+        if not size:
+            raise malformed
+        n_bytes = int(size[1], 16)
+        if n_bytes == 0:
+            break
+        if len(body) + n_bytes > limit:
+            raise body_too_large(f"has more than {len(body)} bytes", limit)
+        body += read_exactly(file, n_bytes)
+        if read_exactly(file, 2) != b"\r\n":
+            raise malformed
+    for _ in range(MAX_HEADERS):
+        if not read_line(file, MAX_TARGET, malformed):
+            return bytes(body)
+    raise malformed
+
+
+def is_this_machine(name: str | None) -> bool:
+    """Whether a host name or address means this machine, whatever a DNS server says."""
+    try:
+        return ipaddress.ip_address(name or "").is_loopback
+    except ValueError:
+        return name == "localhost" or (name or "").endswith(".localhost")
+
+
+def client_of(address: str) -> str:
+    """Who an address belongs to: an IPv6 client has a whole /64 to come from."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    return str(ip) if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))
+
+
+class RateLimiter:
+    """A token bucket for each client: it holds the requests of a minute, and fills evenly."""
+
+    def __init__(self, per_minute: int):
+        self.per_minute = per_minute
+        self.lock = threading.Lock()
+        self.buckets: dict[str, tuple[float, float]] = {}  # client: (requests left, when)
+
+    def take(self, client: str) -> dict[str, str]:
+        """Count one request; return the headers that tell what is left. Raises ApiError 429."""
+        now, seconds_each = time.monotonic(), 60 / self.per_minute
+        with self.lock:
+            left, then = self.buckets.pop(client, (self.per_minute, now))
+            left = min(self.per_minute, left + (now - then) / seconds_each)
+            may = left >= 1
+            left -= may
+            self.buckets[client] = (left, now)  # the last place: seen last
+            if len(self.buckets) > MAX_BUCKETS:
+                del self.buckets[next(iter(self.buckets))]
+        headers = {"x-ratelimit-limit-requests": str(self.per_minute),
+                   "x-ratelimit-remaining-requests": str(int(left)),
+                   "x-ratelimit-reset-requests":
+                       f"{(self.per_minute - left) * seconds_each:.3f}s"}
+        if not may:
+            seconds = math.ceil((1 - left) * seconds_each)
+            raise ApiError(429, f"{self.per_minute} requests a minute are allowed; the next one in "
+                                f"{seconds} seconds", code="rate_limit_exceeded",
+                           headers=headers | {"Retry-After": str(seconds)})
+        return headers
+
+
+# ==== 6. HTTP: connection, route, answer ================================================
 
 LINGER_SECONDS = 2.0  # how long a refused upload is still read, so that the refusal arrives
 LAST_WRITES_SECONDS = 5.0  # for handlers to write their last event when the engine has stopped
+RELOAD_SECONDS = 2.0  # between looks whether a model file that could not be loaded has changed
+ACCEPT_PAUSE_SECONDS = 0.1  # when the process has no file descriptor left for a connection
+MAX_REFUSALS = 64  # connections above max_connections that are still told why they are refused
 MAX_LINE = 200  # characters of a request line or an error in the log
 STATUS_CLIENT_GONE = 499  # nginx's name for a client that hung up; only ever in the log
 
@@ -705,11 +955,20 @@ class Server(http.server.ThreadingHTTPServer):
         self.started = int(time.time())
         self.engine: engine.Engine | None = None  # None while the model loads
         self.load_progress = 0.0
-        self.stopping = threading.Event()  # set by a signal or a failed load
-        self.load_error: str | None = None
-        # Guards `in_flight`, and is notified when it reaches 0.
-        self.idle = threading.Condition()
+        self.load_error: str | None = None  # why the model could not be loaded
+        self.fatal_error: str | None = None  # why it never can be
+        self.stopping = threading.Event()  # set by a signal or a fatal error
+        wanted = config.auth_enabled is not False
+        self.key_digests = [digest(key) for key in config.api_keys] if wanted else []
+        self.public = PUBLIC | ({"/metrics"} if config.public_metrics else set())
+        self.limiter = RateLimiter(config.requests_per_minute) \
+            if config.rate_limiting_enabled else None
+        # Guards the fields below, and is notified when a request has been answered.
+        self.changed = threading.Condition()
         self.in_flight = 0
+        self.answered: collections.Counter[tuple[str, int]] = collections.Counter()
+        self.connections: set[socket.socket] = set()
+        self.unready: dict[socket.socket, None] = {}  # whose clients owe a request, oldest first
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         try:
             super().__init__((config.host, config.port), Handler)
@@ -717,11 +976,48 @@ class Server(http.server.ThreadingHTTPServer):
             reason = getattr(error, "strerror", error)
             raise ConfigError(f"cannot listen on host {config.host!r}, port {config.port}: "
                               f"{reason} (choose others with --host and --port)") from error
+        self.is_local = is_this_machine(self.server_address[0])
 
     def server_bind(self) -> None:
         """Bind without the reverse DNS look-up of HTTPServer, which can take seconds."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.config.host, self.server_address[1]
+
+    def get_request(self):
+        """Accept a connection. When that fails, the listening socket stays readable: without a
+        pause the loop would spin."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            log.warning("cannot accept a connection: %s", error)
+            time.sleep(ACCEPT_PAUSE_SECONDS)
+            raise
+
+    def process_request(self, connection: socket.socket, client_address) -> None:
+        """A thread for each connection. At the limit the client that has owed the rest of a
+        request for longest makes room, so that slow ones keep nobody out; if there is none, the
+        newcomer's thread refuses it."""
+        limit, oldest = self.config.max_connections, None
+        with self.changed:
+            if len(self.connections) >= limit and self.unready:
+                oldest = next(iter(self.unready))
+                del self.unready[oldest]
+                self.connections.remove(oldest)
+            if len(self.connections) >= limit + MAX_REFUSALS:
+                self.shutdown_request(connection)
+                return
+            self.connections.add(connection)
+        if oldest:
+            with contextlib.suppress(OSError):
+                oldest.shutdown(socket.SHUT_RDWR)  # its thread's read ends now
+        super().process_request(connection, client_address)
+
+    def shutdown_request(self, connection: socket.socket) -> None:
+        """Close a connection, and forget it."""
+        with self.changed:
+            self.connections.discard(connection)
+            self.unready.pop(connection, None)
+        super().shutdown_request(connection)
 
     def handle_error(self, request, client_address) -> None:
         """A connection that broke is worth a line, not a traceback."""
@@ -735,35 +1031,69 @@ class Server(http.server.ThreadingHTTPServer):
         return f"http://{host}:{self.server_port}"
 
     def load(self) -> None:
-        """Load the model and start the engine; on failure stop the server with `load_error`."""
+        """Load the model and start the engine. What is wrong with the settings stops the server.
+        A broken file does not: it may still be on its way, and is tried again when it changes."""
         def go_on(progress: float = 0.0) -> bool:
             self.load_progress = progress
             return not self.stopping.is_set()
 
+        def look() -> os.stat_result | None:
+            with contextlib.suppress(OSError):
+                return path.stat()
+
         config = self.config
         try:
             path = engine.find_model_file(config.model_path, HERE / "models", go_on)
-            print(f"loading {path.name} ...", flush=True)
-            self.engine = engine.load_engine(
-                path, on_progress=go_on, n_ctx=config.n_ctx, parallel=config.parallel,
-                n_batch=config.n_batch, n_ubatch=config.n_ubatch, n_threads=config.n_threads,
-                n_gpu_layers=config.n_gpu_layers, flash_attn=config.flash_attn,
-                prefill_chunk=config.prefill_chunk, max_queue=config.max_queue,
-                chat_template_file=config.chat_template_file)
+            while go_on():
+                print(f"loading {path.name} ...", flush=True)
+                seen, changed = look(), None
+                try:
+                    self.engine = self.start_engine(path, go_on)
+                    self.load_error = None
+                    return
+                except engine.BrokenModel as error:
+                    self.load_error = str(error)
+                    log.error("error: %s; waiting for the file to change", error)
+                while not self.stopping.wait(RELOAD_SECONDS) and changed in (None, seen):
+                    changed = look()
         except engine.ModelError as error:
             if not self.stopping.is_set():  # else it is the stop that interrupted the loading
-                self.load_error = str(error)
+                self.fatal_error = str(error)
                 self.stopping.set()
 
-    def drain(self) -> None:
-        """Stop accepting, let running requests finish for `drain_seconds`, free the engine."""
+    def start_engine(self, path: Path, go_on: Callable[[float], bool]) -> engine.Engine:
+        config = self.config
+        return engine.load_engine(
+            path, on_progress=go_on, n_ctx=config.n_ctx, parallel=config.parallel,
+            n_batch=config.n_batch, n_ubatch=config.n_ubatch, n_threads=config.n_threads,
+            n_gpu_layers=config.n_gpu_layers, flash_attn=config.flash_attn,
+            prefill_chunk=config.prefill_chunk, max_queue=config.max_queue,
+            chat_template_file=config.chat_template_file)
+
+    def state(self) -> str:
+        """What /health says: ok, loading, failed, stalled or draining."""
+        if self.stopping.is_set():
+            return "draining"
+        if self.engine is None:
+            return "failed" if self.load_error else "loading"
+        is_stalled = self.engine.seconds_in_step() > self.config.stall_seconds
+        return "stalled" if is_stalled else "ok"
+
+    def drain(self) -> bool:
+        """Refuse new requests, let running ones finish for `drain_seconds`, free the engine. False
+        when the engine is stuck in a step: then only the end of the process ends it."""
         self.stopping.set()
+        closed = self.engine is None or self.engine.close(self.config.drain_seconds)
+        with self.changed:
+            self.changed.wait_for(lambda: self.in_flight == 0, timeout=LAST_WRITES_SECONDS)
         self.shutdown()
         self.server_close()
-        if self.engine:
-            self.engine.close(self.config.drain_seconds)
-        with self.idle:
-            self.idle.wait_for(lambda: self.in_flight == 0, timeout=LAST_WRITES_SECONDS)
+        return closed
+
+
+def digest(key: str) -> bytes:
+    """What is compared in place of an API key: of one length, and of no use to a thief."""
+    return hashlib.sha256(key.encode("latin-1")).digest()
 
 
 def printable(text: str) -> str:
@@ -778,6 +1108,7 @@ class Tally:
     id: str = dataclasses.field(default_factory=lambda: f"req_{secrets.token_hex(8)}")
     started: float = dataclasses.field(default_factory=time.monotonic)
     ignored: list[str] = dataclasses.field(default_factory=list)  # fields we do not know
+    route: str = "unknown"  # METHOD PATTERN
     status: int = 0  # 0 until the head is sent
     prompt: int = 0  # tokens
     cached: int = 0
@@ -789,9 +1120,10 @@ class Tally:
         """The ignored fields for a header or the log: printable ASCII, and not too many."""
         return ", ".join(ascii(name)[1:-1] for name in self.ignored).replace(",,", ",")[:MAX_LINE]
 
-    def line(self, requestline: str) -> str:
-        """The access line: nothing in it can forge or flood the log."""
-        route = printable(" ".join(requestline.split()[:2])) or "-"
+    def line(self, head: Head) -> str:
+        """The access line: nothing in it can forge or flood the log. Without the query, where
+        some clients put their key."""
+        route = printable(f"{head.method} {head.path}")
         first = "-" if self.first_token is None else f"{self.first_token:.3f}s"
         total = time.monotonic() - self.started
         return (f"{self.id} {route} {self.status} prompt={self.prompt} cached={self.cached} "
@@ -799,20 +1131,27 @@ class Tally:
                 f"{' error=' if self.error else ''}{self.error}")
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(socketserver.StreamRequestHandler):
     """One connection, on its own thread: reads heads and bodies, finds the route, answers."""
 
     server: Server
-    protocol_version = "HTTP/1.1"
-    default_request_version = "HTTP/1.1"  # for malformed requests: the stdlib would omit the head
     disable_nagle_algorithm = True  # a token must not wait for the next one
 
     def setup(self) -> None:
-        self.timeout = self.server.config.client_timeout  # of each read and write, in seconds
-        self.lingers = False
         super().setup()
+        self.input = DeadlineReader(self.connection)
+        self.rfile = io.BufferedReader(self.input)
+        self.closes = self.lingers = False
         self.hangup = select.poll()
         self.hangup.register(self.connection, getattr(select, "POLLRDHUP", select.POLLHUP))
+
+    def handle(self) -> None:
+        """One request after the other, until one side closes the connection."""
+        self.await_request(self.server.config.client_timeout)
+        while not self.closes:
+            self.handle_one()
+            if not self.closes:
+                self.await_request(self.server.config.keep_alive_timeout)
 
     def finish(self) -> None:
         """Close. After a refused upload, read on for a moment: closing with unread bytes would
@@ -829,65 +1168,141 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # ---- one request -----------------------------------------------------------------
 
+    def await_request(self, seconds: float) -> None:
+        """Wait for the first byte of a request; `closes` when it does not come."""
+        self.input.deadline = time.monotonic() + seconds
+        with self.server.changed:
+            if self.connection in self.server.connections:  # not yet told to make room
+                self.server.unready[self.connection] = None
+        try:
+            self.closes = not self.rfile.peek(1)
+        except OSError:  # too late, or gone
+            self.closes = True
+
     def handle_one(self) -> None:
-        """Answer one request, whatever happens, and log it."""
-        self.tally = Tally()
-        with self.server.idle:
+        """Answer one request, whatever happens, count it and log it."""
+        self.tally, self.head, self.answer_headers = Tally(), Head(), {}
+        self.closes = self.lingers = True  # until the whole request has been read
+        with self.server.changed:
             self.server.in_flight += 1
         try:
             self.answer()
         except ApiError as error:
             self.send_api_error(error)
-        except OSError:  # the client hung up, or a read or write timed out: nobody would read it
+        except OSError:  # the client hung up, or a write timed out: nobody would read an answer
             self.tally.status = STATUS_CLIENT_GONE
-            self.close_connection = True
+            self.closes = True
         except Exception as error:
             log.exception("%s failed", self.tally.id)
             self.send_api_error(ApiError(500, f"internal error: {type(error).__name__}"))
         finally:
-            with self.server.idle:
+            with self.server.changed:
                 self.server.in_flight -= 1
-                self.server.idle.notify_all()
-            log.info("%s", self.tally.line(self.requestline))
-
-    # The stdlib calls do_METHOD; all methods meet at the route table.
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = handle_one
+                self.server.answered[self.tally.route, self.tally.status] += 1
+                self.server.changed.notify_all()
+            log.info("%s", self.tally.line(self.head))
 
     def answer(self) -> None:
-        """Until the body has been read, a refusal ends the connection: the rest of the body would
-        be taken for the next request."""
-        closes, self.lingers, self.close_connection = self.close_connection, True, True
-        if len(self.requestline.split()) != 3:
-            raise ApiError(400, "the request line must be `METHOD PATH HTTP/1.1`")
-        try:
-            path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
-        except ValueError as error:
-            raise ApiError(400, f"the path {describe(self.path)} is malformed: {error}") from None
-        body = self.read_body()
-        self.lingers, self.close_connection = False, closes
-        route, rest = find_route(self.command, path)
-        route(self, body) if self.command == "POST" else route(self, *rest)
-
-    def read_body(self) -> bytes:
-        """The request body, also where the route ignores it: the next request starts behind it."""
-        length = self.headers.get("Content-Length", "" if self.command == "POST" else "0")
+        """Each check stands before what costs more. A large body is read last; who is refused
+        before that loses the connection: the body would be taken for the next request."""
         limit = int(self.server.config.max_body_mb * 2**20)
-        if not length or "Transfer-Encoding" in self.headers:
-            raise ApiError(411, "send a Content-Length header; Transfer-Encoding is not supported",
-                           code="length_required")
-        if not (length.isascii() and length.isdigit()):
-            raise ApiError(400, f"Content-Length is {describe(length)}, not a number of bytes")
-        if len(length) > len(str(limit)) or int(length) > limit:
-            raise ApiError(413, f"the body has {length[:MAX_LINE]} bytes, the limit is {limit} "
-                                "(max_body_mb)", code="body_too_large")
+        with self.in_time("head"):
+            self.head = read_head(self.rfile)
+        size, body = body_size(self.head, limit), None
+        if size is not None and size <= SMALL_BODY:
+            body = self.read_body(size, limit)
+        if len(self.server.connections) > self.server.config.max_connections:
+            raise unavailable(f"{self.server.config.max_connections} connections are open, which "
+                              "is the limit (max_connections)", "too_many_connections")
+        self.check_host()
+        self.check_origin()
+        pattern, route, rest = find_route(self.head.method, self.head.path)
+        self.tally.route = f"{self.head.method} {pattern}"
+        if self.head.method != "OPTIONS" and pattern not in self.server.public:
+            self.authorise()
+        if body is None:
+            body = self.read_body(size, limit)
+        route(self, body) if self.head.method == "POST" else route(self, *rest)
+
+    @contextlib.contextmanager
+    def in_time(self, what: str):
+        """Within this, the rest of a head or body must arrive before client_timeout is over."""
+        seconds = self.server.config.client_timeout
+        self.input.deadline = time.monotonic() + seconds
         try:
-            body = self.rfile.read(int(length))
+            yield
         except TimeoutError:
-            raise ApiError(408, f"the body did not arrive within {self.timeout:g} seconds",
+            raise ApiError(408, f"the {what} did not arrive within {seconds:g} seconds",
                            code="request_timeout") from None
-        if len(body) < int(length):
-            raise ConnectionError("the client hung up")
+
+    def read_body(self, size: int | None, limit: int) -> bytes:
+        """The request body, also where the route ignores it: the next request starts behind it."""
+        if self.head.headers.get("expect", "").lower() == "100-continue":
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        with self.in_time("body"):
+            body = read_chunked(self.rfile, limit) if size is None else \
+                read_exactly(self.rfile, size)
+        self.closes = self.lingers = False
+        with self.server.changed:
+            self.server.unready.pop(self.connection, None)
         return body
+
+    def check_host(self) -> None:
+        """On a loopback address, refuse names that are not ours: a web page whose name has been
+        pointed at 127.0.0.1 (DNS rebinding, CVE-2024-28224) could read everything."""
+        sent, config = self.head.headers.get("host", ""), self.server.config
+        match = HOST.fullmatch(sent)
+        if not match:
+            raise ApiError(400, f"the Host header {describe(sent)} is malformed")
+        name = match[1].strip("[]").lower()
+        known = {host.lower() for host in (config.host, *config.allowed_hosts)}
+        if sent and self.server.is_local and not (is_this_machine(name) or name in known):
+            raise ApiError(403, f"the Host {describe(sent)} is not this server's; if it should be, "
+                                "add it to allowed_hosts", code="host_not_allowed")
+
+    def check_origin(self) -> None:
+        """Refuse web pages from elsewhere, and tell browsers which may read the answer
+        (https://fetch.spec.whatwg.org/#http-cors-protocol; never with credentials)."""
+        origin, allowed = self.head.headers.get("origin"), self.server.config.cors_origins
+        if origin is None:
+            return
+        try:
+            page = urllib.parse.urlsplit(origin)
+            is_ours = is_this_machine(page.hostname) or page.netloc == self.head.headers.get("host")
+        except ValueError:
+            is_ours = False
+        if not (is_ours or origin in allowed or "*" in allowed):
+            raise ApiError(403, f"pages from {describe(origin)} may not use this server; if they "
+                                "should, add this origin to cors_origins", code="origin_not_allowed")
+        self.answer_headers |= {"Access-Control-Allow-Origin": "*" if "*" in allowed else origin,
+                                "Access-Control-Expose-Headers": "*", "Vary": "Origin"}
+
+    def options(self, methods: str) -> None:
+        """What a path takes; to a browser, that a page may send it (a preflight)."""
+        asked = self.head.headers
+        headers = {"Allow": methods}
+        if "origin" in asked and "access-control-request-method" in asked:
+            headers |= {"Access-Control-Allow-Methods": methods, "Access-Control-Max-Age": "600",
+                        "Access-Control-Allow-Headers":
+                            asked.get("access-control-request-headers", "Authorization")}
+            if "access-control-request-private-network" in asked:
+                headers["Access-Control-Allow-Private-Network"] = "true"
+        self.send_head(204, headers)
+
+    def authorise(self) -> None:
+        """Check the key and count the request, for the key or else the address. Raises 401, 429."""
+        headers, known = self.head.headers, self.server.key_digests
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        sent = [token.strip()] * (scheme.lower() == "bearer") + [headers.get("x-api-key", "")]
+        valid = [key for key in map(digest, sent)  # every key is compared, wherever it matches
+                 if any([hmac.compare_digest(key, one) for one in known])]
+        client = valid[0].hex() if valid else client_of(self.client_address[0])
+        if self.server.limiter:
+            self.answer_headers |= self.server.limiter.take(client)
+        if known and not valid:
+            what = "the API key is wrong" if any(sent) else "an API key is missing"
+            raise ApiError(401, f"{what}; send `Authorization: Bearer KEY`, or `x-api-key: KEY`",
+                           code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     def read_request(self, cls, body: bytes):
         """The body, JSON by RFC 8259 (no NaN, no Infinity), as dataclass `cls`, for a model that
@@ -915,21 +1330,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_head(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
         """Write the response head, and the body in the same packet."""
         self.tally.status = status
-        if self.server.stopping.is_set() or self.request_version == "HTTP/1.0":
-            self.close_connection = True
-        headers = {"Date": self.date_time_string(), "x-request-id": self.tally.id, **headers}
+        self.closes |= self.server.stopping.is_set() or not self.head.keeps_alive
+        headers = {"Date": email.utils.formatdate(usegmt=True), "x-request-id": self.tally.id,
+                   **self.answer_headers, **headers}
         if self.tally.ignored:
             headers["x-ignored-fields"] = self.tally.shown_ignored()
-        if self.close_connection:
-            headers["Connection"] = "close"
+        if self.closes or self.head.version == "1.0":
+            headers["Connection"] = "close" if self.closes else "keep-alive"
         lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
+        self.connection.settimeout(self.server.config.client_timeout)  # of each write
         self.wfile.write("\r\n".join([*lines, "\r\n"]).encode("latin-1", "replace") + body)
 
     def send_json(self, value, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        body = to_json(value) + b"\n"
-        about = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-        self.send_head(status, about | (headers or {}), b"" if self.command == "HEAD" else body)
+        self.send_body(to_json(value) + b"\n", "application/json", status, headers)
+
+    def send_body(self, body: bytes, content_type: str, status: int = 200,
+                  headers: dict[str, str] | None = None) -> None:
+        about = {"Content-Type": content_type, "Content-Length": str(len(body))}
+        self.send_head(status, about | (headers or {}), b"" if self.head.method == "HEAD" else body)
 
     def send_api_error(self, error: ApiError) -> None:
         """Write an error: as a response, or as an event when a stream has begun."""
@@ -938,36 +1357,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if not self.tally.status:
                 self.send_json(error.body(), error.status, error.headers)
             else:
-                self.close_connection = True
+                self.closes = True
                 self.write_event(error.body(), is_last=True)
         except OSError:
-            self.close_connection = True
-
-    def send_error(self, code: int, message: str | None = None, explain=None) -> None:
-        """What the stdlib calls for malformed HTTP, before a request reaches `handle_one`."""
-        self.tally = Tally()
-        self.lingers = self.close_connection = True
-        self.send_api_error(ApiError(code, f"malformed HTTP request: {message or explain or code}"))
-        log.info("%s", self.tally.line(self.requestline))
-
-    def log_message(self, *_args) -> None:
-        """The stdlib's own log lines; ours is the access line."""
+            self.closes = True
 
     # Server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html) in
     # chunked transfer coding (RFC 9112, 7.1). An HTTP/1.0 client gets them bare, to the end.
 
-    def start_stream(self) -> None:
-        headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
-        self.is_chunked = self.request_version != "HTTP/1.0"
-        if self.is_chunked:
-            headers["Transfer-Encoding"] = "chunked"
-        self.send_head(200, headers)
-
-    def write_event(self, data: dict | str, is_last: bool = False) -> None:
-        event = b"data: %b\n\n" % (data.encode() if isinstance(data, str) else to_json(data))
+    def write_event(self, data: dict | str | None, is_last: bool = False) -> None:
+        """Write an event, or a comment for None; the first one starts the stream."""
+        if not self.tally.status:
+            headers = {"Content-Type": "text/event-stream; charset=utf-8",
+                       "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx: no waiting
+            self.is_chunked = self.head.version != "1.0"
+            self.closes |= not self.is_chunked
+            self.send_head(200, headers | ({"Transfer-Encoding": "chunked"} if self.is_chunked else {}))
+        event = b": ping\n\n" if data is None else b"data: %b\n\n" % (
+            data.encode() if isinstance(data, str) else to_json(data))
         if self.is_chunked:
             event = b"%x\r\n%b\r\n%b" % (len(event), event, b"0\r\n\r\n" if is_last else b"")
         self.wfile.write(event)
+        self.last_write = time.monotonic()
 
     # ---- routes ----------------------------------------------------------------------
 
@@ -976,6 +1387,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.stopping.is_set():
             raise unavailable("the server is shutting down", "shutting_down")
         if self.server.engine is None:
+            if self.server.load_error:
+                raise unavailable(self.server.load_error, "model_failed")
             done = f"{self.server.load_progress:.0%}"
             raise unavailable(f"the model is still loading ({done}), try again soon", "loading")
         return self.server.engine
@@ -985,13 +1398,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
                         "links": [path for _, path in ROUTES]})
 
     def get_health(self) -> None:
-        try:
-            loaded = self.loaded_engine()
-        except ApiError as error:
-            body = {"status": error.code, "progress": round(self.server.load_progress, 2)}
-            return self.send_json(body, error.status, error.headers)
-        self.send_json({"status": "ok", "model": loaded.model.name,
-                        **dataclasses.asdict(loaded.stats)})
+        """200 when requests are served, else 503. Waits for nothing."""
+        server, state = self.server, self.server.state()
+        body: dict[str, Any] = {"status": state}
+        if state == "loading":
+            body["progress"] = round(server.load_progress, 2)
+        if state == "failed":
+            body["error"] = server.load_error
+        if server.engine:
+            stats = server.engine.stats
+            body |= {"model": server.engine.model.name, "slots": len(stats.slots),
+                     "busy": stats.n_busy, "waiting": server.engine.n_waiting}
+        retry = {"Retry-After": str(RETRY_SECONDS)}
+        self.send_json(body, *((200, {}) if state == "ok" else (503, retry)))
+
+    def get_slots(self) -> None:
+        self.send_json([dataclasses.asdict(slot) for slot in self.loaded_engine().stats.slots])
+
+    def get_metrics(self) -> None:
+        self.send_body(metrics(self.server).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def get_models(self) -> None:
         self.send_json({"object": "list", "data": list(self.model_entries().values())})
@@ -1127,7 +1552,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def post_template(self, body: bytes) -> None:
         self.send_json({"prompt": self.render(self.read_request(ChatBody, body))[0]})
 
-    # ==== 6. Generation: prompt, submit, events =========================================
+    # ==== 7. Generation: prompt, submit, events =========================================
 
     def generate(self, body: GenerationBody, prompts: list[np.ndarray], gbnf: str,
                  triggers: tuple[str, ...], renderer: Callable, best_of: int | None = None) -> None:
@@ -1143,13 +1568,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             with engine_errors(body.constrained_by()):
                 loaded.submit(choices)
-                chunks = reply.chunks(self.events(choices))
+                chunks = reply.chunks(self.events(choices, body.stream))
                 if not body.stream:
                     return self.send_json(reply.fold(chunks, n_each))
-                first = next(chunks)  # the status is decided by the first event
-                self.start_stream()
-                self.write_event(first)
-                for chunk in chunks:
+                for chunk in chunks:  # the first one decides the status
                     self.write_event(chunk)
                 self.write_event("[DONE]", is_last=True)
         finally:
@@ -1246,18 +1668,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.hangup.poll(0):  # it says so even behind bytes that the client sent before
             raise ConnectionError("the client hung up")
 
-    def events(self, choices: list[engine.Request]) -> Iterator[engine.Event]:
-        """Yield the engine's events until each choice has ended. Raises ConnectionError as
-        soon as the client closes its side, and the engine's own EngineFault or EngineClosed."""
-        unfinished = len(choices)
+    def events(self, choices: list[engine.Request], streams: bool) -> Iterator[engine.Event]:
+        """Yield the engine's events until each choice has ended; in a stream that has been silent
+        for ping_interval, write a comment. Raises ConnectionError as soon as the client closes
+        its side, and the engine's own EngineFault or EngineClosed."""
+        unfinished, self.last_write = len(choices), time.monotonic()
+        silence = self.server.config.ping_interval if streams else 0
         while unfinished:
             try:
                 event = choices[0].events.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 event = None
             self.check_connection()
+            if silence and time.monotonic() - self.last_write > silence:
+                self.write_event(None)
             if event is None:
                 continue
+            event.request.n_read += 1
             if event.error:
                 raise event.error
             if self.tally.first_token is None:
@@ -1289,7 +1716,7 @@ def given(value, default):
     return default if value is None else value
 
 
-# ==== 7. Chat: messages into what templates take, text into deltas ======================
+# ==== 8. Chat: messages into what templates take, text into deltas ======================
 
 NEW_ROLES = {"developer": "system", "function": "tool"}
 TOOLS_TEXT = ("You can call these functions, described with JSON Schema:\n\n{}\n\nTo call one, "
@@ -1543,7 +1970,7 @@ def new_call_id(form: engine.ToolFormat) -> str:
     return "".join(letters[:9]) if form.short_ids else "call_" + "".join(letters)
 
 
-# ==== 8. Rendering: events into chunks, chunks into a reply =============================
+# ==== 9. Rendering: events into chunks, chunks into a reply =============================
 
 LOWEST_LOGPROB = -9999.0  # what the OpenAI API sends for an impossible token; JSON has no -inf
 
@@ -1762,9 +2189,53 @@ def piece_json(piece: bytes) -> str | list[int]:
         return list(piece)
 
 
+def metrics(server: Server) -> str:
+    """The text that Prometheus reads:
+    https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format"""
+    stats = server.engine.stats if server.engine else engine.Stats()
+    with server.changed:
+        answered, n_connections = dict(server.answered), len(server.connections)
+    requests = {f'{{route="{route}",status="{status}"}}': count
+                for (route, status), count in sorted(answered.items())}
+    lines = []
+    for name, kind, about, samples in (
+            ("requests_total", "counter", "requests by route and status", requests),
+            ("prompt_tokens_total", "counter", "tokens of prompts", stats.n_prompt),
+            ("cached_tokens_total", "counter", "of these, tokens that the KV cache held already",
+             stats.n_cached),
+            ("generated_tokens_total", "counter", "tokens generated", stats.n_generated),
+            ("steps_total", "counter", "turns of the engine's loop", stats.n_steps),
+            ("decode_errors_total", "counter", "batches that llama_decode refused",
+             stats.n_decode_errors),
+            ("waiting_requests", "gauge", "choices that wait for a slot",
+             server.engine.n_waiting if server.engine else 0),
+            ("busy_slots", "gauge", "slots with a request", stats.n_busy),
+            ("slots", "gauge", "slots", len(stats.slots)),
+            ("connections", "gauge", "open connections", n_connections),
+            ("batch_tokens", "histogram", "tokens in each batch", buckets(stats.batch)),
+            ("time_to_first_token_seconds", "histogram", "from the queue to the first token",
+             buckets(stats.first_token)),
+            ("inter_token_seconds", "histogram", "from one token of a reply to the next",
+             buckets(stats.inter_token))):
+        lines += [f"# HELP {NAME}_{name} {about}", f"# TYPE {NAME}_{name} {kind}"]
+        samples = samples if isinstance(samples, dict) else {"": samples}
+        lines += [f"{NAME}_{name}{labels} {value}" for labels, value in samples.items()]
+    return "\n".join([*lines, ""])
+
+
+def buckets(values: engine.Histogram) -> dict[str, float]:
+    """The samples of a histogram, by what follows its name."""
+    sums = list(itertools.accumulate(values.counts))
+    bounds = [*map(str, values.bounds), "+Inf"]
+    return {**{f'_bucket{{le="{bound}"}}': count for bound, count in zip(bounds, sums)},
+            "_sum": values.total, "_count": sums[-1]}
+
+
 ROUTES = {
     ("GET", "/"): Handler.get_root,
     ("GET", "/health"): Handler.get_health,
+    ("GET", "/metrics"): Handler.get_metrics,
+    ("GET", "/slots"): Handler.get_slots,
     ("GET", "/v1/models"): Handler.get_models,
     ("GET", "/v1/models/{id}"): Handler.get_model,
     ("POST", "/v1/chat/completions"): Handler.post_chat,
@@ -1776,26 +2247,33 @@ ROUTES = {
 }
 
 
-def find_route(method: str, path: str) -> tuple[Callable, list[str]]:
-    """The handler for a method and path, and what stands at the path's {id}. 404 or 405."""
+PUBLIC = {"/", "/health"}  # without a key, and not counted by the rate limit
+
+
+def find_route(method: str, path: str) -> tuple[str, Callable, list[str]]:
+    """The pattern and handler for a method and path, and what stands at the path's {id}. 404 or
+    405."""
     path = path.rstrip("/") or "/"
-    allowed = []
+    allowed = set()
     for (route_method, pattern), handler in ROUTES.items():
         stem, has_id, _ = pattern.partition("{id}")
         rest = path.removeprefix(stem)
-        if not path.startswith(stem) or bool(rest) != bool(has_id):
+        if path != "*" and (not path.startswith(stem) or bool(rest) != bool(has_id)):
             continue
         if method == route_method or (method, route_method) == ("HEAD", "GET"):
-            return handler, [rest] if has_id else []
-        allowed.append(route_method)
+            return pattern, handler, [rest] if has_id else []
+        allowed |= {route_method, "OPTIONS"} | ({"HEAD"} if route_method == "GET" else set())
+        matched = pattern
+    methods = ", ".join(sorted(allowed))
+    if allowed and method == "OPTIONS":
+        return path if path == "*" else matched, Handler.options, [methods]
     if allowed:
-        methods = ", ".join(allowed)
         raise ApiError(405, f"{describe(path)} does not take {method}, but {methods}",
                        code="method_not_allowed", headers={"Allow": methods})
     raise ApiError(404, f"unknown path {describe(path)}; GET / lists all", code="not_found")
 
 
-# ==== 9. Main: start, signals, drain ====================================================
+# ==== 10. Main: start, signals, drain ====================================================
 
 EXIT_OK, EXIT_UNUSABLE = 0, 2
 EXAMPLE_BODY = '{"messages": [{"role": "user", "content": "What is gravity?"}], "max_tokens": 64}'
@@ -1820,6 +2298,9 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, on_signal)
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     print(f"{NAME} {VERSION} listens on {server.url}", flush=True)
+    if not server.is_local and not server.key_digests:
+        log.warning("warning: %s can be reached from the network, and asks for no key; set "
+                    "api_keys", server.url)
     loading = threading.Thread(target=server.load, name="load", daemon=True)
     loading.start()
     loading.join()  # a stop signal interrupts the loading, too
@@ -1830,11 +2311,13 @@ def main(argv: list[str] | None = None) -> int:
               f"{loaded.n_ctx} tokens\ntry: curl {server.url}/v1/chat/completions "
               f"-H 'Content-Type: application/json' -d '{EXAMPLE_BODY}'", flush=True)
     server.stopping.wait()
-    if server.load_error:
-        print(f"error: {server.load_error}", file=sys.stderr)
+    if server.fatal_error:
+        print(f"error: {server.fatal_error}", file=sys.stderr)
         return EXIT_UNUSABLE
     log.info("shutting down: running requests have %g seconds", server.config.drain_seconds)
-    server.drain()
+    if not server.drain():
+        log.error("the engine is stuck in a step: ending without it")
+        os._exit(EXIT_OK)
     return EXIT_OK
 
 
