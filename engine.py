@@ -1932,7 +1932,7 @@ class Engine:
         self._counts = Stats()
         self.stats = self._counts.copy(self._slots)
         # Events leave at the end of a step: a handler awake before would take the GIL from it.
-        self._outbox: list[Event] = []
+        self._outbox: collections.deque[Event] = collections.deque()
         self._arrivals = itertools.count(1)
         self._step_began: float | None = None  # time.monotonic(); None between steps
         # Protects the context. Held for one step at a time; who else needs it takes it in between.
@@ -2082,9 +2082,9 @@ class Engine:
 
     def _publish(self) -> None:
         """Let the step's events out, and what it has changed be seen."""
-        outbox, self._outbox = self._outbox, []
-        for event in outbox:
-            event.request.send(event)
+        while self._outbox:
+            self._outbox[0].request.send(self._outbox[0])
+            self._outbox.popleft()  # now, so that no fault can lose it
         self.stats = self._counts.copy(self._slots)
 
     def _busy(self) -> list[Slot]:

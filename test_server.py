@@ -455,20 +455,65 @@ def test_an_exception_while_sampling_ends_that_request_only():
     assert result(good) == (reply_to(b"good", 4), "length")
 
 
-@pytest.mark.parametrize("part, method", [("context", "decode"), ("context", "trim"),
-                                          ("model", "piece"), (None, "_fill"), (None, "_admit")])
-def test_the_engine_thread_outlives_an_exception_in_a_step(part, method, monkeypatch):
-    """Whatever breaks, the request concerned is told and the next one is served."""
-    fake = fake_engine().start()
-    with monkeypatch.context() as broken:
-        broken.setattr(getattr(fake, part) if part else fake, method, lambda *_: 1 / 0)
-        lost = ask(b"lost")
-        fake.submit([lost])
-        assert "ZeroDivisionError" in str(lost.events.get(timeout=5).error)
-    saved = ask(b"saved", n=1)
-    fake.submit([saved])
-    assert saved.events.get(timeout=5).text == reply_to(b"saved", 1)
-    fake.close()
+@pytest.mark.parametrize("nth", [0, 1, 6, 30])
+@pytest.mark.parametrize("owner, method", [
+    *[(FakeContext, name) for name in ("decode", "trim", "copy")], (FakeModel, "piece"),
+    (FakeSampler, "sample"), (engine.Request, "push"), (engine.Request, "send"),
+    (engine.Slot, "stats"), (engine.Histogram, "add"), (engine.Histogram, "copy"),
+    *[(engine.Engine, name) for name in (
+        "step", "_wait_for_work", "_run_errand", "_admit", "_place", "_busy", "_fill", "_take_logits",
+        "_decode_and_sample", "_sample", "_release", "_fail", "_publish", "_fail_everyone")]])
+def test_the_engine_thread_outlives_an_exception_at_any_place(owner, method, nth, monkeypatch):
+    """Wherever a step raises, once: nobody waits for ever, and the next requests are served."""
+    monkeypatch.setattr(engine, "FAULT_PAUSE_SECONDS", 0.01)
+    fake = fake_engine(parallel=2).start()
+    real, calls = getattr(owner, method), itertools.count()
+
+    def explode_once(*arguments):
+        if next(calls) == nth:
+            raise ZeroDivisionError("boom")
+        return real(*arguments)
+
+    monkeypatch.setattr(owner, method, explode_once)
+    requests = [ask(b"A common beginning of all %d" % number, n=20) for number in range(4)]
+    for request in requests:
+        fake.submit([request])
+    for request in requests:
+        text = ""
+        while not (event := request.events.get(timeout=5)).finish_reason and not event.error:
+            text += event.text
+        if event.error:
+            assert "boom" in str(event.error)
+        else:
+            assert text + event.text == reply_to(bytes(request.prompt.astype(np.uint8)), 20)
+    monkeypatch.setattr(owner, method, real)
+    for number in range(3):  # in every slot
+        saved = ask(b"saved %d" % number, n=1)
+        fake.submit([saved])
+        assert saved.events.get(timeout=5).text == reply_to(b"saved %d" % number, 1)
+    assert fake.close(1) and not fake._busy()
+
+
+def test_an_error_comes_after_the_text_that_was_generated_before_it():
+    """The events of a step leave together, in order, also when it fails in its middle."""
+    fake = fake_engine()
+    request = ask(b"ends in a fault", n=20, sampler=lambda prefix: (
+        next_byte(prefix) if len(prefix) < 20 else 1 / 0))
+    run(fake, request)
+    assert result(request) == (reply_to(b"ends in a fault", 5), "sampling failed: "
+                               "ZeroDivisionError: division by zero")
+
+
+def test_an_engine_stuck_in_a_step_is_left_alone_and_says_so(monkeypatch):
+    """llama_decode cannot be interrupted: closing gives up after a while, health knows before."""
+    monkeypatch.setattr(engine, "LAST_STEP_SECONDS", 0.2)
+    fake, free = fake_engine(), threading.Event()
+    fake.context.code_for = lambda chunks: int(not free.wait(10))
+    fake.start().submit([ask(b"stuck")])
+    time.sleep(0.1)
+    assert 0 < fake.seconds_in_step() < 5 and not fake.close(drain_seconds=0)
+    free.set()
+    assert fake.close(drain_seconds=5)
 
 
 def test_a_model_that_cannot_forget_a_part_starts_again():
