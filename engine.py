@@ -445,8 +445,22 @@ class Model:
     def fewest_tokens(self, text: str) -> int:
         """A lower bound of the tokens in a text, found in no time: a text that cannot fit is
         refused before llama.cpp spends seconds or minutes on it."""
-        n_specials = sum(map(text.count, self._specials))
-        return max(n_specials, len(text.encode()) // self._longest_piece)
+        opener, lengths = self._openers
+        starts = (match.start() for match in opener.finditer(text))
+        n_specials = sum(any(text[start:start + length] in self._specials for length in lengths)
+                         for start in starts)
+        n_bytes = len("".join(text.split()).encode())  # some tokenizers drop white space
+        return max(n_specials, n_bytes // self._longest_piece)
+
+    @functools.cached_property
+    def _openers(self) -> tuple[re.Pattern, list[int]]:
+        """What special tokens that cannot overlap begin with (`<`, but not the newline of which
+        some vocabularies have runs), and their lengths."""
+        further_in = set("".join(text[1:] for text in self._specials))
+        openers = {text[0] for text in self._specials} - further_in
+        lengths = {len(text) for text in self._specials if text[0] in openers}
+        pattern = "[" + "".join(map(re.escape, sorted(openers))) + "]" if openers else "(?!)"
+        return re.compile(pattern), sorted(lengths)
 
     @functools.cached_property
     def _longest_piece(self) -> int:

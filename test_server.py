@@ -1061,6 +1061,11 @@ def test_a_text_that_cannot_fit_is_refused_without_tokenizing_it(live, vocabular
     never above the true count."""
     for text in ("Hello there, <|im_start|>user", " " * 5000, "<|im_end|>" * 50, "漢字🌧" * 9):
         assert vocabulary.fewest_tokens(text) <= len(vocabulary.tokenize(text))
+    runs = {"\n" * n: n for n in range(1, 32)}  # Gemma has tokens for runs: they overlap
+    monkeypatch.setattr(vocabulary, "_specials", {**vocabulary._specials, **runs})
+    vocabulary.__dict__.pop("_openers", None)
+    assert vocabulary.fewest_tokens("\n" * 310 + "<|im_end|>" * 3) == 3
+    vocabulary.__dict__.pop("_openers")
     monkeypatch.setattr(live.engine.model, "tokenize", lambda text: pytest.fail("tokenized"))
     started = time.monotonic()
     for text in ("<|im_start|>" * 40_000, "a" * 500_000):
