@@ -31,6 +31,7 @@ import queue
 import re
 import resource
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -1355,6 +1356,8 @@ class GrammarProcess:
     @classmethod
     def _serve(cls, pipe, *of_grammar) -> None:
         """The child's life: answer questions until the pipe ends."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C means the server, which may drain
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for name in os.listdir("/proc/self/fd"):  # other clients' connections, above all
             if int(name) > 2 and int(name) != pipe.fileno():
                 with contextlib.suppress(OSError):
@@ -1365,7 +1368,7 @@ class GrammarProcess:
         resource.setrlimit(resource.RLIMIT_CPU, (cls.CPU_SECONDS, cls.CPU_SECONDS))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         grammars: dict[int, Grammar] = {}  # by choice
-        with contextlib.suppress(EOFError, KeyboardInterrupt):
+        with contextlib.suppress(EOFError):
             while True:
                 index, method, *arguments = pipe.recv()
                 try:

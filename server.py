@@ -35,6 +35,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import queue
 import re
@@ -191,7 +192,7 @@ def read_config_file(path: str | None) -> dict[str, tuple[str, Any]]:
         if not isinstance(values, dict):
             raise ConfigError(f"{file}: section {key} holds keys, not {describe(values)}")
         for name, value in values.items():
-            if f"{section}_{name}" in sections:  # auth: {enabled: ...}
+            if name == "enabled" and f"{section}_enabled" in sections:
                 name = f"{section}_{name}"
             if name not in sections:
                 names = [*sections, *sections.values()]
@@ -2279,6 +2280,28 @@ EXIT_OK, EXIT_UNUSABLE = 0, 2
 EXAMPLE_BODY = '{"messages": [{"role": "user", "content": "What is gravity?"}], "max_tokens": 64}'
 
 
+def catch_signals() -> socket.socket:
+    """Catch SIGINT and SIGTERM; return where a byte arrives for each. subtle: the kernel may give a
+    signal to any thread, while Python runs its handlers in the main thread only, when that wakes;
+    the byte is written at once, whichever thread it is."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    return reader
+
+
+def watch_signals(stopping: threading.Event, signals: socket.socket) -> None:
+    """Stop at the first signal, end at the second one."""
+    signals.recv(1)
+    stopping.set()
+    signals.recv(1)
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(EXIT_OK)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Serve until a signal: the first SIGINT or SIGTERM drains, the second ends at once. Returns
     the exit code: 0, or 2 for unusable settings or model."""
@@ -2289,13 +2312,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_UNUSABLE
 
-    def on_signal(_number, _frame):
-        if server.stopping.is_set():
-            os._exit(EXIT_OK)
-        server.stopping.set()
-
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
+    threading.Thread(target=watch_signals, args=(server.stopping, catch_signals()), name="signals",
+                     daemon=True).start()
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     print(f"{NAME} {VERSION} listens on {server.url}", flush=True)
     if not server.is_local and not server.key_digests:

@@ -27,6 +27,10 @@ SETTINGS = {"N_CTX": "1024", "PARALLEL": "4", "DRAIN_SECONDS": "2",
 collect_ignore = [] if importlib.util.find_spec("langchain_openai") else ["test_clients.py"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="the long form of test_soak.py")
+
+
 def server_python() -> str:
     return (sys.executable if importlib.util.find_spec("llama_cpp")
             else str(ROOT / ".venv" / "bin" / "python"))
