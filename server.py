@@ -808,7 +808,8 @@ def read_head(file: io.BufferedIOBase) -> Head:
         raise ApiError(505, f"HTTP/{major}.{minor} was sent; this server speaks HTTP/1.1")
     if method not in METHODS:
         raise ApiError(501, f"unknown method {describe(method)}")
-    if not (target.startswith(("/", "http://", "https://")) or (method, target) == ("OPTIONS", "*")):
+    is_path = target.startswith(("/", "http://", "https://"))
+    if not is_path and (method, target) != ("OPTIONS", "*"):
         raise ApiError(400, f"the target {describe(target)} is not a path")
     head = Head(method, target, "1.0" if minor == "0" else "1.1")
     room, n_lines = MAX_HEAD, 0
@@ -833,8 +834,8 @@ def body_size(head: Head, limit: int) -> int | None:
     coding, length = head.headers.get("transfer-encoding"), head.headers.get("content-length")
     if coding is not None:
         if length is not None or head.version == "1.0":
-            raise ApiError(400, "Transfer-Encoding was sent "
-                                + ("beside Content-Length" if length is not None else "in HTTP/1.0"))
+            where = "beside Content-Length" if length is not None else "in HTTP/1.0"
+            raise ApiError(400, f"Transfer-Encoding was sent {where}")
         if coding.lower() != "chunked":
             raise ApiError(501, f"Transfer-Encoding: {describe(coding)} was sent; only chunked is "
                                 "served")
@@ -1274,7 +1275,7 @@ class Handler(socketserver.StreamRequestHandler):
             is_ours = False
         if not (is_ours or origin in allowed or "*" in allowed):
             raise ApiError(403, f"pages from {describe(origin)} may not use this server; if they "
-                                "should, add this origin to cors_origins", code="origin_not_allowed")
+                                "should, add the origin to cors_origins", code="origin_not_allowed")
         self.answer_headers |= {"Access-Control-Allow-Origin": "*" if "*" in allowed else origin,
                                 "Access-Control-Expose-Headers": "*", "Vary": "Origin"}
 
@@ -1373,7 +1374,9 @@ class Handler(socketserver.StreamRequestHandler):
                        "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx: no waiting
             self.is_chunked = self.head.version != "1.0"
             self.closes |= not self.is_chunked
-            self.send_head(200, headers | ({"Transfer-Encoding": "chunked"} if self.is_chunked else {}))
+            if self.is_chunked:
+                headers["Transfer-Encoding"] = "chunked"
+            self.send_head(200, headers)
         event = b": ping\n\n" if data is None else b"data: %b\n\n" % (
             data.encode() if isinstance(data, str) else to_json(data))
         if self.is_chunked:

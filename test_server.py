@@ -461,8 +461,8 @@ def test_an_exception_while_sampling_ends_that_request_only():
     (FakeSampler, "sample"), (engine.Request, "push"), (engine.Request, "send"),
     (engine.Slot, "stats"), (engine.Histogram, "add"), (engine.Histogram, "copy"),
     *[(engine.Engine, name) for name in (
-        "step", "_wait_for_work", "_run_errand", "_admit", "_place", "_busy", "_fill", "_take_logits",
-        "_decode_and_sample", "_sample", "_release", "_fail", "_publish", "_fail_everyone")]])
+        "step", "_wait_for_work", "_run_errand", "_admit", "_place", "_busy", "_fill",
+        "_take_logits", "_decode_and_sample", "_sample", "_release", "_fail", "_publish", "_fail_everyone")]])
 def test_the_engine_thread_outlives_an_exception_at_any_place(owner, method, nth, monkeypatch):
     """Wherever a step raises, once: nobody waits for ever, and the next requests are served."""
     monkeypatch.setattr(engine, "FAULT_PAUSE_SECONDS", 0.01)
@@ -1134,7 +1134,8 @@ def test_config_yaml_shows_every_setting_with_its_default():
 
 def test_settings_come_from_file_environment_and_flags_in_this_order(tmp_path):
     file = tmp_path / "c.yaml"
-    file.write_text("n_ctx: 100\ntemperature: 0.1\nserver:\n  port: 1\nmodel:\n  model_path: m.gguf")
+    file.write_text("n_ctx: 100\ntemperature: 0.1\nserver:\n  port: 1\n"
+                    "model:\n  model_path: m.gguf")
     config = server.load_config(["--config", str(file), "--port", "3"],
                                 {"PORT": "2", "TEMPERATURE": "0.2"})
     assert (config.n_ctx, config.temperature, config.port) == (100, 0.2, 3)

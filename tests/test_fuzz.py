@@ -8,6 +8,7 @@ and the server could differ, too. `pytest --long` sends about 10,000 requests, e
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import json
 import os
 import re
@@ -28,7 +29,7 @@ SENDERS = 48  # connections at a time: most of them wait for a timeout
 SETTINGS = {"CLIENT_TIMEOUT": str(TIMEOUT), "KEEP_ALIVE_TIMEOUT": str(TIMEOUT), "N_CTX": "256",
             "MAX_TOKENS": "1", "PARALLEL": "4", "MAX_BODY_MB": "0.25", "PYTHONUNBUFFERED": "1"}
 MARKER = b"GET /v1/models/marker HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-Live = collections.namedtuple("Live", "url port pid log")
+Live = collections.namedtuple("Live", "url port log")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def live():
         log.append(process.stdout.readline())
         assert log[-1], f"the server did not start: {''.join(log)}"
     threading.Thread(target=lambda: log.extend(process.stdout), daemon=True).start()
-    yield Live(ready[1], int(ready[2]), process.pid, log)
+    yield Live(ready[1], int(ready[2]), log)
     process.kill()  # one that hangs does not stop for less
     process.wait()
 
@@ -112,6 +113,8 @@ def check(live: Live, payload: bytes, hangs_up: bool = False) -> list[int] | str
     closes = False
     try:
         asked, data = requests_in(payload), talk(live.port, payload, hangs_up)
+        if hangs_up:  # an invitation to send the body may be all that could be said
+            data = data.removesuffix(b"HTTP/1.1 100 Continue\r\n\r\n")
         while data:
             request = asked[len(statuses)] if len(statuses) < len(asked) else None
             status, closes, body, data = read_answer(data, request.method if request else b"GET")
@@ -164,40 +167,36 @@ def post(body: bytes, more: bytes = b"", path: bytes = b"/tokenize") -> bytes:
     return get(path, more, method=b"POST") + body
 
 
-def chunked(body: bytes, more: bytes = b"Transfer-Encoding: chunked\r\n") -> bytes:
-    return post(body, more)
+chunked = functools.partial(post, more=b"Transfer-Encoding: chunked\r\n")
 
 
 HI, LAST = b'{"content":"hi"}', b"0\r\n\r\n"
 CHUNK = b"10\r\n" + HI + b"\r\n"
-CHAT, CHAT_PATH = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}, \
-    b"/v1/chat/completions"
-ALIVE, CLOSE, EXPECT = b"Connection: keep-alive\r\n", b"Connection: close\r\n", \
-    b"Expect: 100-continue\r\n"
+CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+CHAT_PATH = b"/v1/chat/completions"
+ALIVE, EXPECT = b"Connection: keep-alive\r\n", b"Expect: 100-continue\r\n"
 BY_HAND = {  # the only statuses that are safe: the last is the marker's 404, or a refusal
     (200, 404): [
         get(), get(b"http://localhost/health"), b"\r\n" + get(), get(more=EXPECT), post(HI, EXPECT),
         get(version=b"1.0", more=ALIVE), get(method=b"HEAD"), chunked(CHUNK + LAST),
         get(more=b"Content-Length: 5\r\n") + b"hello", chunked(b"010;a=b" + CHUNK[2:] + LAST),
         chunked(CHUNK + b"0\r\nX: y\r\n\r\n"),
-        chunked(CHUNK + LAST, b"transfer-ENCODING:\tChunked \r\n")],
-    (200,): [get(version=b"1.0"), get(more=CLOSE)],
+        post(CHUNK + LAST, b"transfer-ENCODING:\tChunked \r\n")],
+    (200,): [get(version=b"1.0"), get(more=b"Connection: close\r\n")],
     (200,) * 20 + (404,): [get() * 20, post(HI) * 20, chunked(CHUNK + LAST) * 20],
     (204, 404): [get(method=b"OPTIONS"), get(b"*", method=b"OPTIONS")],
     (403, 404): [get(more=b"Origin: http://evil.example\r\n"), get(more=b"Origin: null\r\n")],
     (404, 404): [get(b"/x"), get(b"/%2e%2e/health"), get(b"//health"), get(b"/x/../health")],
     (405, 404): [get(method=b"DELETE"), post(b"", path=b"/health")],
     (400,): [  # lengths; codings; chunks; first lines; headers
-        chunked(LAST, b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n"),
-        chunked(LAST, b"Content-Length: 5\r\nTransfer-Encoding: x\r\n"),
+        post(LAST, b"Content-Length: 5\r\nTransfer-Encoding: x\r\n"),
         chunked(LAST).replace(b"1.1", b"1.0"), post(HI, b"Content-Length: 16\r\n" * 2),
-        *(post(HI, line + b"\r\n") for line in (
-            b"Content-Length: 16\r\nContent-Length: 0", b"Content-Length : 16", b"Content-Length:",
-            *(b"Content-Length: " + size for size in (
-                b"+16", b"-1", b"0x10", b"16, 16", b"1e1", b"1_6", b"16 0", b"\xb2")))),
-        *(chunked(LAST, line + b"\r\n") for line in (
-            b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", b" Transfer-Encoding: chunked",
-            b"Transfer-Encoding:\r\n chunked", b"Transfer-Encoding: \x0bchunked")),
+        *(post(HI, b"Content-Length" + rest + b"\r\n") for rest in (
+            b" : 16", b":", b": 16\r\nContent-Length: 0", b": +16", b": -1", b": 0x10",
+            b": 16, 16", b": 1e1", b": 1_6", b": 16 0", b": \xb2")),
+        *(post(LAST, b"Transfer-Encoding" + rest + b"\r\n") for rest in (
+            b": chunked\r\nTransfer-Encoding: chunked", b":\r\n chunked", b": \x0bchunked",
+            b" : chunked", b": chunked\r\nContent-Length: 5")),
         *(chunked(size + CHUNK[2:] + LAST) for size in (
             b"-10", b"+10", b"0x10", b"1_0", b"", b"g", b" 10", b"10\0", b"10 x", b"10\r", b"\xff",
             b"10;a\rb", b"10;a\nb", b"10;" + b"x" * 999)),
@@ -213,14 +212,14 @@ BY_HAND = {  # the only statuses that are safe: the last is the marker's 404, or
              post(b"x" * 300_000)],
     (431,): [get(more=b"X: y\r\n" * 200), get(more=b"X: " + b"y" * 200_000 + b"\r\n")],
     (501,): [get(b"localhost:80", method=b"CONNECT"), *(
-        chunked(LAST, b"Transfer-Encoding: " + coding + b"\r\n") for coding in (
+        post(LAST, b"Transfer-Encoding: " + coding + b"\r\n") for coding in (
             b"chunked, chunked", b"identity", b"gzip, chunked", b"", b"xchunked", b'"chunked"'))],
     (505,): [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"]}
 
 BASES = [get(), post(HI, EXPECT + ALIVE), chunked(CHUNK + LAST), get(more=b"Accept: */*\r\n"),
          post(json.dumps(CHAT).encode(), b"", CHAT_PATH)]
-NASTY = [b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\0", b"\r\n ", b"\t", b" ", b":", b";", b"\x85", b"-",
-         "é".encode(), b"%00", b"0", b"fffffffff", b"1" * 400, b"x" * 70_000, *(
+NASTY = [b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\0", b"\r\n ", b"\t", b" ", b":", b";", b"\x85",
+         b"-", b"\xc3\xa9", b"%00", b"0", b"fffffffff", b"1" * 400, b"x" * 70_000, *(
              b"\r\n" + line for line in (
                  b"Host: other", b"Host:", b"Content-Length: 0", b"Content-Length: 99", b"X: y",
                  b"Transfer-Encoding: chunked", b"Transfer-Encoding: x", b"Connection: close",
@@ -228,8 +227,8 @@ NASTY = [b"\r", b"\n", b"\r\n", b"\r\n\r\n", b"\0", b"\r\n ", b"\t", b" ", b":",
 BODIES = {CHAT_PATH: CHAT, b"/apply-template": CHAT, b"/tokenize": {"content": "Hi"},
           b"/v1/completions": {"prompt": "Hi", "max_tokens": 1}, b"/detokenize": {"tokens": [5]},
           b"/v1/embeddings": {"input": "Hi"}}
-FIELDS = ["messages", "prompt", "input", "content", "tokens", "model", "stop", "n", "stream",
-          "tools", "temperature", "logit_bias", "response_format", "tool_choice", "logprobs", "\u2028"]
+FIELDS = ["messages", "prompt", "input", "content", "tokens", "model", "stop", "n", "stream", "\u2028",
+          "tools", "temperature", "logit_bias", "response_format", "tool_choice"]
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | \
     st.sampled_from([10**40, 2**31, 1e308, "\ud800", "\0", "<|im_end|>", "\x1b[2J", "1" * 500])
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
