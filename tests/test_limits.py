@@ -389,7 +389,7 @@ def test_a_silent_stream_gets_comments_and_openais_client_does_not_mind(start_se
     for interval, pings in (("0.2", True), ("0", False)):
         http_client = start_server(PING_INTERVAL=interval)
         with httpx.stream("POST", f"{http_client.base_url}/v1/chat/completions",
-                          json=body("word"), timeout=1 if pings else 60) as reply:  # of each read
+                          json=body("word"), timeout=5 if pings else 60) as reply:  # of each read
             text = reply.read().decode()
         assert text.startswith(": ping\n\n") == pings and text.endswith("data: [DONE]\n\n")
         client = openai.OpenAI(base_url=f"{http_client.base_url}/v1", api_key="unused")
