@@ -1343,14 +1343,18 @@ class GrammarProcess:
     MAX_BYTES = 2**30  # beyond what the server has itself
 
     def __init__(self, model: Model, gbnf: str, triggers: tuple[str, ...], must_trigger: bool):
-        """As for Grammar. Raises GrammarError."""
+        """As for Grammar. Raises GrammarError, or EngineFault when no process can be started."""
         model.byte_tokens  # makes the tables: here, once, not in each child
         fork = multiprocessing.get_context("fork")  # the child has the vocabulary already
-        self._pipe, pipe = fork.Pipe()
-        self._child = fork.Process(target=self._serve, daemon=True,
-                                   args=(pipe, model, gbnf, triggers, must_trigger))
-        self._child.start()
-        pipe.close()
+        try:
+            self._pipe, pipe = fork.Pipe()
+            with pipe:
+                child = fork.Process(target=self._serve, daemon=True,
+                                     args=(pipe, model, gbnf, triggers, must_trigger))
+                child.start()
+        except OSError as error:
+            raise EngineFault(f"cannot start a process for the grammar: {error}") from error
+        self._child = child
         self.ask(self.COMPILE_SECONDS, 0, "check")
 
     @classmethod

@@ -227,7 +227,7 @@ class ApiError(Exception):
 
     def body(self) -> dict:
         kind = "requests" if self.status == 429 else \
-            "invalid_request_error" if self.status < 500 else "server_error"
+            "server_error" if self.status in (500, 503) else "invalid_request_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param,
                           "code": self.code}}
 
@@ -260,7 +260,9 @@ def describe(value, most: float = 60) -> str:
     a client's gets through."""
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
-    except (TypeError, ValueError, RecursionError):  # YAML knows keys and cycles that JSON doesn't
+    except RecursionError:
+        text = f"a {type(value).__name__}, nested too deeply"
+    except (TypeError, ValueError):  # YAML knows keys and cycles that JSON doesn't
         text = repr(value)
     return text if len(text) <= most else text[:most] + "..."
 
@@ -739,7 +741,8 @@ SMALL_BODY = 65536  # bytes; read also where the request is refused, to keep the
 MAX_BUCKETS = 10_000  # clients that the rate limiter remembers
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
 HEADER_LINE = re.compile(  # a value has no control characters but the tab
-    r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
+    r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
+CHUNK_LINE = re.compile(r"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^][:/?#@\s]*)(:[0-9]*)?")
 ONCE = {"host", "content-length", "transfer-encoding", "authorization", "x-api-key", "origin",
         "connection", "expect"}  # sent twice, two readers could choose differently
@@ -786,31 +789,33 @@ class DeadlineReader(io.RawIOBase):
 
 
 def read_line(file: io.BufferedIOBase, limit: int, too_long: ApiError) -> str:
-    """A line without its end."""
+    """A line without its end, which is CR LF and nothing less."""
     line = file.readline(limit + 1)
     if len(line) > limit:
         raise too_long
     if not line.endswith(b"\n"):
         raise ConnectionError("the client hung up")
-    return line[:-1].removesuffix(b"\r").decode("latin-1")
+    if not line.endswith(b"\r\n"):
+        raise ApiError(400, "a line ends in a bare LF, not in CR LF")
+    return line[:-2].decode("latin-1")
 
 
 def read_head(file: io.BufferedIOBase) -> Head:
     """The head of a request, by the letter of RFC 9112: what two servers could read differently
-    (a bare CR, a folded line, a length sent twice) is refused. Raises ApiError."""
-    too_long = ApiError(414, f"the request line is longer than {MAX_TARGET} bytes")
-    line = read_line(file, MAX_TARGET, too_long) or read_line(file, MAX_TARGET, too_long)
+    (a bare CR or LF, a folded line, a length sent twice) is refused. Raises ApiError, whose message
+    quotes no line: it is logged, and a key may stand in the line."""
+    line = read_line(file, MAX_TARGET, ApiError(
+        414, f"the request line is longer than {MAX_TARGET} bytes"))
     match = REQUEST_LINE.fullmatch(line)
     if not match:
-        raise ApiError(400, f"the request line {describe(line)} is not `METHOD TARGET HTTP/1.1`")
+        raise ApiError(400, "the request line is not `METHOD TARGET HTTP/1.1`")
     method, target, major, minor = match.groups()
     if major != "1":
         raise ApiError(505, f"HTTP/{major}.{minor} was sent; this server speaks HTTP/1.1")
     if method not in METHODS:
         raise ApiError(501, f"unknown method {describe(method)}")
-    is_path = target.startswith(("/", "http://", "https://"))
-    if not is_path and (method, target) != ("OPTIONS", "*"):
-        raise ApiError(400, f"the target {describe(target)} is not a path")
+    if not re.match("(?i)/|https?://", target) and (method, target) != ("OPTIONS", "*"):
+        raise ApiError(400, "the target of the request line is not a path")
     head = Head(method, target, "1.0" if minor == "0" else "1.1")
     room, n_lines = MAX_HEAD, 0
     while line := read_line(file, room, ApiError(431, f"the head is over {MAX_HEAD} bytes")):
@@ -819,8 +824,8 @@ def read_head(file: io.BufferedIOBase) -> Head:
             raise ApiError(431, f"the request has more than {MAX_HEADERS} headers")
         match = HEADER_LINE.fullmatch(line)
         if not match:
-            raise ApiError(400, f"the header line {describe(line)} is malformed")
-        name, value = match[1].lower(), match[2]
+            raise ApiError(400, f"line {n_lines} of the headers is malformed")
+        name, value = match[1].lower(), match[2].strip(" \t")
         if name in head.headers and name in ONCE:
             raise ApiError(400, f"the header {name} was sent twice")
         head.headers[name] = f"{head.headers[name]}, {value}" if name in head.headers else value
@@ -870,8 +875,7 @@ def read_chunked(file: io.BufferedIOBase, limit: int) -> bytes:
     malformed = ApiError(400, "the chunked body is malformed")
     body = bytearray()
     while True:
-        line = read_line(file, MAX_CHUNK_LINE, malformed)
-        size = re.match("([0-9A-Fa-f]{1,8})[ \t]*(?:;|$)", line)
+        size = CHUNK_LINE.fullmatch(read_line(file, MAX_CHUNK_LINE, malformed))
         if not size:
             raise malformed
         n_bytes = int(size[1], 16)
@@ -883,23 +887,31 @@ def read_chunked(file: io.BufferedIOBase, limit: int) -> bytes:
         if read_exactly(file, 2) != b"\r\n":
             raise malformed
     for _ in range(MAX_HEADERS):
-        if not read_line(file, MAX_TARGET, malformed):
+        line = read_line(file, MAX_TARGET, malformed)
+        if not line:
             return bytes(body)
+        if not HEADER_LINE.fullmatch(line):
+            break
     raise malformed
 
 
-def is_this_machine(name: str | None) -> bool:
+def read_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """An address without its zone; an IPv4 one also where it came as IPv6. Raises ValueError."""
+    address = ipaddress.ip_address(text.partition("%")[0])
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def is_this_machine(name: str) -> bool:
     """Whether a host name or address means this machine, whatever a DNS server says."""
     try:
-        return ipaddress.ip_address(name or "").is_loopback
+        return read_address(name).is_loopback
     except ValueError:
-        return name == "localhost" or (name or "").endswith(".localhost")
+        return f".{name}".endswith(".localhost")
 
 
 def client_of(address: str) -> str:
     """Who an address belongs to: an IPv6 client has a whole /64 to come from."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip
+    ip = read_address(address)
     return str(ip) if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))
 
 
@@ -970,7 +982,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.in_flight = 0
         self.answered: collections.Counter[tuple[str, int]] = collections.Counter()
         self.connections: set[socket.socket] = set()
-        self.unready: dict[socket.socket, None] = {}  # whose clients owe a request, oldest first
+        self.excess: set[socket.socket] = set()  # those above the limit: to be refused
+        self.unready: dict[socket.socket, None] = {}  # those that keep us waiting, oldest first
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         try:
             super().__init__((config.host, config.port), Handler)
@@ -996,9 +1009,9 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def process_request(self, connection: socket.socket, client_address) -> None:
-        """A thread for each connection. At the limit the client that has owed the rest of a
-        request for longest makes room, so that slow ones keep nobody out; if there is none, the
-        newcomer's thread refuses it."""
+        """A thread for each connection. At the limit the client that has kept us waiting for
+        longest, for its request or for its reading, makes room, so that slow ones keep nobody out;
+        if there is none, the newcomer is refused."""
         limit, oldest = self.config.max_connections, None
         with self.changed:
             if len(self.connections) >= limit and self.unready:
@@ -1008,6 +1021,8 @@ class Server(http.server.ThreadingHTTPServer):
             if len(self.connections) >= limit + MAX_REFUSALS:
                 self.shutdown_request(connection)
                 return
+            if len(self.connections) >= limit:
+                self.excess.add(connection)
             self.connections.add(connection)
         if oldest:
             with contextlib.suppress(OSError):
@@ -1018,8 +1033,17 @@ class Server(http.server.ThreadingHTTPServer):
         """Close a connection, and forget it."""
         with self.changed:
             self.connections.discard(connection)
+            self.excess.discard(connection)
             self.unready.pop(connection, None)
         super().shutdown_request(connection)
+
+    def keeps_waiting(self, connection: socket.socket, is_so: bool) -> None:
+        """Note whether it is the client that must act."""
+        with self.changed:
+            if not is_so:
+                self.unready.pop(connection, None)
+            elif connection in self.connections:  # not yet told to make room
+                self.unready[connection] = None
 
     def handle_error(self, request, client_address) -> None:
         """A connection that broke is worth a line, not a traceback."""
@@ -1039,9 +1063,11 @@ class Server(http.server.ThreadingHTTPServer):
             self.load_progress = progress
             return not self.stopping.is_set()
 
-        def look() -> os.stat_result | None:
+        def look() -> tuple[int, ...]:
             with contextlib.suppress(OSError):
-                return path.stat()
+                stat = path.stat()
+                return stat.st_ino, stat.st_size, stat.st_mtime_ns
+            return ()
 
         config = self.config
         try:
@@ -1058,7 +1084,9 @@ class Server(http.server.ThreadingHTTPServer):
                     log.error("error: %s; waiting for the file to change", error)
                 while not self.stopping.wait(RELOAD_SECONDS) and changed in (None, seen):
                     changed = look()
-        except engine.ModelError as error:
+        except Exception as error:
+            if not isinstance(error, engine.ModelError):
+                log.exception("loading failed")
             if not self.stopping.is_set():  # else it is the stop that interrupted the loading
                 self.fatal_error = str(error)
                 self.stopping.set()
@@ -1173,10 +1201,10 @@ class Handler(socketserver.StreamRequestHandler):
     def await_request(self, seconds: float) -> None:
         """Wait for the first byte of a request; `closes` when it does not come."""
         self.input.deadline = time.monotonic() + seconds
-        with self.server.changed:
-            if self.connection in self.server.connections:  # not yet told to make room
-                self.server.unready[self.connection] = None
+        self.server.keeps_waiting(self.connection, True)
         try:
+            if self.rfile.peek(1)[:2] == b"\r\n":  # old clients send one behind a body
+                self.rfile.read(2)
             self.closes = not self.rfile.peek(1)
         except OSError:  # too late, or gone
             self.closes = True
@@ -1185,13 +1213,17 @@ class Handler(socketserver.StreamRequestHandler):
         """Answer one request, whatever happens, count it and log it."""
         self.tally, self.head, self.answer_headers = Tally(), Head(), {}
         self.closes = self.lingers = True  # until the whole request has been read
-        with self.server.changed:
-            self.server.in_flight += 1
+        has_begun = False
         try:
+            with self.in_time("head"):
+                self.head = read_head(self.rfile)
+            with self.server.changed:
+                has_begun = True
+                self.server.in_flight += 1
             self.answer()
         except ApiError as error:
             self.send_api_error(error)
-        except OSError:  # the client hung up, or a write timed out: nobody would read an answer
+        except (ConnectionError, TimeoutError):  # the client hung up, or does not read
             self.tally.status = STATUS_CLIENT_GONE
             self.closes = True
         except Exception as error:
@@ -1199,7 +1231,7 @@ class Handler(socketserver.StreamRequestHandler):
             self.send_api_error(ApiError(500, f"internal error: {type(error).__name__}"))
         finally:
             with self.server.changed:
-                self.server.in_flight -= 1
+                self.server.in_flight -= has_begun
                 self.server.answered[self.tally.route, self.tally.status] += 1
                 self.server.changed.notify_all()
             log.info("%s", self.tally.line(self.head))
@@ -1207,17 +1239,16 @@ class Handler(socketserver.StreamRequestHandler):
     def answer(self) -> None:
         """Each check stands before what costs more. A large body is read last; who is refused
         before that loses the connection: the body would be taken for the next request."""
+        self.check_host()
+        self.check_origin()
         limit = int(self.server.config.max_body_mb * 2**20)
-        with self.in_time("head"):
-            self.head = read_head(self.rfile)
         size, body = body_size(self.head, limit), None
         if size is not None and size <= SMALL_BODY:
             body = self.read_body(size, limit)
-        if len(self.server.connections) > self.server.config.max_connections:
+        if self.connection in self.server.excess:
+            self.closes = True
             raise unavailable(f"{self.server.config.max_connections} connections are open, which "
                               "is the limit (max_connections)", "too_many_connections")
-        self.check_host()
-        self.check_origin()
         pattern, route, rest = find_route(self.head.method, self.head.path)
         self.tally.route = f"{self.head.method} {pattern}"
         if self.head.method != "OPTIONS" and pattern not in self.server.public:
@@ -1239,26 +1270,28 @@ class Handler(socketserver.StreamRequestHandler):
 
     def read_body(self, size: int | None, limit: int) -> bytes:
         """The request body, also where the route ignores it: the next request starts behind it."""
-        if self.head.headers.get("expect", "").lower() == "100-continue":
+        expects = self.head.headers.get("expect", "").lower() if self.head.version == "1.1" else ""
+        if expects == "100-continue":
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         with self.in_time("body"):
             body = read_chunked(self.rfile, limit) if size is None else \
                 read_exactly(self.rfile, size)
         self.closes = self.lingers = False
-        with self.server.changed:
-            self.server.unready.pop(self.connection, None)
+        self.server.keeps_waiting(self.connection, False)
         return body
 
     def check_host(self) -> None:
-        """On a loopback address, refuse names that are not ours: a web page whose name has been
-        pointed at 127.0.0.1 (DNS rebinding, CVE-2024-28224) could read everything."""
+        """Refuse names that are not ours, on a loopback address or where allowed_hosts says which
+        are: a web page whose name has been pointed here (DNS rebinding, CVE-2024-28224) could read
+        everything."""
         sent, config = self.head.headers.get("host", ""), self.server.config
         match = HOST.fullmatch(sent)
         if not match:
             raise ApiError(400, f"the Host header {describe(sent)} is malformed")
-        name = match[1].strip("[]").lower()
+        name = match[1].strip("[]").lower().removesuffix(".")
         known = {host.lower() for host in (config.host, *config.allowed_hosts)}
-        if sent and self.server.is_local and not (is_this_machine(name) or name in known):
+        is_guarded = self.server.is_local or config.allowed_hosts
+        if sent and is_guarded and not (is_this_machine(name) or name in known):
             raise ApiError(403, f"the Host {describe(sent)} is not this server's; if it should be, "
                                 "add it to allowed_hosts", code="host_not_allowed")
 
@@ -1270,7 +1303,8 @@ class Handler(socketserver.StreamRequestHandler):
             return
         try:
             page = urllib.parse.urlsplit(origin)
-            is_ours = is_this_machine(page.hostname) or page.netloc == self.head.headers.get("host")
+            is_ours = bool(page.netloc) and (is_this_machine(page.hostname or "")
+                                             or page.netloc == self.head.headers.get("host"))
         except ValueError:
             is_ours = False
         if not (is_ours or origin in allowed or "*" in allowed):
@@ -1342,7 +1376,9 @@ class Handler(socketserver.StreamRequestHandler):
         lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         self.connection.settimeout(self.server.config.client_timeout)  # of each write
+        self.server.keeps_waiting(self.connection, True)
         self.wfile.write("\r\n".join([*lines, "\r\n"]).encode("latin-1", "replace") + body)
+        self.server.keeps_waiting(self.connection, False)
 
     def send_json(self, value, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.send_body(to_json(value) + b"\n", "application/json", status, headers)
@@ -2308,6 +2344,7 @@ def watch_signals(stopping: threading.Event, signals: socket.socket) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Serve until a signal: the first SIGINT or SIGTERM drains, the second ends at once. Returns
     the exit code: 0, or 2 for unusable settings or model."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a console may know ASCII only
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(message)s")
     try:
         server = Server(load_config(sys.argv[1:] if argv is None else argv, os.environ))

@@ -185,7 +185,7 @@ BY_HAND = {  # the only statuses that are safe: the last is the marker's 404, or
     (200,): [get(version=b"1.0"), get(more=b"Connection: close\r\n")],
     (200,) * 20 + (404,): [get() * 20, post(HI) * 20, chunked(CHUNK + LAST) * 20],
     (204, 404): [get(method=b"OPTIONS"), get(b"*", method=b"OPTIONS")],
-    (403, 404): [get(more=b"Origin: http://evil.example\r\n"), get(more=b"Origin: null\r\n")],
+    (403,): [get(more=b"Origin: http://evil.example\r\n"), get(more=b"Origin: null\r\n")],
     (404, 404): [get(b"/x"), get(b"/%2e%2e/health"), get(b"//health"), get(b"/x/../health")],
     (405, 404): [get(method=b"DELETE"), post(b"", path=b"/health")],
     (400,): [  # lengths; codings; chunks; first lines; headers

@@ -76,7 +76,8 @@ def test_with_keys_only_root_and_health_are_public(caplog):
     caplog.set_level(logging.DEBUG, logger="server")
     with listening(api_keys=["other", KEY]) as running:
         for path in ("/v1/models", "/metrics", "/slots", "//v1/models", "/v1/models/",
-                     "/v1/models/x", "/%761/models", "/health/../v1/models", "http://localhost/v1/models"):
+                     "/v1/models/x", "/%761/models", "/health/../v1/models",
+                     "http://localhost/v1/models"):
             status = ask(running, path).status_code if path[0] == "/" else int(send_raw(
                 running, b"GET %b HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
                 % path.encode()).split()[1])
@@ -92,6 +93,10 @@ def test_with_keys_only_root_and_health_are_public(caplog):
         assert ask(running, "/").status_code == 200
         assert ask(running, "/health").json() == {"status": "loading", "progress": 0.0}
         ask(running, f"/v1/models?key={KEY}")
+        for line in (b"Authorization : Bearer %b", b"a: b\r\n Bearer %b", b"x-api-key: %b\0"):
+            send_raw(running, b"GET / HTTP/1.1\r\nHost: localhost\r\n" + line % KEY.encode()
+                     + b"\r\n\r\n")
+        send_raw(running, b"GET /?key=%b HTTP/1.1 \r\n\r\n" % KEY.encode())
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{running.url}/v1", api_key="wrong").models.list()
     said = [record.getMessage() for record in caplog.records if record.name == "server"]
@@ -185,7 +190,8 @@ def test_on_a_loopback_address_only_our_own_names_are_served():
     """DNS rebinding (CVE-2024-28224): a page whose name now points at 127.0.0.1."""
     with listening(allowed_hosts=["Box.example"]) as running:
         for host in ("localhost", "localhost:9", "127.0.0.1:80", "[::1]:80", "127.9.9.9",
-                     "LOCALHOST", "app.localhost", "box.example:443"):
+                     "[::ffff:127.0.0.1]", "localhost.", "LOCALHOST", "app.localhost",
+                     "box.example:443"):
             assert ask(running, host=host).status_code == 503, host
         for host in ("evil.com", "127.0.0.1.evil.com", "localhost.evil.com", "8.8.8.8",
                      "evil.com:80", "[2001:db8::1]"):
@@ -197,17 +203,25 @@ def test_on_a_loopback_address_only_our_own_names_are_served():
     with listening(host="0.0.0.0") as running:
         answer = send_raw(running, b"GET / HTTP/1.1\r\nHost: box.lan\r\nConnection: close\r\n\r\n")
         assert answer.startswith(b"HTTP/1.1 200")
+    with listening(host="0.0.0.0", allowed_hosts=["box.lan"]) as running:
+        for host, status in (("box.lan", 503), ("localhost", 503), ("evil.com", 403)):
+            answer = send_raw(running, b"GET /health HTTP/1.1\r\nHost: %b\r\nConnection: close"
+                              b"\r\n\r\n" % host.encode())
+            assert answer.startswith(b"HTTP/1.1 %d" % status), host
 
 
 def test_web_pages_from_elsewhere_are_refused_unless_named():
     """Also simple requests, which a browser sends without asking first."""
-    with listening(cors_origins=["https://app.example"]) as running:
+    with listening(cors_origins=["https://app.example"], max_body_mb=1 / 16) as running:
         for origin in ("http://localhost:3000", "http://127.0.0.1", "https://app.example",
                        "tauri://localhost", running.url):
             answer = ask(running, origin=origin)
             assert answer.status_code == 503
             assert answer.headers["access-control-allow-origin"] == origin
             assert answer.headers["vary"] == "Origin"
+            too_large = ask(running, "/v1/completions", "POST", b"x" * 2**17, origin=origin)
+            assert too_large.status_code == 413  # and the page may know why
+            assert too_large.headers["access-control-allow-origin"] == origin
         for origin in ("https://evil.com", "null", "https://app.example.evil.com", "http://[",
                        "https://app.example:444", "http://localhost.evil.com"):
             refused = ask(running, "/v1/chat/completions", "POST", b"{}", origin=origin,
@@ -268,6 +282,9 @@ CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
     (GET + b"a: b\rContent-Length: 5\r\n\r\n", 400),
     (GET + b"a: b\r\n folded\r\n\r\n", 400),
     (GET + b"a : b\r\n\r\n", 400),
+    (GET + b"a: b\n\r\n", 400),
+    (b"GET / HTTP/1.0\n\n", 400),
+    (b"\r\n\r\n", 400),
     (GET + b"a: b\x00\r\n\r\n", 400),
     (GET + b"no colon\r\n\r\n", 400),
     (GET + b"Host: evil.com\r\n\r\n", 400),
@@ -280,6 +297,9 @@ CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
     (CHUNKED + b"x\r\n", 400),
     (CHUNKED + b"-1\r\n", 400),
     (CHUNKED + b"2\r\n{}0\r\n\r\n", 400),
+    (CHUNKED + b"2\n{}\r\n0\r\n\r\n", 400),
+    (CHUNKED + b"2;a\rb\r\n{}\r\n0\r\n\r\n", 400),
+    (CHUNKED + b"2\r\n{}\r\n0\r\nno trailer\r\n\r\n", 400),
     (CHUNKED + b"2\r\n{}\n0\r\n\r\n", 400),
     (CHUNKED + b"2" + b";x" * 200 + b"\r\n{}\r\n0\r\n\r\n", 400),
     (CHUNKED + b"ffffffff\r\n", 413),
@@ -298,9 +318,53 @@ def test_what_two_servers_could_read_differently_is_refused(sent, status):
     assert answer.count(b"x-request-id") == 1 and b"Connection: close" in head
 
 
+@pytest.mark.parametrize("blanks", [b"X:" + b" " * 30_000 + b"\x01",
+                                    b"X: a" + b" " * 30_000 + b"a"])
+def test_no_header_takes_long_to_read(blanks):
+    """A pattern that can match blanks in two ways tries them all, with the GIL held."""
+    with listening() as running:
+        started = time.monotonic()
+        answer = send_raw(running, GET + b"Connection: close\r\n" + blanks + b"\r\n\r\n")
+        assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 503"))
+        assert time.monotonic() - started < 1
+
+
+def test_an_empty_line_behind_a_body_is_no_request(url):
+    """Old clients send one; an answer to it would be taken for that to the next request."""
+    port = int(url.rsplit(":", 1)[1])
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
+        raw.sendall(POST + b"Content-Length: 2\r\n\r\n{}\r\n" + GET
+                    + b"Connection: close\r\n\r\n")
+        answer = b"".join(iter(lambda: raw.recv(65536), b""))
+    assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"400", b"200"]
+    with listening(keep_alive_timeout=0.3, client_timeout=0.3) as running:
+        answer = send_raw(running, GET + b"\r\n\r\n")
+        assert answer.count(b"x-request-id") == 1
+
+
+def test_an_error_of_the_servers_own_is_not_taken_for_a_client_that_left(monkeypatch):
+    """Too many open files is an OSError, too."""
+    def fail(handler):
+        raise OSError(24, "Too many open files")
+    monkeypatch.setitem(server.ROUTES, ("GET", "/fail"), fail)
+    with listening() as running:
+        assert ask(running, "/fail").status_code == 500
+
+
+def test_a_half_sent_head_does_not_delay_the_end():
+    with listening() as running:
+        raw = socket.create_connection(("127.0.0.1", running.server_port))
+        raw.sendall(b"GET / HT")
+        wait_for(lambda: running.unready)
+        started = time.monotonic()
+    assert time.monotonic() - started < 2
+    raw.close()
+
+
 @pytest.mark.parametrize("method, path, status", [
     ("HEAD", "/health", 503), ("HEAD", "/", 200), ("HEAD", "/nowhere", 404),
-    ("GET", "/nowhere", 404), ("HEAD", "/v1/completions", 405), ("DELETE", "/health", 405), ("OPTIONS", "*", 204),
+    ("GET", "/nowhere", 404), ("HEAD", "/v1/completions", 405), ("DELETE", "/health", 405),
+    ("OPTIONS", "*", 204),
     ("PUT", "/v1/completions", 405)])
 def test_every_method_is_answered_and_the_connection_goes_on(method, path, status):
     """Framing: a HEAD and a 204 have no body, whatever their headers say."""
@@ -369,12 +433,37 @@ def test_at_the_limit_idle_connections_make_room_and_busy_ones_are_not_disturbed
         refused = ask(running, "/")
         assert refused.status_code == 503 and refused.headers["retry-after"]
         assert refused.json()["error"]["code"] == "too_many_connections"
+        assert refused.headers["connection"] == "close"
         finish.set()
         for thread in busy:
             thread.join()
         assert answers == [{"done": True}] * 4 and ask(running, "/").status_code == 200
         for connection in idle:
             connection.close()
+
+
+def test_who_does_not_read_the_answers_makes_room_too():
+    """Pipelined requests whose answers nobody reads block their threads in a write."""
+    with listening(max_connections=2, client_timeout=30) as running:
+        greedy = []
+        for _ in range(2):
+            raw = socket.socket()
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            raw.connect(("127.0.0.1", running.server_port))
+            raw.setblocking(False)
+            greedy.append(raw)
+        pipelined, stuck_since = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500, [0.0, 0.0]
+        while min(stuck_since) < 1:  # seconds without room for another byte
+            for number, raw in enumerate(greedy):
+                try:
+                    raw.send(pipelined)
+                    stuck_since[number] = 0.0
+                except BlockingIOError:
+                    stuck_since[number] += 0.01
+            time.sleep(0.01)
+        assert ask(running, "/").status_code == 200
+        for raw in greedy:
+            raw.close()
 
 
 # ==== Load and truth ======================================================================

@@ -332,7 +332,7 @@ def test_a_soak_loses_no_slot_no_memory_and_not_one_token(tmp_path, long):
                         disputed.add((job.case, pieces))
         until(server.settled, SETTLE_SECONDS, "every slot idle, nobody waiting")
         at_the_end = server.rss()
-        print(f"memory: {at_half_time / 1e6:.1f} MB at half-time, {at_the_end / 1e6:.1f} at the end")
+        print(f"memory: {at_half_time / 1e6:.1f} MB at half-time, then {at_the_end / 1e6:.1f} MB")
         assert at_the_end < GROWTH * at_half_time
         for case, pieces in sorted(disputed):
             assert judge.doubt(bodies[case], pieces) < ROUNDING, (case, pieces, alone[case])
