@@ -1,5 +1,6 @@
 # docker build -t twofile .
-# docker run --rm -p 127.0.0.1:8080:8080 -v twofile-models:/app/models twofile
+# docker run --rm -p 127.0.0.1:8080:8080 -v twofile-models:/app/models -e ALLOWED_HOSTS=localhost \
+#     twofile
 #
 # What stands behind the name are the server's flags: docker run ... twofile --model models/x.gguf
 

@@ -1985,8 +1985,8 @@ class Engine:
             if self._deadline is not None:
                 raise EngineClosed("the server is shutting down")
             if len(self._waiting) >= self._max_queue:
-                raise QueueFull(f"{len(self._waiting)} requests are waiting already, and the "
-                                f"limit is {self._max_queue}")
+                raise QueueFull(f"{len(self._waiting)} of at most {self._max_queue} are waiting "
+                                "for a slot already")
             for request in requests:
                 request.arrival, request.submitted = next(self._arrivals), time.perf_counter()
             self._waiting.extend(requests)
@@ -2085,7 +2085,8 @@ class Engine:
         with self.model_lock:
             self._counts.n_steps += 1
             self._run_errand()
-            self._admit()
+            if self._admit():
+                self._show()
             chunks = self._fill()
             self._decode_and_sample(chunks)
         self._publish()
@@ -2106,16 +2107,23 @@ class Engine:
         while self._outbox:
             self._outbox[0].request.send(self._outbox[0])
             self._outbox.popleft()  # now, so that no fault can lose it
+        self._show()
+
+    def _show(self) -> None:
+        """Let others see what the slots do."""
         self.stats = self._counts.copy(self._slots)
 
     def _busy(self) -> list[Slot]:
         return [slot for slot in self._slots if slot.request is not None]
 
-    def _admit(self) -> None:
-        """Free the slots of cancelled requests, and give waiting requests the idle ones."""
+    def _admit(self) -> bool:
+        """Free the slots of cancelled requests, and give waiting requests the idle ones. Return
+        whether anything changed."""
+        changed = False
         for slot in self._busy():
             if slot.request.cancelled:
                 self._release(slot)
+                changed = True
         with self.changed:
             waiting = list(self._waiting)
         for request in waiting:
@@ -2127,8 +2135,10 @@ class Engine:
                 self._outbox.append(Event(request, error=fault))
                 leaves = True
             if leaves:
+                changed = True
                 with self.changed:
                     self._waiting.remove(request)
+        return changed
 
     def _place(self, request: Request) -> bool:
         """Put a request into an idle slot with as much of its prompt cached as can be had. False

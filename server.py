@@ -7,15 +7,16 @@ the way of a request:
     2  errors       every refusal is an ApiError, raised anywhere, written in one place
     3  validation   JSON into dataclasses, driven by the fields' types and metadata
     4  bodies       what a client may send, field by field
-    5  the wire     heads and bodies as they arrive; who may ask how often
+    5  the wire     heads and bodies as they arrive; names, addresses, a rate limit
     6  HTTP         connection, route, guards, and how an answer is written
     7  generation   prompt, submit, events
-    8  chat         messages into what templates take; text into content, reasoning and calls
-    9  rendering    events into chunks; the unstreamed reply is folded from the chunks
-    10 main         start, signals, drain
+    8  routes       the table of paths; metrics
+    9  chat         messages into what templates take; text into content, reasoning and calls
+    10 rendering    events into chunks; the unstreamed reply is folded from the chunks
+    11 main         start, signals, drain
 
-Threads: the main thread waits for a signal, one thread accepts connections, one thread per
-connection handles its requests, and the engine has its own.
+Threads: the main thread waits for the end, others for signals, for new connections and for the
+model to load; each connection has one that handles its requests, and the engine has its own.
 """
 
 import argparse
@@ -125,6 +126,14 @@ class Config:
         if self.parallel > self.n_batch:
             raise invalid("n_batch", f"n_batch is {self.n_batch} but must be at least parallel "
                                      f"({self.parallel}): each slot needs a row in the batch")
+        if not self.host:
+            raise invalid("host", "host is empty; name an address, such as 127.0.0.1")
+        for name, pattern, example in (
+                ("allowed_hosts", r"[^\s/:@]+|\[\S+\]", "box.example, without a port"),
+                ("cors_origins", r"\*|null|[a-z][a-z0-9+.-]*://[^\s/]+", "https://app.example")):
+            for value in getattr(self, name):
+                if not re.fullmatch(pattern, value):
+                    raise invalid(name, f"{name}: {describe(value)} must be like {example}")
         if self.auth_enabled and not self.api_keys:
             raise invalid("auth_enabled", "auth is enabled, but there are no api_keys")
         for number, key in enumerate(self.api_keys, start=1):
@@ -152,7 +161,7 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     flags = vars(parser.parse_args(argv))
     found = read_config_file(flags.pop("config"))  # {key: (where it was set, value)}
     for name, hint in typing.get_type_hints(Config).items():
-        if (text := environ.get(name.upper())) is not None:
+        if text := environ.get(name.upper()):  # an empty one is none
             source = f"environment variable {name.upper()}"
             try:
                 if hint == list[str] and not text.lstrip().startswith("["):  # a,b or [a, b]
@@ -730,7 +739,7 @@ class DetokenizeBody:
     model: str | None = None
 
 
-# ==== 5. The wire: heads, bodies, and who may ask how often =============================
+# ==== 5. The wire: heads, bodies, addresses, a rate limit ===============================
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 MAX_TARGET = 8192  # bytes of a request line; nginx has the same
@@ -901,12 +910,16 @@ def read_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     return getattr(address, "ipv4_mapped", None) or address
 
 
+def is_address(name: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(read_address(name))
+    return False
+
+
 def is_this_machine(name: str) -> bool:
     """Whether a host name or address means this machine, whatever a DNS server says."""
-    try:
-        return read_address(name).is_loopback
-    except ValueError:
-        return f".{name}".endswith(".localhost")
+    return read_address(name).is_loopback if is_address(name) else \
+        f".{name}".endswith(".localhost")
 
 
 def client_of(address: str) -> str:
@@ -1010,8 +1023,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, connection: socket.socket, client_address) -> None:
         """A thread for each connection. At the limit the client that has kept us waiting for
-        longest, for its request or for its reading, makes room, so that slow ones keep nobody out;
-        if there is none, the newcomer is refused."""
+        longest, with its request or by not reading an answer, makes room, so that slow ones keep
+        nobody out; if there is none, the newcomer is refused."""
         limit, oldest = self.config.max_connections, None
         with self.changed:
             if len(self.connections) >= limit and self.unready:
@@ -1074,7 +1087,7 @@ class Server(http.server.ThreadingHTTPServer):
             path = engine.find_model_file(config.model_path, HERE / "models", go_on)
             while go_on():
                 print(f"loading {path.name} ...", flush=True)
-                seen, changed = look(), None
+                seen = look()
                 try:
                     self.engine = self.start_engine(path, go_on)
                     self.load_error = None
@@ -1082,8 +1095,8 @@ class Server(http.server.ThreadingHTTPServer):
                 except engine.BrokenModel as error:
                     self.load_error = str(error)
                     log.error("error: %s; waiting for the file to change", error)
-                while not self.stopping.wait(RELOAD_SECONDS) and changed in (None, seen):
-                    changed = look()
+                while not self.stopping.wait(RELOAD_SECONDS) and look() == seen:
+                    pass
         except Exception as error:
             if not isinstance(error, engine.ModelError):
                 log.exception("loading failed")
@@ -1289,10 +1302,11 @@ class Handler(socketserver.StreamRequestHandler):
         if not match:
             raise ApiError(400, f"the Host header {describe(sent)} is malformed")
         name = match[1].strip("[]").lower().removesuffix(".")
-        known = {host.lower() for host in (config.host, *config.allowed_hosts)}
+        known = {host.strip("[]").lower() for host in (config.host, *config.allowed_hosts)}
         is_guarded = self.server.is_local or config.allowed_hosts
+        self.knows_host = is_address(name) or bool(is_guarded)  # no DNS server can point it here
         if sent and is_guarded and not (is_this_machine(name) or name in known):
-            raise ApiError(403, f"the Host {describe(sent)} is not this server's; if it should be, "
+            raise ApiError(403, f"the Host {describe(name)} is not this server's; if it should be, "
                                 "add it to allowed_hosts", code="host_not_allowed")
 
     def check_origin(self) -> None:
@@ -1303,8 +1317,9 @@ class Handler(socketserver.StreamRequestHandler):
             return
         try:
             page = urllib.parse.urlsplit(origin)
-            is_ours = bool(page.netloc) and (is_this_machine(page.hostname or "")
-                                             or page.netloc == self.head.headers.get("host"))
+            is_ours = bool(page.netloc) and (
+                is_this_machine(page.hostname or "")
+                or self.knows_host and page.netloc == self.head.headers.get("host"))
         except ValueError:
             is_ours = False
         if not (is_ours or origin in allowed or "*" in allowed):
@@ -1328,12 +1343,12 @@ class Handler(socketserver.StreamRequestHandler):
     def authorise(self) -> None:
         """Check the key and count the request, for the key or else the address. Raises 401, 429."""
         headers, known = self.head.headers, self.server.key_digests
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        sent = [token.strip()] * (scheme.lower() == "bearer") + [headers.get("x-api-key", "")]
+        bearer = re.fullmatch("(?i)bearer +(.*)", headers.get("authorization", ""))
+        sent = [bearer[1] if bearer else "", headers.get("x-api-key", "")]
         valid = [key for key in map(digest, sent)  # every key is compared, wherever it matches
                  if any([hmac.compare_digest(key, one) for one in known])]
         client = valid[0].hex() if valid else client_of(self.client_address[0])
-        if self.server.limiter:
+        if self.server.limiter:  # before the 401, so that guessing keys is limited too
             self.answer_headers |= self.server.limiter.take(client)
         if known and not valid:
             what = "the API key is wrong" if any(sent) else "an API key is missing"
@@ -1644,8 +1659,9 @@ class Handler(socketserver.StreamRequestHandler):
         events: queue.SimpleQueue = queue.SimpleQueue()
         choices, n_choices = [], n_each * len(prompts)
         if n_choices > MAX_CHOICES:
-            raise invalid("n", f"n: {n_choices} replies were asked for, the limit is {MAX_CHOICES} "
-                               "in one request; send fewer prompts or a smaller n")
+            param = "n" if len(prompts) == 1 else "prompt"
+            raise invalid(param, f"{param}: {len(prompts)} prompts with {n_each} replies each were "
+                                 f"asked for; the limit is {MAX_CHOICES} replies in one request")
         process = None
         if gbnf:
             with engine_errors(body.constrained_by()):
@@ -1756,7 +1772,93 @@ def given(value, default):
     return default if value is None else value
 
 
-# ==== 8. Chat: messages into what templates take, text into deltas ======================
+# ==== 8. Routes and metrics ===============================================================
+
+ROUTES = {
+    ("GET", "/"): Handler.get_root,
+    ("GET", "/health"): Handler.get_health,
+    ("GET", "/metrics"): Handler.get_metrics,
+    ("GET", "/slots"): Handler.get_slots,
+    ("GET", "/v1/models"): Handler.get_models,
+    ("GET", "/v1/models/{id}"): Handler.get_model,
+    ("POST", "/v1/chat/completions"): Handler.post_chat,
+    ("POST", "/v1/completions"): Handler.post_completion,
+    ("POST", "/v1/embeddings"): Handler.post_embeddings,
+    ("POST", "/tokenize"): Handler.post_tokenize,
+    ("POST", "/detokenize"): Handler.post_detokenize,
+    ("POST", "/apply-template"): Handler.post_template,
+}
+
+
+PUBLIC = {"/", "/health"}  # without a key, and not counted by the rate limit
+
+
+def find_route(method: str, path: str) -> tuple[str, Callable, list[str]]:
+    """The pattern and handler for a method and path, and what stands at the path's {id}. 404 or
+    405."""
+    path = path.rstrip("/") or "/"
+    allowed = set()
+    for (route_method, pattern), handler in ROUTES.items():
+        stem, has_id, _ = pattern.partition("{id}")
+        rest = path.removeprefix(stem)
+        if path != "*" and (not path.startswith(stem) or bool(rest) != bool(has_id)):
+            continue
+        if method == route_method or (method, route_method) == ("HEAD", "GET"):
+            return pattern, handler, [rest] if has_id else []
+        allowed |= {route_method, "OPTIONS"} | ({"HEAD"} if route_method == "GET" else set())
+        matched = pattern
+    methods = ", ".join(sorted(allowed))
+    if allowed and method == "OPTIONS":
+        return path if path == "*" else matched, Handler.options, [methods]
+    if allowed:
+        raise ApiError(405, f"{describe(path)} does not take {method}, but {methods}",
+                       code="method_not_allowed", headers={"Allow": methods})
+    raise ApiError(404, f"unknown path {describe(path)}; GET / lists all", code="not_found")
+
+
+def metrics(server: Server) -> str:
+    """The text that Prometheus reads:
+    https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format"""
+    stats = server.engine.stats if server.engine else engine.Stats()
+    with server.changed:
+        answered, n_connections = dict(server.answered), len(server.connections)
+    requests = {f'{{route="{route}",status="{status}"}}': count
+                for (route, status), count in sorted(answered.items())}
+    lines = []
+    for name, kind, about, samples in (
+            ("requests_total", "counter", "requests by route and status", requests),
+            ("prompt_tokens_total", "counter", "tokens of prompts", stats.n_prompt),
+            ("cached_tokens_total", "counter", "of these, tokens that the KV cache held already",
+             stats.n_cached),
+            ("generated_tokens_total", "counter", "tokens generated", stats.n_generated),
+            ("steps_total", "counter", "turns of the engine's loop", stats.n_steps),
+            ("decode_errors_total", "counter", "batches that llama_decode refused",
+             stats.n_decode_errors),
+            ("waiting_requests", "gauge", "choices that wait for a slot",
+             server.engine.n_waiting if server.engine else 0),
+            ("busy_slots", "gauge", "slots with a request", stats.n_busy),
+            ("slots", "gauge", "slots", len(stats.slots)),
+            ("connections", "gauge", "open connections", n_connections),
+            ("batch_tokens", "histogram", "tokens in each batch", buckets(stats.batch)),
+            ("time_to_first_token_seconds", "histogram", "from the queue to the first token",
+             buckets(stats.first_token)),
+            ("inter_token_seconds", "histogram", "from one token of a reply to the next",
+             buckets(stats.inter_token))):
+        lines += [f"# HELP {NAME}_{name} {about}", f"# TYPE {NAME}_{name} {kind}"]
+        samples = samples if isinstance(samples, dict) else {"": samples}
+        lines += [f"{NAME}_{name}{labels} {value}" for labels, value in samples.items()]
+    return "\n".join([*lines, ""])
+
+
+def buckets(values: engine.Histogram) -> dict[str, float]:
+    """The samples of a histogram, by what follows its name."""
+    sums = list(itertools.accumulate(values.counts))
+    bounds = [*map(str, values.bounds), "+Inf"]
+    return {**{f'_bucket{{le="{bound}"}}': count for bound, count in zip(bounds, sums)},
+            "_sum": values.total, "_count": sums[-1]}
+
+
+# ==== 9. Chat: messages into what templates take, text into deltas ======================
 
 NEW_ROLES = {"developer": "system", "function": "tool"}
 TOOLS_TEXT = ("You can call these functions, described with JSON Schema:\n\n{}\n\nTo call one, "
@@ -2010,7 +2112,7 @@ def new_call_id(form: engine.ToolFormat) -> str:
     return "".join(letters[:9]) if form.short_ids else "call_" + "".join(letters)
 
 
-# ==== 9. Rendering: events into chunks, chunks into a reply =============================
+# ==== 10. Rendering: events into chunks, chunks into a reply =============================
 
 LOWEST_LOGPROB = -9999.0  # what the OpenAI API sends for an impossible token; JSON has no -inf
 
@@ -2229,91 +2331,7 @@ def piece_json(piece: bytes) -> str | list[int]:
         return list(piece)
 
 
-def metrics(server: Server) -> str:
-    """The text that Prometheus reads:
-    https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format"""
-    stats = server.engine.stats if server.engine else engine.Stats()
-    with server.changed:
-        answered, n_connections = dict(server.answered), len(server.connections)
-    requests = {f'{{route="{route}",status="{status}"}}': count
-                for (route, status), count in sorted(answered.items())}
-    lines = []
-    for name, kind, about, samples in (
-            ("requests_total", "counter", "requests by route and status", requests),
-            ("prompt_tokens_total", "counter", "tokens of prompts", stats.n_prompt),
-            ("cached_tokens_total", "counter", "of these, tokens that the KV cache held already",
-             stats.n_cached),
-            ("generated_tokens_total", "counter", "tokens generated", stats.n_generated),
-            ("steps_total", "counter", "turns of the engine's loop", stats.n_steps),
-            ("decode_errors_total", "counter", "batches that llama_decode refused",
-             stats.n_decode_errors),
-            ("waiting_requests", "gauge", "choices that wait for a slot",
-             server.engine.n_waiting if server.engine else 0),
-            ("busy_slots", "gauge", "slots with a request", stats.n_busy),
-            ("slots", "gauge", "slots", len(stats.slots)),
-            ("connections", "gauge", "open connections", n_connections),
-            ("batch_tokens", "histogram", "tokens in each batch", buckets(stats.batch)),
-            ("time_to_first_token_seconds", "histogram", "from the queue to the first token",
-             buckets(stats.first_token)),
-            ("inter_token_seconds", "histogram", "from one token of a reply to the next",
-             buckets(stats.inter_token))):
-        lines += [f"# HELP {NAME}_{name} {about}", f"# TYPE {NAME}_{name} {kind}"]
-        samples = samples if isinstance(samples, dict) else {"": samples}
-        lines += [f"{NAME}_{name}{labels} {value}" for labels, value in samples.items()]
-    return "\n".join([*lines, ""])
-
-
-def buckets(values: engine.Histogram) -> dict[str, float]:
-    """The samples of a histogram, by what follows its name."""
-    sums = list(itertools.accumulate(values.counts))
-    bounds = [*map(str, values.bounds), "+Inf"]
-    return {**{f'_bucket{{le="{bound}"}}': count for bound, count in zip(bounds, sums)},
-            "_sum": values.total, "_count": sums[-1]}
-
-
-ROUTES = {
-    ("GET", "/"): Handler.get_root,
-    ("GET", "/health"): Handler.get_health,
-    ("GET", "/metrics"): Handler.get_metrics,
-    ("GET", "/slots"): Handler.get_slots,
-    ("GET", "/v1/models"): Handler.get_models,
-    ("GET", "/v1/models/{id}"): Handler.get_model,
-    ("POST", "/v1/chat/completions"): Handler.post_chat,
-    ("POST", "/v1/completions"): Handler.post_completion,
-    ("POST", "/v1/embeddings"): Handler.post_embeddings,
-    ("POST", "/tokenize"): Handler.post_tokenize,
-    ("POST", "/detokenize"): Handler.post_detokenize,
-    ("POST", "/apply-template"): Handler.post_template,
-}
-
-
-PUBLIC = {"/", "/health"}  # without a key, and not counted by the rate limit
-
-
-def find_route(method: str, path: str) -> tuple[str, Callable, list[str]]:
-    """The pattern and handler for a method and path, and what stands at the path's {id}. 404 or
-    405."""
-    path = path.rstrip("/") or "/"
-    allowed = set()
-    for (route_method, pattern), handler in ROUTES.items():
-        stem, has_id, _ = pattern.partition("{id}")
-        rest = path.removeprefix(stem)
-        if path != "*" and (not path.startswith(stem) or bool(rest) != bool(has_id)):
-            continue
-        if method == route_method or (method, route_method) == ("HEAD", "GET"):
-            return pattern, handler, [rest] if has_id else []
-        allowed |= {route_method, "OPTIONS"} | ({"HEAD"} if route_method == "GET" else set())
-        matched = pattern
-    methods = ", ".join(sorted(allowed))
-    if allowed and method == "OPTIONS":
-        return path if path == "*" else matched, Handler.options, [methods]
-    if allowed:
-        raise ApiError(405, f"{describe(path)} does not take {method}, but {methods}",
-                       code="method_not_allowed", headers={"Allow": methods})
-    raise ApiError(404, f"unknown path {describe(path)}; GET / lists all", code="not_found")
-
-
-# ==== 10. Main: start, signals, drain ====================================================
+# ==== 11. Main: start, signals, drain ====================================================
 
 EXIT_OK, EXIT_UNUSABLE = 0, 2
 EXAMPLE_BODY = '{"messages": [{"role": "user", "content": "What is gravity?"}], "max_tokens": 64}'
@@ -2364,10 +2382,12 @@ def main(argv: list[str] | None = None) -> int:
     loading.join()  # a stop signal interrupts the loading, too
     if server.engine and not server.stopping.is_set():
         loaded = server.engine
+        url = server.url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+        key = " -H 'Authorization: Bearer KEY'" * bool(server.key_digests)
         where = "the GPU" if loaded.model.on_gpu else f"{loaded.context.n_threads} CPU threads"
         print(f"ready: {loaded.model.name} on {where}, {loaded.context.parallel} slots of "
-              f"{loaded.n_ctx} tokens\ntry: curl {server.url}/v1/chat/completions "
-              f"-H 'Content-Type: application/json' -d '{EXAMPLE_BODY}'", flush=True)
+              f"{loaded.n_ctx} tokens\ntry: curl {url}/v1/chat/completions "
+              f"-H 'Content-Type: application/json'{key} -d '{EXAMPLE_BODY}'", flush=True)
     server.stopping.wait()
     if server.fatal_error:
         print(f"error: {server.fatal_error}", file=sys.stderr)

@@ -52,7 +52,7 @@ NOTES = {
     "continue_final_message": f"{LOCAL}: the reply goes on where the last, the assistant's, "
                               "message ends",
     "prompt": "a string, a list of strings, a list of token ids, or a list of such lists; at most "
-              f"{server.MAX_INPUTS}",
+              f"{server.MAX_CHOICES} replies in all",
     "echo": "the text begins with the prompt; with `logprobs`, its tokens are scored too",
     "suffix": "what follows the reply; 400 where the model has no fill-in-the-middle tokens",
     "best_of": "at least `n`; the `n` likeliest of so many replies; in a stream equal to `n`",

@@ -281,7 +281,7 @@ def test_the_unit_has_one_place_to_write_and_the_models_lead_there():
     belongs beside server.py, so the instructions make a link of that name."""
     assert unit_values("ProtectSystem") == ["strict"] and unit_values("DynamicUser") == ["yes"]
     state, home = unit_values("StateDirectory")[0], unit_values("WorkingDirectory")[0]
-    assert f"ln -sT /var/lib/{state} {home}/models" in UNIT.read_text()
+    assert f"ln -sfnT /var/lib/{state} {home}/models" in UNIT.read_text()
     assert unit_values("ExecStart") == [f"{home}/.venv/bin/python server.py"]
 
 

@@ -119,8 +119,12 @@ def test_metrics_are_public_by_a_switch_and_keys_can_be_switched_off():
     ("auth: {api_keys: [sk secret]}", {}, "number 1 must be printable ASCII"),
     ("", {"API_KEYS": "sk-secret,sk-sécret"}, "number 2 must be printable ASCII"),
     ("server: {enabled: true}", {}, "unknown key 'enabled'"),
+    ("allowed_hosts: ['box.example:80']", {}, "must be like box.example, without a port"),
+    ("host: ''", {}, "host is empty"),
+    ("", {"CORS_ORIGINS": "https://app.example/"}, "must be like https://app.example"),
+    ("", {"CORS_ORIGINS": "app.example"}, "must be like https://app.example"),
 ])
-def test_wrong_key_settings_are_refused_without_showing_a_key(tmp_path, text, environ, words):
+def test_wrong_settings_are_refused_without_showing_a_key(tmp_path, text, environ, words):
     file = tmp_path / "c.yaml"
     file.write_text(text)
     with pytest.raises(server.ConfigError) as caught:
@@ -203,6 +207,10 @@ def test_on_a_loopback_address_only_our_own_names_are_served():
     with listening(host="0.0.0.0") as running:
         answer = send_raw(running, b"GET / HTTP/1.1\r\nHost: box.lan\r\nConnection: close\r\n\r\n")
         assert answer.startswith(b"HTTP/1.1 200")
+        page = (b"POST /v1/completions HTTP/1.1\r\nHost: %b\r\nOrigin: http://%b\r\n"
+                b"Content-Length: 2\r\nConnection: close\r\n\r\n{}")
+        for host, status in ((b"evil.com", 403), (b"10.0.0.1:80", 400)):  # a name can be rebound
+            assert send_raw(running, page % (host, host)).startswith(b"HTTP/1.1 %d" % status)
     with listening(host="0.0.0.0", allowed_hosts=["box.lan"]) as running:
         for host, status in (("box.lan", 503), ("localhost", 503), ("evil.com", 403)):
             answer = send_raw(running, b"GET /health HTTP/1.1\r\nHost: %b\r\nConnection: close"
@@ -472,7 +480,7 @@ def test_who_does_not_read_the_answers_makes_room_too():
 def test_a_silent_stream_gets_comments_and_openais_client_does_not_mind(start_server):
     """A long prefill is silent for seconds; some clients give up on a silent stream."""
     def body(word):
-        return {"messages": [{"role": "user", "content": f"{word} " * 900}], "stream": True,
+        return {"messages": [{"role": "user", "content": f"{word} " * 500}], "stream": True,
                 "max_tokens": 2}
 
     for interval, pings in (("0.2", True), ("0", False)):
