@@ -1341,11 +1341,14 @@ class GrammarProcess:
 
     COMPILE_SECONDS, TOKEN_SECONDS, CPU_SECONDS = 5.0, 1.5, 3600
     MAX_BYTES = 2**30  # beyond what the server has itself
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, model: Model, gbnf: str, triggers: tuple[str, ...], must_trigger: bool):
         """As for Grammar. Raises GrammarError, or EngineFault when no process can be started."""
         model.byte_tokens  # makes the tables: here, once, not in each child
         fork = multiprocessing.get_context("fork")  # the child has the vocabulary already
+        # Until the child has handlers of its own, a signal to it would count as the server's.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
         try:
             self._pipe, pipe = fork.Pipe()
             with pipe:
@@ -1354,6 +1357,8 @@ class GrammarProcess:
                 child.start()
         except OSError as error:
             raise EngineFault(f"cannot start a process for the grammar: {error}") from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._child = child
         self.ask(self.COMPILE_SECONDS, 0, "check")
 
@@ -1362,6 +1367,7 @@ class GrammarProcess:
         """The child's life: answer questions until the pipe ends."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C means the server, which may drain
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, cls.SIGNALS)
         for name in os.listdir("/proc/self/fd"):  # other clients' connections, above all
             if int(name) > 2 and int(name) != pipe.fileno():
                 with contextlib.suppress(OSError):
