@@ -6,7 +6,6 @@ The pictures show one shape in one colour on grey. The model is a little vision 
 llava's `mlp` projector. It never meets SmolLM2 in training: it learns by regression that its 16
 output tokens, one per patch, are SmolLM2's own embeddings of the 16 tokens of CAPTION, filled in
 for the picture. So SmolLM2 reads the caption where the picture stands in the prompt.
-The gradients are written out by hand; numpy is all it takes.
 
 It takes about four minutes on two cores. Of 500 new pictures 99.8 % came next to the caption with
 the right colour, 82.6 % to one with the right shape; asked "What is the color?", SmolLM2 was right
@@ -22,8 +21,7 @@ import numpy as np
 
 BASE = Path(__file__).resolve().parent.parent / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 PRODUCT = Path(__file__).resolve().with_name("tiny-vision.mmproj.gguf")
-SEED = 1  # of the training; the test draws its pictures with other ones
-
+SEED = 1  # of the training; the test draws its pictures with another
 CAPTION = "This picture shows a {color} {shape}. The color of the {shape} is {color}.\n"
 COLORS = {"red": (215, 30, 30), "green": (25, 150, 40), "blue": (30, 50, 215),
           "yellow": (240, 220, 30), "purple": (130, 30, 150), "black": (12, 12, 12),
@@ -31,8 +29,7 @@ COLORS = {"red": (215, 30, 30), "green": (25, 150, 40), "blue": (30, 50, 215),
 SHAPES = ("circle", "square", "triangle")
 SIZE, PATCH = 48, 12  # pixels: 4 x 4 patches, for the caption's 16 tokens
 WIDTH, HEADS, LAYERS, HIDDEN, PROJECTOR = 96, 3, 3, 192, 128
-EPS = 1e-5
-STEPS, BATCH = 2900, 32
+STEPS, BATCH, EPS = 2900, 32, 1e-5
 
 
 def pictures(rng: np.random.Generator, colors: np.ndarray, shapes: np.ndarray) -> np.ndarray:
@@ -58,8 +55,7 @@ def pictures(rng: np.random.Generator, colors: np.ndarray, shapes: np.ndarray) -
 
 def patches_of(images: np.ndarray) -> np.ndarray:
     """As clip.cpp sees them: normalised, [n, patch, channel * row * column]."""
-    side = SIZE // PATCH
-    scaled = images.astype(np.float32) / 127.5 - 1  # image_mean and image_std are 0.5
+    side, scaled = SIZE // PATCH, images.astype(np.float32) / 127.5 - 1  # mean and std: 0.5
     grid = scaled.reshape(-1, side, PATCH, side, PATCH, 3).transpose(0, 1, 3, 5, 2, 4)
     return grid.reshape(len(images), side * side, -1)
 
@@ -105,9 +101,9 @@ class Vit:
         weight = self.weights[name + ".weight"]
 
         def back(dy):
-            flat = dy.reshape(-1, dy.shape[-1])
-            self.gradients[name + ".weight"] = flat.T @ x.reshape(-1, x.shape[-1])
-            self.gradients[name + ".bias"] = flat.sum(0)
+            rows = dy.reshape(-1, dy.shape[-1])
+            self.gradients[name + ".weight"] = rows.T @ x.reshape(-1, x.shape[-1])
+            self.gradients[name + ".bias"] = rows.sum(0)
             return dy @ weight
         return x @ weight.T + self.weights[name + ".bias"], back
 
@@ -120,9 +116,8 @@ class Vit:
         def back(dy):
             self.gradients[name + ".weight"] = (dy * unit).sum((0, 1))
             self.gradients[name + ".bias"] = dy.sum((0, 1))
-            dy = dy * weight
-            dy = dy - dy.mean(-1, keepdims=True) - unit * (dy * unit).mean(-1, keepdims=True)
-            return dy / spread
+            dy = dy * (weight / spread)
+            return dy - dy.mean(-1, keepdims=True) - unit * (dy * unit).mean(-1, keepdims=True)
         return unit * weight + self.weights[name + ".bias"], back
 
     def gelu(self, _name: str, x: np.ndarray):
@@ -210,8 +205,8 @@ def train(vit: Vit, captions: np.ndarray, rng: np.random.Generator):
 
 def save(vit: Vit, n_embd: int):
     writer = gguf.GGUFWriter(PRODUCT, "clip")
-    writer.add_name("Tiny vision for SmolLM2-135M-Instruct")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_name("Tiny vision for SmolLM2-135M-Instruct")
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_string("clip.projector_type", "mlp")
     writer.add_bool("clip.use_gelu", True)
@@ -239,8 +234,8 @@ def main():
     spread = captions.std()
     vit = Vit(rng, *captions.shape[2:])
     train(vit, captions / spread, rng)
-    vit.weights["mm.2.weight"] *= spread
-    vit.weights["mm.2.bias"] *= spread
+    for part in ("weight", "bias"):
+        vit.weights["mm.2." + part] *= spread
     colors, shapes = (rng.integers(len(kinds), size=500) for kinds in (COLORS, SHAPES))
     out, _ = vit.forward(patches_of(pictures(rng, colors, shapes)))
     distances = ((out[:, None, None] - captions) ** 2).sum((3, 4)).reshape(500, -1)
