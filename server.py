@@ -1659,7 +1659,7 @@ class Handler(socketserver.StreamRequestHandler):
         events: queue.SimpleQueue = queue.SimpleQueue()
         choices, n_choices = [], n_each * len(prompts)
         if n_choices > MAX_CHOICES:
-            param = "n" if len(prompts) == 1 else "prompt"
+            param = "n" if n_each > 1 else "prompt"
             raise invalid(param, f"{param}: {len(prompts)} prompts with {n_each} replies each were "
                                  f"asked for; the limit is {MAX_CHOICES} replies in one request")
         process = None

@@ -849,6 +849,7 @@ def test_a_forced_form_does_not_end_inside_the_reasoning(http):
 
 def test_too_many_replies_to_one_request_are_refused(http):
     refused(http, COMPLETIONS, {"prompt": ["hi"] * 2048, "n": 128, "max_tokens": 1}, "n")
+    refused(http, COMPLETIONS, {"prompt": ["hi"] * 600, "max_tokens": 1}, "prompt")
 
 
 def test_a_large_but_honest_max_length_compiles(http):
