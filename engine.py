@@ -1576,7 +1576,10 @@ class TokenLogprob:
 
 def token_logprob(logits: np.ndarray, token: int, n_top: int) -> TokenLogprob:
     """Return the log-probability of `token` under softmax(logits), and the `n_top` likeliest.
-    logits: shape (n_vocab,), as the model wrote them: before temperature, bias and penalties."""
+    logits: shape (n_vocab,), as the model wrote them: before temperature, bias and penalties.
+    Raises ValueError where they are not numbers."""
+    if math.isnan(logits[token]):
+        raise ValueError("the model's logits are not numbers: its file may be damaged")
     logprobs = logits - logits.max()  # exp must not overflow
     logprobs -= np.log(np.exp(logprobs).sum())
     top = np.argpartition(logits, -n_top)[-n_top:].tolist() if n_top else []

@@ -111,6 +111,8 @@ def test_token_logprob_is_log_softmax():
     exact = logits - np.log(np.exp(logits).sum())
     assert entry.logprob == pytest.approx(exact[2], abs=1e-5)
     assert [token for token, _ in entry.top] == [1, 2]
+    with pytest.raises(ValueError, match="not numbers"):
+        engine.token_logprob(np.full(9, np.nan, np.float32), 3, 2)
 
 
 # ==== 2. Validation =======================================================================
