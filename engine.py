@@ -1342,25 +1342,30 @@ class GrammarProcess:
     COMPILE_SECONDS, TOKEN_SECONDS, CPU_SECONDS = 5.0, 1.5, 3600
     MAX_BYTES = 2**30  # beyond what the server has itself
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    compiling = threading.BoundedSemaphore(2)  # each may take MAX_BYTES before it is refused
 
     def __init__(self, model: Model, gbnf: str, triggers: tuple[str, ...], must_trigger: bool):
         """As for Grammar. Raises GrammarError, or EngineFault when no process can be started."""
         model.byte_tokens  # makes the tables: here, once, not in each child
+        with self.compiling:
+            self._start(model, gbnf, triggers, must_trigger)
+            self.ask(self.COMPILE_SECONDS, 0, "check")
+
+    def _start(self, *of_grammar) -> None:
+        """Fork the child. Raises EngineFault."""
         fork = multiprocessing.get_context("fork")  # the child has the vocabulary already
         # Until the child has handlers of its own, a signal to it would count as the server's.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
         try:
             self._pipe, pipe = fork.Pipe()
             with pipe:
-                child = fork.Process(target=self._serve, daemon=True,
-                                     args=(pipe, model, gbnf, triggers, must_trigger))
+                child = fork.Process(target=self._serve, daemon=True, args=(pipe, *of_grammar))
                 child.start()
         except OSError as error:
             raise EngineFault(f"cannot start a process for the grammar: {error}") from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         self._child = child
-        self.ask(self.COMPILE_SECONDS, 0, "check")
 
     @classmethod
     def _serve(cls, pipe, *of_grammar) -> None:
@@ -1894,7 +1899,7 @@ class Embedder:
     """
 
     MAX_TEXTS = 16  # in one batch
-    N_BATCH = 256  # rows, for a model that does not pool
+    N_BATCH = 96  # rows, for a model that does not pool: streams wait for one batch at a time
 
     def __init__(self, model: Model, n_ctx: int, n_threads: int):
         self._pools = model.pools
@@ -1918,9 +1923,12 @@ class Embedder:
         if batch:
             yield batch
 
-    def embed(self, texts: list[np.ndarray]) -> np.ndarray:
-        """One batch of `batches` to vectors of length 1: float32, shape (len(texts), n_embd)."""
+    def embed(self, texts: list[np.ndarray]) -> Iterator[np.ndarray | None]:
+        """One batch of `batches` to vectors of length 1: float32, shape (len(texts), n_embd).
+        Yield None after each decode but the last. No other batch may begin meanwhile."""
         context = self._context
+        for seq_id in range(context.parallel):  # a batch that broke off has left something
+            context.trim(seq_id, 0)
         vectors = np.zeros((len(texts), context.n_embd), dtype=np.float32)
         slots = [Slot(index, 0) for index in range(len(texts))]
         for start in range(0, max(map(len, texts)), context.n_batch):
@@ -1935,9 +1943,9 @@ class Embedder:
                 vector += context.pooled(chunk.slot.seq_id) if self._pools else \
                     states[last - len(chunk.tokens):last].sum(axis=0)
                 chunk.slot.n_cached += len(chunk.tokens)
-        for slot in slots:
-            context.trim(slot.seq_id, 0)
-        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), TINY)
+            if start + context.n_batch < max(map(len, texts)):
+                yield None
+        yield vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), TINY)
 
 
 # ==== 10. The engine =====================================================================
@@ -1974,6 +1982,7 @@ class Engine:
         self._waiting: collections.deque[Request] = collections.deque()
         self._deadline: float | None = None  # set by close(): when to give up what still runs
         self._embedder: Embedder | None = None  # made on the first use, under the model lock
+        self._embedding = threading.Lock()  # held for one batch of texts
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # ---- any thread ------------------------------------------------------------------
@@ -2027,16 +2036,19 @@ class Engine:
 
     def embed(self, texts: list[np.ndarray], go_on: Callable[[], None]) -> np.ndarray:
         """Vectors of length 1 for texts (token ids): float32, shape (len(texts), n_embd). One
-        batch between two steps, so that generation goes on; before each, `go_on` may raise."""
+        decode between two steps, so that generation goes on; before each, `go_on` may raise."""
         def start() -> Embedder:
             return self._embedder or Embedder(self.model, self.n_ctx, self.context.n_threads)
 
         self._embedder = self.between_steps(start)
         vectors = []
         for batch in self._embedder.batches(texts):
-            go_on()
-            group = [texts[index] for index in batch]
-            vectors.append(self.between_steps(functools.partial(self._embedder.embed, group)))
+            with self._embedding:
+                work, done = self._embedder.embed([texts[index] for index in batch]), None
+                while done is None:
+                    go_on()
+                    done = self.between_steps(functools.partial(next, work))
+            vectors.append(done)
         return np.concatenate(vectors)
 
     def close(self, drain_seconds: float = 0) -> bool:

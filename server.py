@@ -511,6 +511,9 @@ class GenerationBody(engine.SamplingParams):
         if "" in stops:
             raise invalid("stop", "stop: an empty stop sequence was sent; it would end every reply "
                                   "before its first token")
+        if max(map(len, stops), default=0) > MAX_STOP:
+            raise invalid("stop", "stop: a stop sequence is longer than the limit of "
+                                  f"{MAX_STOP} characters")
         return stops
 
     def constrained_by(self) -> str | None:
@@ -681,6 +684,7 @@ class Offer:
                 yield name, parameters, f"{self.where}[{i}]{inner}.parameters"
 
 
+MAX_STOP = 1000  # characters of a stop sequence
 MAX_CHOICES = 512  # replies to one request: prompts times n or best_of
 DEFAULTED = ("temperature", "top_p", "top_k", "min_p")  # settings, where a body does not say
 LEGACY_MAX_TOKENS = 16  # the OpenAI reference's default for /v1/completions
@@ -2379,7 +2383,11 @@ def main(argv: list[str] | None = None) -> int:
                     "api_keys", server.url)
     loading = threading.Thread(target=server.load, name="load", daemon=True)
     loading.start()
-    loading.join()  # a stop signal interrupts the loading, too
+    while loading.is_alive() and not server.stopping.is_set():
+        loading.join(POLL_SECONDS)
+    loading.join(LAST_WRITES_SECONDS)  # a stop signal interrupts the loading, but for some steps
+    if loading.is_alive():
+        os._exit(EXIT_OK)
     if server.engine and not server.stopping.is_set():
         loaded = server.engine
         url = server.url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")

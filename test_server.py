@@ -1017,6 +1017,22 @@ def test_an_engine_error_before_the_first_token_has_its_status_and_later_is_an_e
     assert post(live, "/v1/completions", {**body, "stream": False})[0] == 200
 
 
+def test_embeddings_work_again_after_one_that_failed(live, monkeypatch):
+    """What a broken batch left in the cache is forgotten; a long text is read in several steps."""
+    long = {"input": ["word " * 300, "short"]}
+    status, _, before = post(live, "/v1/embeddings", long)
+    assert status == 200
+    context = live.engine._embedder._context
+    with monkeypatch.context() as broken:
+        real = context.decode
+        broken.setattr(context, "decode", lambda chunks: real(chunks) or -3)
+        assert post(live, "/v1/embeddings", long)[0] == 500
+    status, _, after = post(live, "/v1/embeddings", long)
+    assert status == 200
+    for old, new in zip(before["data"], after["data"]):
+        assert np.dot(old["embedding"], new["embedding"]) > 0.999
+
+
 def test_a_templates_refusal_is_400_with_its_message(live, monkeypatch):
     formatter = engine.llama_chat_format.Jinja2ChatFormatter(
         "{{ raise_exception('roles must alternate') }}", "", "")

@@ -852,6 +852,11 @@ def test_too_many_replies_to_one_request_are_refused(http):
     refused(http, COMPLETIONS, {"prompt": ["hi"] * 600, "max_tokens": 1}, "prompt")
 
 
+def test_an_endless_stop_sequence_is_refused(http):
+    """Each choice keeps tables of the size of its stop sequences."""
+    refused(http, COMPLETIONS, {"prompt": "hi", "stop": ["ab" * 501], "max_tokens": 1}, "stop")
+
+
 def test_a_large_but_honest_max_length_compiles(http):
     """maxLength: 100000 is what code generators write; it must not become 100,000 rules."""
     schema = obj(text={"type": "string", "maxLength": 100_000}, ok={"type": "boolean"})
