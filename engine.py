@@ -2143,6 +2143,7 @@ class Engine:
         changed = False
         for slot in self._busy():
             if slot.request.cancelled:
+                slot.request.sampler = None  # unread events keep the request: free its grammar now
                 self._release(slot)
                 changed = True
         with self.changed:
