@@ -95,7 +95,7 @@ class Config:
     drain_seconds: float = setting("server", 30.0, low=0, high=DAY)
 
     auth_enabled: bool | None = setting("auth", None)
-    api_keys: list[str] = setting("auth", ())
+    api_keys: list[str] = setting("auth", (), secret=True)
     public_metrics: bool = setting("auth", False)
 
     rate_limiting_enabled: bool = setting("rate_limiting", False)
@@ -175,10 +175,7 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     try:
         return read_object(Config, {name: value for name, (_, value) in found.items()}, "", [])
     except ApiError as error:
-        name = error.param.split("[")[0]
-        source, _ = found.get(name, ("settings", None))
-        if name == "api_keys" and error.code == "invalid_type":  # its message shows the value
-            raise ConfigError(f"{source}: api_keys must be a list of strings") from None
+        source, _ = found.get(error.param.split("[")[0], ("settings", None))
         raise ConfigError(f"{source}: {error.message}") from error
 
 
@@ -221,7 +218,7 @@ def read_config_file(path: str | None) -> dict[str, tuple[str, Any]]:
 
 # ==== 2. Errors =========================================================================
 
-RETRY_SECONDS = 2  # what `Retry-After` advises: about one short reply
+RETRY_SOON = {"Retry-After": "2"}  # seconds: about one short reply
 
 
 class ApiError(Exception):
@@ -248,7 +245,7 @@ def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:
 
 def unavailable(message: str, code: str) -> ApiError:
     """503: come back in a moment."""
-    return ApiError(503, message, code=code, headers={"Retry-After": str(RETRY_SECONDS)})
+    return ApiError(503, message, code=code, headers=RETRY_SOON)
 
 
 # ==== 3. Validation: JSON into dataclasses ==============================================
@@ -259,6 +256,7 @@ def unavailable(message: str, code: str) -> ApiError:
 #   refused                why a field of the OpenAI API is not served, ...
 #   harmless               ... and its values that ask for nothing, besides null and empty
 #   no_effect              accepted for compatibility; changes nothing here
+#   secret                 no message shows a value
 
 KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
 UNIONS = (typing.Union, types.UnionType)
@@ -336,8 +334,8 @@ def read_value(hint, value, at: str, limits: Mapping, ignored: list[str]):
             except ApiError as error:
                 if error.code != "invalid_type" or error.param != at:
                     reason = reason or error
-    raise reason or invalid(at, f"{at}: expected {expected(hint)}, got {describe(value)}",
-                            "invalid_type")
+    got = "something else" if limits.get("secret") else describe(value)
+    raise reason or invalid(at, f"{at}: expected {expected(hint)}, got {got}", "invalid_type")
 
 
 def read_object(cls, value: dict, at: str, ignored: list[str]):
@@ -871,11 +869,13 @@ def body_size(head: Head, limit: int) -> int | None:
 
 
 def body_too_large(size: str, limit: int) -> ApiError:
+    """413; size: what is known of the body's; limit: bytes."""
     return ApiError(413, f"the body {size}, the limit is {limit} (max_body_mb)",
                     code="body_too_large")
 
 
 def read_exactly(file: io.BufferedIOBase, size: int) -> bytes:
+    """So many bytes. Raises ConnectionError when fewer come."""
     data = file.read(size)
     if len(data) < size:
         raise ConnectionError("the client hung up")
@@ -908,22 +908,19 @@ def read_chunked(file: io.BufferedIOBase, limit: int) -> bytes:
     raise malformed
 
 
-def read_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """An address without its zone; an IPv4 one also where it came as IPv6. Raises ValueError."""
-    address = ipaddress.ip_address(text.partition("%")[0])
+def read_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """An address without its zone, an IPv4 one also where it came as IPv6; None for a name."""
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
     return getattr(address, "ipv4_mapped", None) or address
-
-
-def is_address(name: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return bool(read_address(name))
-    return False
 
 
 def is_this_machine(name: str) -> bool:
     """Whether a host name or address means this machine, whatever a DNS server says."""
-    return read_address(name).is_loopback if is_address(name) else \
-        f".{name}".endswith(".localhost")
+    address = read_address(name)
+    return address.is_loopback if address else f".{name}".endswith(".localhost")
 
 
 def client_of(address: str) -> str:
@@ -1256,8 +1253,7 @@ class Handler(socketserver.StreamRequestHandler):
     def answer(self) -> None:
         """Each check stands before what costs more. A large body is read last; who is refused
         before that loses the connection: the body would be taken for the next request."""
-        self.check_host()
-        self.check_origin()
+        self.check_origin(self.check_host())
         limit = int(self.server.config.max_body_mb * 2**20)
         size, body = body_size(self.head, limit), None
         if size is not None and size <= SMALL_BODY:
@@ -1297,25 +1293,26 @@ class Handler(socketserver.StreamRequestHandler):
         self.server.keeps_waiting(self.connection, False)
         return body
 
-    def check_host(self) -> None:
+    def check_host(self) -> bool:
         """Refuse names that are not ours, on a loopback address or where allowed_hosts says which
         are: a web page whose name has been pointed here (DNS rebinding, CVE-2024-28224) could read
-        everything."""
+        everything. Return whether the name is surely ours."""
         sent, config = self.head.headers.get("host", ""), self.server.config
         match = HOST.fullmatch(sent)
         if not match:
             raise ApiError(400, f"the Host header {describe(sent)} is malformed")
         name = match[1].strip("[]").lower().removesuffix(".")
         known = {host.strip("[]").lower() for host in (config.host, *config.allowed_hosts)}
-        is_guarded = self.server.is_local or config.allowed_hosts
-        self.knows_host = is_address(name) or bool(is_guarded)  # no DNS server can point it here
+        is_guarded = self.server.is_local or bool(config.allowed_hosts)
         if sent and is_guarded and not (is_this_machine(name) or name in known):
             raise ApiError(403, f"the Host {describe(name)} is not this server's; if it should be, "
                                 "add it to allowed_hosts", code="host_not_allowed")
+        return is_guarded or read_address(name) is not None  # no DNS server points an address here
 
-    def check_origin(self) -> None:
+    def check_origin(self, knows_host: bool) -> None:
         """Refuse web pages from elsewhere, and tell browsers which may read the answer
-        (https://fetch.spec.whatwg.org/#http-cors-protocol; never with credentials)."""
+        (https://fetch.spec.whatwg.org/#http-cors-protocol; never with credentials). knows_host: a
+        page whose origin is this Host comes from here."""
         origin, allowed = self.head.headers.get("origin"), self.server.config.cors_origins
         if origin is None:
             return
@@ -1323,7 +1320,7 @@ class Handler(socketserver.StreamRequestHandler):
             page = urllib.parse.urlsplit(origin)
             is_ours = bool(page.netloc) and (
                 is_this_machine(page.hostname or "")
-                or self.knows_host and page.netloc == self.head.headers.get("host"))
+                or knows_host and page.netloc == self.head.headers.get("host"))
         except ValueError:
             is_ours = False
         if not (is_ours or origin in allowed or "*" in allowed):
@@ -1468,8 +1465,7 @@ class Handler(socketserver.StreamRequestHandler):
             stats = server.engine.stats
             body |= {"model": server.engine.model.name, "slots": len(stats.slots),
                      "busy": stats.n_busy, "waiting": server.engine.n_waiting}
-        retry = {"Retry-After": str(RETRY_SECONDS)}
-        self.send_json(body, *((200, {}) if state == "ok" else (503, retry)))
+        self.send_json(body, *((200, {}) if state == "ok" else (503, RETRY_SOON)))
 
     def get_slots(self) -> None:
         self.send_json([dataclasses.asdict(slot) for slot in self.loaded_engine().stats.slots])

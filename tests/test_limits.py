@@ -114,8 +114,8 @@ def test_metrics_are_public_by_a_switch_and_keys_can_be_switched_off():
 @pytest.mark.parametrize("text, environ, words", [
     ("auth: {enabled: true}", {}, "auth is enabled, but there are no api_keys"),
     ("auth_enabled: true", {}, "auth is enabled, but there are no api_keys"),
-    (f"auth: {{api_keys: {KEY}}}", {}, "api_keys must be a list of strings"),
-    ("auth: {api_keys: [sk-secret-1234, 12]}", {}, "api_keys must be a list of strings"),
+    (f"auth: {{api_keys: {KEY}}}", {}, "api_keys: expected a list (each item a string), got"),
+    ("auth: {api_keys: [sk-secret-1234, {secret: 1}]}", {}, "api_keys[1]: expected a string, got"),
     ("auth: {api_keys: [sk secret]}", {}, "number 1 must be printable ASCII"),
     ("", {"API_KEYS": "sk-secret,sk-sécret"}, "number 2 must be printable ASCII"),
     ("server: {enabled: true}", {}, "unknown key 'enabled'"),
