@@ -1410,9 +1410,8 @@ class GrammarProcess:
 
     def __del__(self):
         if hasattr(self, "_child"):
-            self._child.kill()
-            self._child.join()
-            self._pipe.close()
+            self._child.kill()  # the next one's start reaps it: waiting here takes milliseconds,
+            self._pipe.close()  # and this may run under the model lock
 
 
 @dataclasses.dataclass
