@@ -126,10 +126,12 @@ def text_of(n_words: int, rng: random.Random) -> str:
 
 
 def user(text: str) -> list[dict]:
+    """A conversation of one user message."""
     return [{"role": "user", "content": text}]
 
 
 def percentile(values: list[float], share: float) -> float:
+    """The value below which this share (0 to 1) of them lies, by nearest rank."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
@@ -255,6 +257,7 @@ HIGHER_IS_BETTER = ("tokens/s", "req/s")
 
 
 def free_port() -> int:
+    """A port that nobody listens on right now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -347,6 +350,7 @@ def show(name: str, figures: dict, servers: list[str]) -> None:
 
 
 def main() -> None:
+    """Start or find the servers, run the scenarios in turns, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("servers", nargs="*", metavar="NAME=URL", help="a running server")
     parser.add_argument("--start", action="append", default=[], metavar="KIND",

@@ -186,7 +186,6 @@ def test_a_container_starts_gets_healthy_serves_and_stops(image):
     assert not image.healthy(PORT=port)
 
 
-@pytest.mark.skipif(not shutil.which("ldd"), reason="ldd is not here")
 def test_the_final_stage_has_the_libraries_that_llama_cpp_needs(image):
     """What was compiled in the first stage finds in the second all that it loads. (Wheels that
     come compiled, like numpy's, bring along what a bare system lacks.)"""
