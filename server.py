@@ -2256,24 +2256,23 @@ class Handler(socketserver.StreamRequestHandler):
 
     def write_app_reply(self, name: str | None, streams: bool, chunks: Iterator[dict]) -> None:
         """Write a reply from the chunks of a chat completion."""
-        done: dict[str, Any] = {"model": name, "content": "", "stop_reason": "stop",
-                                "predicted_tokens": 0}
-        texts: list[str] = []
+        reason, n_predicted, texts = "stop", 0, []
         for chunk in chunks:
-            done["model"] = name or chunk.get("model")
+            name = name or chunk.get("model")
             for choice in chunk.get("choices", ()):
-                done["stop_reason"] = choice.get("finish_reason") or done["stop_reason"]
+                reason = choice.get("finish_reason") or reason
                 if text := (choice.get("delta") or {}).get("content"):
                     texts.append(text)
                     if streams:
                         self.write_event({"type": "fragment", "content": text})
             usage = chunk.get("usage") or {"completion_tokens": len(texts)}  # till it is told
-            done["predicted_tokens"] = usage["completion_tokens"]
+            n_predicted = usage["completion_tokens"]
         if streams:
-            del done["content"]
-            self.write_event({"type": "done", **done}, is_last=True)
+            self.write_event({"type": "done", "model": name, "predicted_tokens": n_predicted,
+                              "stop_reason": reason}, is_last=True)
         else:
-            self.send_json({**done, "content": "".join(texts)})
+            self.send_json({"model": name, "content": "".join(texts), "stop_reason": reason,
+                            "predicted_tokens": n_predicted})
 
     # ---- engines elsewhere ---------------------------------------------------------------
 

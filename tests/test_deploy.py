@@ -216,7 +216,7 @@ def test_compose_reads_the_file(flags, services, tmp_path):
     nothing = tmp_path / "env"  # in place of a developer's .env
     nothing.write_text("")
     environ = {key: value for key, value in os.environ.items()
-               if key not in ("CMAKE_ARGS", "MODELS", "MODEL_PATH")}
+               if key not in ("CMAKE_ARGS", "MODELS_FOLDER", "MODEL_PATH")}
     told = subprocess.run(["docker", "compose", "--env-file", str(nothing), *flags, "config"],
                           cwd=ROOT, env={**environ, "API_KEYS": "one,two"},
                           capture_output=True, text=True, timeout=60)

@@ -1,0 +1,70 @@
+"""What the documents show is run as they show it: the README's curl lines, examples/api_client.py."""
+
+import os
+import re
+import subprocess
+import sys
+
+import httpx
+import numpy as np
+import pytest
+
+from conftest import ROOT, serve
+from make_vision_model import COLORS, PRODUCT, SHAPES, pictures
+from test_vision_model import png
+
+sys.path.insert(0, str(ROOT))
+import server  # noqa: E402
+
+GREEN = list(COLORS).index("green")
+# Beside the shells' own: what fails is the end, and an HTTP error is a failure.
+SHELL = "set -euo pipefail\ncurl() { command curl --fail-with-body -sS \"$@\"; echo; }\n"
+
+
+@pytest.fixture(scope="module")
+def url():
+    """A server whose default model sees."""
+    with serve(MMPROJ=str(PRODUCT), TEMPERATURE="0") as address:
+        yield address
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """A green circle or the like, picture.png."""
+    image = pictures(np.random.default_rng(7), np.array([GREEN]), np.array([len(SHAPES) - 1]))[0]
+    (tmp_path / "picture.png").write_bytes(png(image))
+    return tmp_path / "picture.png"
+
+
+def test_every_curl_line_of_the_readme_works_and_every_route_has_one(url, picture):
+    """In their order, in a shell, beside a picture.png."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    shown = [block for block in blocks if "curl http://127.0.0.1:8080/" in block]
+    script = SHELL + "".join(shown).replace("http://127.0.0.1:8080", url)
+    done = subprocess.run(["bash", "-c", script], cwd=picture.parent, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr
+    assert done.stdout.count("green") >= 3, "the picture's color, three ways"
+    seen = set(re.findall(r'route="(\S+ \S+)",status="200"', httpx.get(f"{url}/metrics").text))
+    assert seen == {f"{method} {path}" for method, path in server.ROUTES}
+
+
+def test_the_example_client_shows_all_that_it_names(url, picture):
+    """Each example prints its name, and something the server said."""
+    command = [sys.executable, str(ROOT / "examples" / "api_client.py")]
+    environ = {**os.environ, "OPENAI_BASE_URL": f"{url}/v1", "OPENAI_API_KEY": "unused"}
+    names = ["completion", "stream", "chat", "tools", "app"]
+
+    def run(*arguments):
+        return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120,
+                              env=environ)
+    done = run()
+    assert done.returncode == 0, done.stderr
+    shown = re.split(r"^== (\w+)\n", done.stdout, flags=re.M)[1:]
+    assert shown[::2] == names and all(text.strip() for text in shown[1::2])
+    assert "get_weather({" in shown[7] and "prompt tokens were cached" in shown[5]
+    seen = run("image", "--file", str(picture))
+    assert seen.returncode == 0 and "green" in seen.stdout
+    failed = run("chat", "--model", "nobody")
+    assert failed.returncode == 1 and "404" in failed.stderr
+    assert run("dance").returncode == 2
