@@ -465,13 +465,14 @@ class Projector:
 
     CACHE_BYTES = 2**27  # of rows: the images of the last conversations
 
-    def __init__(self, model, path: Path, on_gpu: bool):
+    def __init__(self, model, path: Path, on_gpu: bool, n_threads: int):
         """model: the llama_model that will read the rows. Raises ModelError."""
         mtmd.mtmd_helper_log_set(_on_native_log, ctypes.c_void_p(None))
         params = mtmd.mtmd_context_params_default()
         params.use_gpu, params.print_timings, params.warmup = on_gpu, False, False
-        # Beside the engine, whose threads spin while they wait for each other: half of the cores.
-        params.n_threads = max(1, physical_cores() // 2)
+        # As many as the engine has, beside which they run: with half of them streams pause for half
+        # a second at a time, because one of the engine's threads waits for the others.
+        params.n_threads = n_threads
         native_errors.clear()
         self._mtmd = mtmd.mtmd_init_from_file(os.fsencode(path), model, params)
         if not self._mtmd:
@@ -585,10 +586,12 @@ class Model:
     """Weights, vocabulary and chat template of one GGUF file. Safe to use from any thread."""
 
     def __init__(self, path: Path, n_gpu_layers: int = -1, on_progress=lambda fraction: True,
-                 chat_template_file: str | None = None, mmproj: Path | None = None):
+                 chat_template_file: str | None = None, mmproj: Path | None = None,
+                 n_threads: int = 0):
         """n_gpu_layers: layers to put on the GPU, -1 for all. on_progress: called with 0.0 to
         1.0; loading stops when it returns False. chat_template_file: Jinja, in place of the
-        GGUF's own. mmproj: the GGUF of its Projector, for a model that sees. Raises ModelError."""
+        GGUF's own. mmproj: the GGUF of its Projector, for a model that sees. n_threads: of that; 0
+        takes the physical cores. Raises ModelError."""
         lib.llama_log_set(_on_native_log, ctypes.c_void_p(None))
         lib.llama_backend_init()
         params = lib.llama_model_default_params()
@@ -633,7 +636,8 @@ class Model:
         self._shown = {self._specials[text] for text in SHOWN_TEXTS if text in self._specials}
         try:
             self._template, self.tool_format = self._load_chat_template(chat_template_file)
-            self.projector = Projector(self._model, mmproj, self.on_gpu) if mmproj else None
+            self.projector = Projector(
+                self._model, mmproj, self.on_gpu, n_threads or physical_cores()) if mmproj else None
         except ModelError:
             lib.llama_model_free(self._model)
             raise
@@ -2623,7 +2627,8 @@ def load_engine(path: Path, *, n_ctx: int, parallel: int, n_gpu_layers: int, pre
     when another file in its place could do better."""
     size = file_size(path)
     projector = find_model_file(mmproj, path.parent) if mmproj else None
-    model = Model(path, n_gpu_layers, on_progress, chat_template_file, projector)
+    model = Model(path, n_gpu_layers, on_progress, chat_template_file, projector,
+                  context_options.get("n_threads", 0))
     if n_ctx > model.n_ctx_train:
         log.warning("n_ctx is %d, but %s was trained for %d tokens: text beyond that may be poor",
                     n_ctx, model.name, model.n_ctx_train)
