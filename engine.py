@@ -410,6 +410,7 @@ def _pointer(array: np.ndarray, ctype):
 # ---- images: what a vision model's second file, the mmproj, makes of them
 
 MAX_PIXELS = 50_000_000  # of an image, which takes 3 bytes each: the largest phone cameras'
+MAX_SEGMENTS = 20_000  # of a file; one of 16 MB has some thousands
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # ITU-T T.81, table B.1: SOF
 JPEG_BARE = frozenset([0x01, *range(0xD0, 0xD9)])  # markers without a length
 N_ID_WORDS = 8  # of 31 bits each, of the SHA-256 of an image
@@ -422,23 +423,27 @@ def image_size(file: bytes) -> tuple[str, int, int]:
     try:
         if file.startswith(b"\x89PNG\r\n\x1a\n"):
             position = 8
-            while file[position + 4:position + 8] != b"IEND":
+            for _ in range(MAX_SEGMENTS):
+                if file[position + 4:position + 8] == b"IEND":
+                    return "image/png", *struct.unpack_from(">II", file, 16)
                 length, = struct.unpack_from(">I", file, position)
                 checksum, = struct.unpack_from(">I", file, position + 8 + length)
                 if zlib.crc32(file[position + 4:position + 8 + length]) != checksum:
                     raise cut_off
                 position += length + 12
-            return "image/png", *struct.unpack_from(">II", file, 16)
+            raise cut_off
         if file.startswith(b"\xff\xd8\xff"):
             position = 2
-            while file[position + 1] not in JPEG_FRAMES:
+            for _ in range(MAX_SEGMENTS):
+                if file[position + 1] in JPEG_FRAMES:
+                    break
                 is_bare = file[position + 1] in (*JPEG_BARE, 0xFF)  # 0xFF: filling
                 length = 0 if is_bare else struct.unpack_from(">H", file, position + 2)[0]
                 position += 1 if file[position + 1] == 0xFF else 2 + length
                 if file[position] != 0xFF:
                     raise cut_off
-            if b"\xff\xd9" not in file[position:]:  # the end-of-image marker
-                raise cut_off
+            if file[position + 1] not in JPEG_FRAMES or b"\xff\xd9" not in file[position:]:
+                raise cut_off  # without its end-of-image marker
             height, width = struct.unpack_from(">HH", file, position + 5)
             return "image/jpeg", width, height
     except (struct.error, IndexError):
@@ -2846,7 +2851,8 @@ class Pool:
 
     def stats(self) -> Stats:
         """The counts of all engines, present and gone."""
-        return sum((model.engine.stats for model in self.loaded()), self.retired)
+        with self._changed:
+            return sum((model.engine.stats for model in self.loaded()), self.retired)
 
     def coming(self) -> LocalModel | None:
         """The model that is being loaded right now."""
@@ -2945,9 +2951,9 @@ class Pool:
     def _unload(self, model: LocalModel) -> None:
         with self._changed:
             gone, model.engine, model.is_leaving = model.engine, None, False
+            self.retired += dataclasses.replace(gone.stats, slots=())
         print(f"unloading {model.name} ...", flush=True)
         if gone.close():
             gone.model.close()
         else:
             log.error("%s is stuck in a step: its memory is lost", model.name)
-        self.retired += dataclasses.replace(gone.stats, slots=())

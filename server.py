@@ -30,6 +30,7 @@ import email.utils
 import functools
 import hashlib
 import hmac
+import http.client
 import http.server
 import io
 import ipaddress
@@ -226,6 +227,10 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     flags = vars(parser.parse_args(argv))
     found = read_config_file(flags.pop("config"))  # {key: (where it was set, value)}
     hints = typing.get_type_hints(Config)
+    for variable, name in ALIASES.items():
+        if environ.get(variable) and environ.get(name.upper()):
+            raise ConfigError(f"environment variables {variable} and {name.upper()} mean the same; "
+                              "set one of them")
     for variable, name in [*ALIASES.items(), *((name.upper(), name) for name in hints)]:
         hint = hints[name]
         if text := environ.get(variable):  # an empty one is none
@@ -1875,7 +1880,7 @@ class Handler(socketserver.StreamRequestHandler):
             headers["x-ignored-fields"] = self.tally.shown_ignored()
         if self.closes or self.head.version == "1.0":
             headers["Connection"] = "close" if self.closes else "keep-alive"
-        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}"]
+        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         self.connection.settimeout(self.server.config.client_timeout)  # of each write
         self.server.keeps_waiting(self.connection, True)
@@ -2039,9 +2044,18 @@ class Handler(socketserver.StreamRequestHandler):
             "capabilities": [*["completion", "tools"] * model.generates,
                              *["vision"] * bool(model.projector), "embedding"]}}
 
-    def log_text(self, name: str, text: str) -> None:
-        if self.server.config.log_messages:
-            log.info("%s %s: %s", self.tally.id, name, describe(text, most=math.inf))
+    def log_messages(self, messages) -> None:
+        """Log the text of messages as they were sent, if the settings say so."""
+        if not self.server.config.log_messages or not isinstance(messages, list):
+            return
+        for message in messages:
+            if isinstance(message, dict):
+                content = message.get("content")
+                for text in content if isinstance(content, list) else [content]:
+                    if isinstance(text, dict):  # a part; an image would fill the log
+                        text = text.get("text") or f"<{text.get('type')}>"
+                    log.info("%s %s: %s", self.tally.id, printable(str(message.get("role"))),
+                             describe(text, most=math.inf))
 
     def post_chat(self, chat: ChatBody, write: Callable | None = None) -> None:
         """write: takes the chunks, in place of our own ways to send them."""
@@ -2059,11 +2073,14 @@ class Handler(socketserver.StreamRequestHandler):
     def render(self, chat: ChatBody) -> tuple[str, dict[str, list]]:
         """The prompt of a conversation, and its images by the marks in their places."""
         model, images = self.loaded.model, {}
-        for message in chat.messages:
-            self.log_text(message.role, message.content)
+        self.log_messages([dataclasses.asdict(message) for message in chat.messages])
+        n_tokens = 0
         for at, part in chat.image_parts():
+            self.check_connection()
             part.text = f"<image {secrets.token_hex(16)}>"  # a mark that nobody else can write
-            images[part.text] = self.read_image(part.image_url.url, at)
+            images[part.text] = pieces = self.read_image(part.image_url.url, at)
+            n_tokens += sum(len(getattr(piece, "rows", piece)) for piece in pieces)
+            self.check_length(n_tokens, at, 1)
         messages = [dataclasses.asdict(message) for message in chat.messages]
         begun = messages.pop() if chat.continue_final_message else None
         if begun and begun["role"] != "assistant":
@@ -2285,6 +2302,7 @@ class Handler(socketserver.StreamRequestHandler):
         if self.server.via in self.head.headers.get("via", ""):
             raise ApiError(508, f"{upstream.name} leads back to this server", code="relay_loop")
         self.streams = sent.get("stream") is True
+        self.log_messages(sent.get("messages"))
         if upstream.model not in (None, sent.get("model")):
             body = self.for_upstream(upstream, sent)
         with self.ask(upstream, "POST", path.removeprefix("/v1"), body) as response:

@@ -1,4 +1,4 @@
-"""What the documents show is run as they show it: the README's curl lines, examples/api_client.py."""
+"""What is shown is run as it is shown: the README's curl lines, examples/api_client.py."""
 
 import os
 import re

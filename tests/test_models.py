@@ -1,0 +1,610 @@
+"""Several models: which one is loaded when, what its clients see meanwhile, and the settings.
+
+All models are the default one, under several names.
+"""
+
+import contextlib
+import http.server
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+import conftest
+import engine
+import server
+
+KEY = "sk-a-secret-key"
+HI = [{"role": "user", "content": "Say hello."}]
+SIZES = {"n_ctx": 256, "parallel": 2}
+CHAT, APP_CHAT = "/v1/chat/completions", "/chat/stream"
+
+
+@pytest.fixture(scope="module")
+def gguf():
+    return engine.find_model_file(None, conftest.ROOT / "models")
+
+
+@contextlib.contextmanager
+def listening(models=(), **settings):
+    """A server in this process, its default model loaded; models: {name: file}."""
+    entries = {name: server.ModelEntry(model_path=str(file)) for name, file in dict(models).items()}
+    running = server.Server(server.Config(**{
+        "port": 0, "turn_seconds": 0.0, **SIZES, "models": entries, **settings}))
+    threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
+    running.pool.start()
+    try:
+        yield running
+    finally:
+        running.stopping.set()
+        ended = running.pool.ended(10)
+        assert running.drain() and ended
+
+
+def get(running, path):
+    return httpx.get(running.url + path, timeout=30)
+
+
+def post(running, path, **body):
+    return httpx.post(running.url + path, json=body, timeout=60)
+
+
+def ask(running, model=None, n_tokens=4, path=CHAT, **body):
+    """One chat, greedy."""
+    if path != CHAT:
+        options = {"temperature": 0, "maxTokens": n_tokens}
+        return post(running, path, model_key=model, messages=HI, config=options, **body)
+    return post(running, path, model=model, messages=HI, max_tokens=n_tokens, temperature=0, **body)
+
+
+def text_of(response):
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["message"]["content"]
+
+
+def lines_of(running, path, n_tokens=4, seen=None, **body):
+    """The lines of a stream; `seen` grows while they arrive."""
+    lines = [] if seen is None else seen
+    about = {"max_tokens": n_tokens, "stream": True, "ignore_eos": True} if path == CHAT else {
+        "config": {"maxTokens": n_tokens}}
+    with httpx.stream("POST", running.url + path, timeout=60,
+                      json={"messages": HI, **about, **body}) as response:
+        lines += [f"status {response.status_code}"]
+        for line in response.iter_lines():
+            lines += [line] if line else []
+    return lines
+
+
+@contextlib.contextmanager
+def streaming(running, model, n_tokens, path=CHAT):
+    """A stream that has begun; yields the future of all its lines."""
+    seen = []
+    name = {"model" if path == CHAT else "model_key": model}
+    with ThreadPoolExecutor() as threads:
+        stream = threads.submit(lines_of, running, path, n_tokens, seen, **name)
+        wait_for(lambda: len(seen) > 2)
+        yield stream
+
+
+def n_fragments(lines):
+    """The tokens of a stream that is whole, at most."""
+    assert lines[0] == "status 200" and lines[-1] == "data: [DONE]", lines[-3:]
+    assert '"finish_reason":"length"' in lines[-2]
+    return sum('"content":"' in line for line in lines)
+
+
+def wait_for(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def loaded(running):
+    return {entry["model_key"] for entry in get(running, "/models").json()["loaded"]}
+
+
+@pytest.fixture
+def gate(monkeypatch, tmp_path, gguf):
+    """A model file whose loading stays at 42 % until the gate is set."""
+    opened, real = threading.Event(), engine.load_engine
+
+    def load_engine(path, *, on_progress, **options):
+        while path.stem == "slow" and not opened.wait(0.05):
+            if not on_progress(0.42):
+                raise engine.ModelError("interrupted")
+        return real(path, on_progress=on_progress, **options)
+
+    monkeypatch.setattr(engine, "load_engine", load_engine)
+    opened.file = tmp_path / "slow.gguf"
+    opened.file.symlink_to(gguf)
+    yield opened
+    opened.set()
+
+
+@contextlib.contextmanager
+def running_process(*arguments, folder=None, **environ):
+    """`python ARGUMENTS` until it has printed `ready:`; yields the process, its address, and the
+    line."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("PORT", "MODEL_ID")}
+    process = subprocess.Popen(
+        [conftest.server_python(), *map(str, arguments)], stdout=subprocess.PIPE, cwd=folder,
+        stderr=subprocess.STDOUT, text=True, env={**clean, "PYTHONUNBUFFERED": "1", **environ})
+    said = []
+    try:
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("ready:") or "listens" in line and "elsewhere" in str(environ):
+                break
+        else:
+            raise AssertionError("".join(said))
+        url = re.search(r"listens on (\S+)", "".join(said))[1]
+        threading.Thread(target=process.stdout.read, daemon=True).start()  # a full pipe would block
+        yield process, url, said[-1]
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+# ==== Which model is loaded ===============================================================
+
+
+def test_with_room_for_one_a_request_for_another_changes_them(gguf):
+    """The old one goes, the new one comes, and both say the same."""
+    with listening({"a": gguf, "b": gguf}) as running:
+        alone = text_of(ask(running, "a", 12))
+        assert text_of(ask(running, None, 12)) == alone and running.pool.n_loads == 1
+        assert text_of(ask(running, "b", 12)) == alone and loaded(running) == {"b"}
+        assert text_of(ask(running, "a", 12)) == alone and loaded(running) == {"a"}
+        assert running.pool.n_loads == 3
+        assert "twofile_model_loads_total 3" in get(running, "/metrics").text
+
+
+def test_with_room_for_two_the_least_recently_used_one_goes(gguf):
+    with listening(dict.fromkeys("abc", gguf), max_loaded=2) as running:
+        alone = text_of(ask(running, "a", 12))
+        assert text_of(ask(running, "b", 12)) == alone and loaded(running) == {"a", "b"}
+        assert text_of(ask(running, "a", 12)) == alone  # b is the older one now
+        assert text_of(ask(running, "c", 12)) == alone and loaded(running) == {"a", "c"}
+        assert running.pool.n_loads == 3
+
+
+def test_running_work_is_finished_before_its_model_goes(gguf):
+    """A stream on a is whole; then b answers."""
+    with listening({"a": gguf, "b": gguf}) as running, streaming(running, "a", 40) as stream:
+        assert text_of(ask(running, "b")) and stream.done()
+        assert n_fragments(stream.result()) > 30
+
+
+def test_only_one_model_leaves_for_another(gguf):
+    """Of two at work, one goes when a third is asked for, and the other's cache stays."""
+    with listening(dict.fromkeys("abc", gguf), max_loaded=2, turn_seconds=0.1) as running, \
+            streaming(running, "a", 100) as long, streaming(running, "b", 100), \
+            streaming(running, "a", 10) as short:
+        asked = ThreadPoolExecutor().submit(ask, running, "c")
+        short.result()
+        assert text_of(asked.result())
+        assert running.pool.n_loads == 3 and len(loaded(running)) == 2
+        assert n_fragments(long.result()) > 80
+
+
+def test_two_busy_clients_do_not_make_the_models_change_places_all_the_time(gguf):
+    """Each model has its turn: all are served, in few loads, and nobody waits for long."""
+    with listening({"a": gguf, "b": gguf}, turn_seconds=2.0) as running:
+        def client(name):
+            waits = []
+            for _ in range(12):
+                began = time.monotonic()
+                assert text_of(ask(running, name))
+                waits.append(time.monotonic() - began)
+            return waits
+
+        with ThreadPoolExecutor() as threads:
+            waits = [wait for each in threads.map(client, "ab") for wait in each]
+        assert running.pool.n_loads <= 6 and len(waits) == 24 and max(waits) < 10
+
+
+# ==== Loading and unloading by hand =======================================================
+
+
+def resident(process):
+    """Bytes."""
+    with open(f"/proc/{process.pid}/status") as file:
+        return 1024 * int(re.search(r"VmRSS:\s+(\d+)", file.read())[1])
+
+
+def test_unloading_gives_the_memory_back(gguf):
+    """The KV cache alone is 188 MB."""
+    models = {"elsewhere": {"base_url": "http://127.0.0.1:9/v1"}, "a": {"model_path": str(gguf)}}
+    with running_process(conftest.ROOT / "server.py", PORT="0", MODELS=json.dumps(models),
+                         DEFAULT_REGULAR_MODEL="elsewhere", N_CTX="4096", PARALLEL="2") as (
+                             process, url, _):
+        before = resident(process)
+        body = {"model_key": "a"}
+        assert httpx.post(url + "/models/load", json=body, timeout=60).json()["loaded"]
+        added = resident(process) - before
+        assert added > 200e6
+        assert httpx.post(url + "/models/unload", json=body, timeout=60).json() == {
+            "unloaded": True, "models": ["a"]}
+        assert resident(process) - before < 0.2 * added
+
+
+def test_what_was_unloaded_by_hand_comes_back_only_by_its_name(gguf):
+    with listening({"a": gguf, "b": gguf}) as running:
+        assert post(running, "/models/unload", unload_all=True).json()["models"] == ["a"]
+        assert loaded(running) == set() and get(running, "/health").json() == {"status": "ok"}
+        refused = ask(running)
+        assert (refused.status_code, refused.json()["error"]["message"]) == (503, "No model loaded")
+        for path in ("/chat", "/chat/regular", "/chat/stream"):
+            refused = ask(running, path=path)
+            assert refused.status_code == 503 and refused.json() == {
+                "detail": "Chat service unavailable: No model loaded"}
+        assert text_of(ask(running, "a")) == text_of(ask(running))
+        assert text_of(ask(running, "b")) and post(
+            running, "/models/unload", unload_all=True).status_code == 200
+        assert ask(running).status_code == 503  # a was not loaded then, but is not wanted either
+        for body in ({}, {"model_key": "a", "unload_all": True}, {"model_key": 5}):
+            assert post(running, "/models/unload", **body).status_code == 400
+        assert post(running, "/models/unload", model_key="x").status_code == 404
+
+
+def test_exclusive_loading_waits_for_the_others_work(gguf):
+    with listening({"a": gguf, "b": gguf}, max_loaded=2) as running, \
+            streaming(running, "a", 40) as stream:
+        done = post(running, "/models/load", model_key="b", exclusive=True)
+        assert done.json() == {"loaded": True, "model": "b"} and stream.done()
+        assert n_fragments(stream.result()) > 30 and loaded(running) == {"b"}
+        assert text_of(ask(running))  # in place of a, whoever is there
+
+
+def test_unloading_answers_though_others_wait_for_that_model(gguf):
+    """They have it loaded again; that is no reason to wait for them, too."""
+    with listening({"a": gguf}) as running, streaming(running, "a", 60) as stream, \
+            ThreadPoolExecutor() as threads:
+        unloading = threads.submit(post, running, "/models/unload", model_key="a")
+        wait_for(lambda: running.models.regular.is_leaving)
+        late = threads.submit(lines_of, running, CHAT, 100, model="a")
+        assert unloading.result().json() == {"unloaded": True, "models": ["a"]}
+        assert n_fragments(stream.result()) > 50 and not late.done()
+        assert n_fragments(late.result()) > 80 and running.pool.n_loads == 2
+
+
+def test_the_end_does_not_wait_for_an_unloading(gguf):
+    with listening({"a": gguf}) as running, streaming(running, "a", 150), \
+            ThreadPoolExecutor() as threads:
+        running.config.drain_seconds = 0.5
+        unloading = threads.submit(post, running, "/models/unload", model_key="a")
+        wait_for(lambda: running.models.regular.is_leaving)
+        began = time.monotonic()
+        running.stopping.set()
+        assert unloading.result().status_code == 503 and time.monotonic() - began < 2
+
+
+def test_load_has_its_shapes_and_takes_names_only(gguf):
+    """No path, however written, reaches the disk."""
+    with listening({"a": gguf, "org/b": gguf}, models_dir=str(gguf.parent)) as running:
+        assert post(running, "/models/load", model_key="org/b").json() == {
+            "loaded": True, "model": "org/b"}
+        for name in ("x", "", "../a", f"../models/{gguf.stem}", str(gguf), gguf.name, f"./{gguf}",
+                     "hf:a/b/c.gguf", "org%2fb", "%2e/a", "a/", "A", "a\0", "a/../a"):
+            refused = post(running, "/models/load", model_key=name)
+            assert refused.status_code == 404 and refused.json() == {
+                "loaded": False, "error": "Failed to load model: Model not found"}, name
+            assert ask(running, name).status_code == 404
+        assert running.pool.n_loads == 2
+        entries = {entry["model_key"]: entry for entry in get(running, "/models").json()["available"]}
+        assert entries.keys() == {"a", "org/b", gguf.stem}
+        assert entries["org/b"] == {"model_key": "org/b", "vision": False, "loaded": True}
+        assert entries["a"] == {"model_key": "a", "vision": False, "loaded": False}
+        helped = get(running, "/help").json()["routes"]
+        assert [(each["method"], each["path"]) for each in helped] == list(server.ROUTES)
+        bodies = {each["path"]: each["body"] for each in helped}
+        assert bodies["/models/load"] == ["exclusive", "model_key"] and bodies["/models"] == []
+
+
+def test_a_model_without_its_file_harms_no_other_and_comes_with_it(tmp_path, gguf, monkeypatch):
+    """503 with the reason; the others go on; each time that the file appears, it is served."""
+    monkeypatch.setattr(engine, "RELOAD_SECONDS", 0.1)
+    file = tmp_path / "late.gguf"
+    with listening({"a": gguf, "late": file}) as running:
+        for _ in range(2):
+            refused = ask(running, "late")
+            assert refused.status_code == 503 and refused.json()["error"]["code"] == "model_failed"
+            assert f"model file not found: {file}" in refused.json()["error"]["message"]
+            refused = post(running, "/models/load", model_key="late")
+            assert refused.status_code == 503 and not refused.json()["loaded"]
+            assert refused.json()["error"].startswith("Failed to load model: model file not found")
+            assert ask(running, path="/chat", model="late").json()["detail"].startswith(
+                "Chat service unavailable: model file not found")
+            assert text_of(ask(running, "a")) and get(running, "/health").status_code == 200
+            if not file.with_suffix(".away").exists():
+                os.link(gguf, file.with_suffix(".away"))
+            file.with_suffix(".away").rename(file)
+            time.sleep(0.2)
+            assert text_of(ask(running, "late"))
+            file.rename(file.with_suffix(".away"))
+            assert text_of(ask(running, "a"))
+
+
+def test_a_folder_of_models(tmp_path, gguf):
+    """Files are found by their names, also later; a projector is none, but gives its model eyes."""
+    picture = conftest.ROOT / "tests" / "tiny-vision.mmproj.gguf"
+    os.link(gguf, tmp_path / "seer.gguf")
+    for name in ("seer.mmproj.gguf", "mmproj-other.gguf"):
+        shutil.copy(picture, tmp_path / name)
+    (tmp_path / "big-00002-of-00003.gguf").touch()
+    (tmp_path / "readme.txt").touch()
+    with listening({"a": gguf}, models_dir=str(tmp_path)) as running:
+        def vision():
+            return {entry["model_key"]: entry["vision"]
+                    for entry in get(running, "/models").json()["available"]}
+
+        assert vision() == {"a": False, "seer": True}
+        os.link(gguf, tmp_path / "other.gguf")
+        os.link(gguf, tmp_path / "later.gguf")
+        assert vision() == {"a": False, "seer": True, "other": True, "later": False}
+        assert text_of(ask(running, "later"))
+        (tmp_path / "other.gguf").unlink()
+        (tmp_path / "later.gguf").unlink()  # loaded, and so still there
+        assert vision() == {"a": False, "seer": True, "later": False}
+        assert ask(running, path="/chat/vision").json()["model"] == "seer"
+        meta = get(running, "/v1/models/seer").json()["meta"]
+        assert "vision" in meta["capabilities"]
+        assert vision() == {"a": False, "seer": True} and ask(running, "later").status_code == 404
+
+
+# ==== While a model loads =================================================================
+
+
+def test_what_clients_see_while_a_model_loads(gguf, gate):
+    """Health and the other models answer, streams are told of the progress, one that hangs up is
+    forgotten, and at most max_queue wait."""
+    with listening({"a": gguf, "slow": gate.file}, max_loaded=2, max_queue=3) as running:
+        quick = text_of(ask(running, "a"))
+        pool, seen, told = running.pool, [], []
+        with ThreadPoolExecutor() as threads:
+            stream = threads.submit(lines_of, running, CHAT, 4, seen, model="slow")
+            app = threads.submit(lines_of, running, APP_CHAT, 4, told, model_key="slow")
+            body = json.dumps({"model": "slow", "messages": HI}).encode()
+            with socket.create_connection(("127.0.0.1", running.server_port)) as raw:
+                raw.sendall(b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
+                            % (CHAT.encode(), len(body), body))
+                wait_for(lambda: pool.n_waiting == 3)
+                began = time.monotonic()
+                refused = ask(running, "slow")
+                assert refused.status_code == 503 and "retry-after" in refused.headers
+                assert refused.json()["error"]["code"] == "queue_full"
+                health = get(running, "/health")
+                assert health.status_code == 200 and health.json()["status"] == "ok"
+                assert health.json()["loading"] == {"model": "slow", "progress": 0.42}
+                assert time.monotonic() - began < 2
+            wait_for(lambda: pool.n_waiting == 2)
+            assert text_of(ask(running, "a")) == quick and pool.n_loads == 1
+            assert n_fragments(lines_of(running, CHAT, 20, model="a")) > 10
+            wait_for(lambda: len(seen) > 2 and len(told) > 2)
+            gate.set()
+            lines, app_lines = stream.result(), list(map(json.loads, app.result()[1:]))
+        assert lines[1] == ": loading slow 42%" and n_fragments(lines) > 2 and pool.n_waiting == 0
+        assert app_lines[0] == {"type": "loading", "model": "slow", "progress": 0.42}
+        assert [line["type"] for line in app_lines if line["type"] != "loading"][-1] == "done"
+        assert "loading" not in get(running, "/health").json()
+
+
+def test_when_all_have_hung_up_nobody_waits_any_more(gguf, gate):
+    with listening({"a": gguf, "slow": gate.file}, max_loaded=2) as running:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(running.url + CHAT, json={"model": "slow", "messages": HI}, timeout=0.3)
+        wait_for(lambda: running.pool.n_waiting == 0, 2)
+
+
+SLOW_SERVER = """
+import sys, time
+sys.path.insert(0, ROOT)
+import engine, server
+real = engine.load_engine
+def load_engine(path, *, on_progress, **options):
+    while path.stem == "slow" and on_progress(0.42):
+        time.sleep(0.05)
+    return real(path, on_progress=on_progress, **options)
+engine.load_engine = load_engine
+sys.exit(server.main(["--port", "0"]))
+"""
+
+
+def test_a_signal_ends_the_loading(gguf, gate):
+    """Who waits for the model is told; the server ends soon, with code 0."""
+    models = {"a": {"model_path": str(gguf)}, "slow": {"model_path": str(gate.file)}}
+    code = SLOW_SERVER.replace("ROOT", repr(str(conftest.ROOT)))
+    with running_process("-c", code, MODELS=json.dumps(models), N_CTX="256", PARALLEL="2") as (
+            process, url, _), ThreadPoolExecutor() as threads:
+        waiting = threads.submit(httpx.post, url + CHAT, timeout=30,
+                                 json={"model": "slow", "messages": HI})
+        wait_for(lambda: "loading" in httpx.get(url + "/health").json())
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0 and time.monotonic() - began < 3
+        assert waiting.result().status_code == 503
+        assert waiting.result().json()["error"]["code"] == "shutting_down"
+
+
+# ==== Settings ============================================================================
+
+
+def config_of(tmp_path, text="", environ=()):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    return server.load_config(["--config", str(file)], dict(environ))
+
+
+BIG = f'models:\n  big: {{base_url: "http://b/v1", api_key: {KEY}'
+
+
+@pytest.mark.parametrize("text, words", [
+    ("models: [a]", "models: expected an object"),
+    ("models: {a: null}", "models.a: expected an object"),
+    (f"models: {{a: {KEY}}}", "models.a: expected an object"),
+    ("models: {a: {}}", "models.a: name either a model_path or a base_url"),
+    (BIG + ", model_path: x}", "models.big: name either a model_path or a base_url"),
+    ("models: {a: {model_path: x, nctx: 4}}", "unknown key 'models.a.nctx'"),
+    ("models: {a: {model_path: x, n_ctx: -1}}", "models.a.n_ctx must be between 0 and"),
+    ("models: {a: {model_path: [x]}}", "models.a.model_path: expected a string"),
+    ("models: {a: {model_path: x, parallel: 20}}\nn_batch: 16", "models.a"),
+    (f"models: {{a: {{model_path: x, api_key: {KEY}}}}}", "api_key means nothing beside"),
+    (BIG + ", mmproj: x}", "models.big: mmproj means nothing beside a base_url"),
+    (BIG + " 2}", "models.big.base_url: the key beside it must be printable ASCII without"),
+    (f"models: {{big: {{base_url: 'http://u:{KEY}@b'}}}}", "must be like http://box:8000/v1"),
+    (f"models: {{big: {{base_url: 'http://b', api_key: [{KEY}]}}}}", "models.big.api_key: expected"),
+    ("models: {big: {base_url: 'ftp://b'}}", "must be like http://box:8000/v1"),
+    ("models: {'a b': {model_path: x}}", 'models: "a b" is no name for a model'),
+    ("models: {7: {model_path: x}}", "models"),
+    ("models: &a {x: *a}", "c.yaml"),
+    ("model_path: ~nobody-here/x.gguf", "c.yaml"),
+    (BIG, "c.yaml"),  # a brace is missing
+    ("max_loaded: 0", "max_loaded must be between 1 and 64"),
+    ("openai_base_url: http://b/v1?x", "openai_base_url: must be like"),
+    (f"openai_api_key: [{KEY}]", "openai_api_key: expected a string"),
+])
+def test_wrong_models_are_one_sentence_that_names_the_place(tmp_path, text, words):
+    """And never shows a key."""
+    with pytest.raises(server.ConfigError) as caught:
+        config_of(tmp_path, text)
+    said = str(caught.value)
+    assert words in said and KEY not in said and "\n" not in said
+
+
+def test_a_wrong_environment_variable_shows_no_key(tmp_path):
+    for name in ("MODELS", "API_KEYS"):
+        with pytest.raises(server.ConfigError) as caught:
+            config_of(tmp_path, environ={name: f"[{KEY}, {{"})
+        assert f"environment variable {name}" in str(caught.value) and KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"default_regular_model": "x"}, 'a default model: the model "x" does not exist'),
+    ({"default_vision_model": "x"}, 'a default model: the model "x" does not exist'),
+    ({"models_dir": "/nowhere"}, "models_dir: /nowhere is not a folder"),
+])
+def test_wrong_names_stop_the_server(settings, words):
+    with pytest.raises(server.ConfigError, match=re.escape(words)):
+        server.Server(server.Config(port=0, **settings))
+
+
+def test_paths_in_a_file_are_relative_to_it(tmp_path):
+    config = config_of(tmp_path, "models_dir: m\nmodel: {mmproj: p.gguf, model_path: hf:o/r/f.gguf}"
+                                 "\nmodels: {a: {model_path: sub/a.gguf, mmproj: /p.gguf}}")
+    entry = config.models["a"]
+    assert (config.models_dir, config.mmproj) == (f"{tmp_path}/m", f"{tmp_path}/p.gguf")
+    assert (entry.model_path, entry.mmproj) == (f"{tmp_path}/sub/a.gguf", "/p.gguf")
+    assert config.model_path == "hf:o/r/f.gguf"
+
+
+def test_variables_of_local_apps(tmp_path):
+    """Also under the names that other servers use; our own wins; an empty one is none."""
+    config = config_of(tmp_path, "port: 1", {
+        "MODEL_ID": "hf:o/r/f.gguf", "BATCH_MAX": "7", "HOST": "::1", "PORT": "9", "MMPROJ": "",
+        "CORS_ORIGINS": "http://a,http://b", "DEFAULT_REGULAR_MODEL": "r",
+        "DEFAULT_VISION_MODEL": "v", "OPENAI_BASE_URL": "http://b/v1", "OPENAI_API_KEY": "12"})
+    assert (config.model_path, config.parallel, config.host, config.port, config.mmproj) == (
+        "hf:o/r/f.gguf", 7, "::1", 9, None)
+    assert config.cors_origins == ["http://a", "http://b"]
+    assert (config.default_regular_model, config.default_vision_model) == ("r", "v")
+    assert (config.openai_base_url, config.openai_api_key) == ("http://b/v1", "12")
+    assert config_of(tmp_path, "", {"BATCH_MAX": "7", "PARALLEL": "8"}).parallel == 8
+
+
+def test_a_dotenv_file(tmp_path):
+    file = tmp_path / ".env"
+    assert server.read_env_file(file) == {}
+    file.write_text("# a comment\n\n  A=1  \nexport B = two words # comment\nC=\"x # 'y' \" # z\n"
+                    "D='say \"hi\"'\nE=\nF=a#b=c\n  # indented\nA=2\nG=it's\n")
+    assert server.read_env_file(file) == {
+        "A": "2", "B": "two words", "C": "x # 'y' ", "D": 'say "hi"', "E": "", "F": "a#b=c",
+        "G": "it's"}
+    for line in (KEY, f"{KEY}=1", f"= {KEY}", f"K=\"{KEY}", f"K='{KEY}'x"):
+        file.write_text(f"A=1\n{line}\n")
+        with pytest.raises(server.ConfigError) as caught:
+            server.read_env_file(file)
+        assert f"{file}: line 2" in str(caught.value) and KEY not in str(caught.value)
+
+
+def test_a_dotenv_file_beside_the_server_is_used(tmp_path, gguf):
+    """But what the environment says itself wins."""
+    for name in ("server.py", "engine.py"):
+        shutil.copy(conftest.ROOT / name, tmp_path)
+    (tmp_path / "mine.gguf").symlink_to(gguf)
+    (tmp_path / ".env").write_text(f"PORT=0\nexport MODEL_ID='{tmp_path}/mine.gguf'\nBATCH_MAX=3"
+                                   "\nN_CTX=4096\n")
+    with running_process(tmp_path / "server.py", folder="/", N_CTX="256") as (_, url, line):
+        assert line.startswith("ready: mine on") and "3 slots of 256 tokens" in line
+        assert httpx.get(url + "/v1/models").json()["data"][0]["id"] == "mine"
+
+
+# ==== Models of a hub =====================================================================
+
+
+def test_without_its_library_a_model_of_the_hub_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for name, words in (("hf:o/r/f.gguf", "needs the huggingface_hub library: pip install"),
+                        ("hf:o/f.gguf", "is not like hf:owner/repository/file.gguf")):
+        with pytest.raises(engine.ModelError, match=re.escape(f"{name} {words}")):
+            engine.find_model_file(name, conftest.ROOT)
+
+
+@pytest.fixture
+def hub(gguf, tmp_path):
+    """A hub of one file, o/r/sub/f.gguf; the environment that makes it the one to ask."""
+    pytest.importorskip("huggingface_hub")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            found = self.path == "/o/r/resolve/main/sub/f.gguf"
+            self.send_response(200 if found else 404)
+            self.send_header("Content-Length", str(gguf.stat().st_size if found else 0))
+            self.send_header("ETag", f'"{engine.DEFAULT_MODEL_SHA256}"')
+            self.send_header("X-Repo-Commit", "c" * 40)
+            self.send_header("X-Error-Code", "" if found else "EntryNotFound")
+            self.end_headers()
+            return found
+
+        def do_GET(self):
+            if self.do_HEAD():
+                self.wfile.write(gguf.read_bytes())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as serving:
+        threading.Thread(target=serving.serve_forever, args=(0.02,), daemon=True).start()
+        yield {"HF_ENDPOINT": f"http://127.0.0.1:{serving.server_port}", "HF_HUB_DISABLE_XET": "1",
+               "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(tmp_path), "PORT": "0", **{
+                   name.upper(): str(value) for name, value in SIZES.items()}}
+        serving.shutdown()
+
+
+def test_a_model_of_the_hub_is_fetched_and_served(hub, tmp_path):
+    """And kept: the second start asks for no more."""
+    started = [conftest.ROOT / "server.py", "--model", "hf:o/r/sub/f.gguf"]
+    for environ in (hub, {**hub, "HF_HUB_OFFLINE": "1"}):
+        with running_process(*started, **environ) as (_, url, line):
+            assert line.startswith("ready: f on")
+            assert httpx.post(url + CHAT, timeout=60, json={
+                "model": "f", "messages": HI, "max_tokens": 2}).status_code == 200
+    assert list(tmp_path.rglob("f.gguf"))
+
+
+def test_a_model_that_the_hub_does_not_have_is_one_sentence(hub):
+    ended = subprocess.run(
+        [conftest.server_python(), conftest.ROOT / "server.py", "--model", "hf:o/r/none.gguf"],
+        capture_output=True, text=True, timeout=60, env={**os.environ, **hub})
+    assert ended.returncode == 2
+    assert re.fullmatch(r"error: cannot fetch hf:o/r/none.gguf: .*404.*\n", ended.stderr)

@@ -1,0 +1,475 @@
+"""The server sees: images through both dialects, what is refused of them, and what they cannot do.
+
+The real model with tiny-vision.mmproj.gguf, which knows the colour of a shape and little else; real
+sockets, the real openai client. test_vision_model.py is about the model itself.
+"""
+
+import base64
+import concurrent.futures
+import contextlib
+import http.server
+import io
+import itertools
+import json
+import random
+import socket
+import struct
+import sys
+import threading
+import time
+import zlib
+
+import httpx
+import numpy as np
+import openai
+import PIL.Image
+import pytest
+
+import engine
+import server
+from conftest import ROOT
+from make_vision_model import COLORS, PRODUCT, SHAPES, pictures
+from test_limits import listening, wait_for
+from test_vision_model import N_PICTURES, TEST_SEED, png
+
+QUESTION = "What is the color?"
+N_POSITIONS = 16  # of an image in a prompt
+ORDER = np.arange(N_PICTURES)
+NAMES = [list(COLORS)[number] for number in ORDER % len(COLORS)]
+PICTURES = pictures(np.random.default_rng(TEST_SEED), ORDER % len(COLORS),
+                    ORDER // len(COLORS) % len(SHAPES))
+RED, GREEN, BLUE = (png(PICTURES[NAMES.index(name)]) for name in ("red", "green", "blue"))
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
+
+
+@pytest.fixture(scope="module")
+def running():
+    """A server in this process: the default model sees, `blind` is the same without a projector.
+    With so small a prefill_chunk an image takes two steps while anything else generates."""
+    path = str(engine.find_model_file(None, ROOT / "models"))
+    with listening(model_path=path, mmproj=str(PRODUCT), n_ctx=768, parallel=4, max_loaded=2,
+                   prefill_chunk=10, model_aliases=["seer"], n_gpu_layers=0,
+                   models={"blind": server.ModelEntry(model_path=path, n_ctx=256)}) as running:
+        running.pool.start()
+        yield running
+
+
+@pytest.fixture(scope="module")
+def web(running):
+    with httpx.Client(base_url=running.url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def alive(running):
+    """After each test the server still answers, and no slot is left busy."""
+    yield
+    assert httpx.get(f"{running.url}/health", timeout=60).json()["status"] == "ok"
+    wait_for(lambda: {slot["state"] for slot in httpx.get(f"{running.url}/slots").json()}
+             == {"idle"})
+
+
+def uri(file: bytes, kind="image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(file).decode()}"
+
+
+def user(*files: bytes | str, text=QUESTION) -> dict:
+    """A user's message: images, which are files or URLs, and behind them a text."""
+    urls = [file if isinstance(file, str) else uri(file, "image/*") for file in files]
+    return {"role": "user", "content": [
+        *({"type": "image_url", "image_url": {"url": url}} for url in urls),
+        {"type": "text", "text": text}]}
+
+
+def ask(web, *messages: dict, **options) -> httpx.Response:
+    return web.post("/v1/chat/completions", json={
+        "messages": messages, "temperature": 0, "max_tokens": 10, **options})
+
+
+def answer(web, *messages: dict, **options) -> tuple[str, dict]:
+    """What the model says, and the usage, flat."""
+    reply = ask(web, *messages, **options)
+    assert reply.status_code == 200, reply.text
+    usage = reply.json()["usage"]
+    return (reply.json()["choices"][0]["message"]["content"],
+            usage | (usage["prompt_tokens_details"] or {}))
+
+
+def refusal(reply: httpx.Response) -> str:
+    assert reply.status_code == 400, reply.text
+    return reply.json()["error"]["message"]
+
+
+def colors_in(text: str) -> list[str]:
+    return [name for name in COLORS if name in text.lower()]
+
+
+def saved(picture: np.ndarray, kind="JPEG", **options) -> bytes:
+    file = io.BytesIO()
+    PIL.Image.fromarray(picture).save(file, kind, **options)
+    return file.getvalue()
+
+
+JPEG = saved(PICTURES[NAMES.index("green")], quality=90)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """One of a PNG's."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def header(width: int, height: int, color_type=2) -> bytes:
+    return chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0))
+
+
+def tokens_before_image(web, *messages: dict) -> int:
+    prompt = web.post("/apply-template", json={"messages": messages}).json()["prompt"]
+    start = prompt.partition("<image>")[0]
+    return len(web.post("/tokenize", json={"content": start, "add_special": True}).json()["tokens"])
+
+
+# ==== It sees ==============================================================================
+
+
+def test_new_pictures_are_named_through_openais_api(running):
+    """PNG and JPEG, several at a time."""
+    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="unused")
+
+    def look(number: int) -> str:
+        url = uri(saved(PICTURES[number], quality=90), "image/jpeg") if number % 3 == 0 else \
+            uri(png(PICTURES[number]))
+        reply = client.chat.completions.create(
+            model="seer", messages=[user(url)], temperature=0, max_tokens=10)
+        return reply.choices[0].message.content
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(look, ORDER))
+    wrong = [pair for pair in zip(NAMES, answers) if colors_in(pair[1]) != [pair[0]]]
+    assert len(wrong) <= 0.1 * N_PICTURES, wrong
+
+
+def test_new_pictures_are_named_through_the_apps_dialect(web):
+    """Bare Base64 and data: URIs; /chat/vision finds the model that sees."""
+    def look(number: int) -> str:
+        file = png(PICTURES[number])
+        image = {"data_base64": uri(file)} if number % 2 else {
+            "data_base64": base64.b64encode(file).decode(), "mime_type": "image/png"}
+        reply = web.post("/chat/vision", json={
+            "messages": [{"role": "user", "content": QUESTION, "images": [image]}],
+            "config": {"temperature": 0, "maxTokens": 10}})
+        return reply.json()["content"]
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(look, ORDER))
+    wrong = [pair for pair in zip(NAMES, answers) if colors_in(pair[1]) != [pair[0]]]
+    assert len(wrong) <= 0.1 * N_PICTURES, wrong
+
+
+def test_a_second_turn_about_an_image_finds_it_in_the_cache(web):
+    """It counts as 16 tokens; the answer is the same as without the cache."""
+    text, usage = answer(web, user(GREEN))
+    assert usage["prompt_tokens"] == answer(web, user())[1]["prompt_tokens"] + N_POSITIONS
+    turns = user(GREEN), {"role": "assistant", "content": text}, user(text="Say it again.")
+    again, cached = answer(web, *turns)
+    fresh, computed = answer(web, *turns, cache_prompt=False)
+    assert cached["cached_tokens"] >= usage["prompt_tokens"] and computed["cached_tokens"] == 0
+    assert again == fresh and cached["prompt_tokens"] == computed["prompt_tokens"]
+
+
+def test_two_images_never_share_a_cache(web):
+    """The text before them does, and behind them nothing."""
+    text = "Look, and then tell me in a few words: what is the color?"
+    before = tokens_before_image(web, user(RED, text=text))
+    said = []
+    for file in (RED, BLUE, RED, png(PICTURES[0] ^ 1)):
+        content, usage = answer(web, user(file, text=text))
+        assert usage["cached_tokens"] in (before, usage["prompt_tokens"] - 1)
+        said.append((colors_in(content), usage["cached_tokens"] == before))
+    assert said[1:] == [(["blue"], True), (["red"], False), (["red"], True)]
+
+
+def test_two_images_in_one_message(web):
+    _, one = answer(web, user(RED))
+    content, two = answer(web, user(RED, png(PICTURES[NAMES.index("red", 7)])))
+    assert two["prompt_tokens"] == one["prompt_tokens"] + N_POSITIONS
+    assert colors_in(content) == ["red"]
+    mixed, usage = answer(web, user(RED, BLUE), cache_prompt=False)
+    assert answer(web, user(RED, BLUE))[0] == mixed and usage["cached_tokens"] == 0
+
+
+def test_streams_choices_and_schemas_see_too(running, web):
+    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="unused")
+    whole, _ = answer(web, user(BLUE))
+    chunks = client.chat.completions.create(
+        model="seer", messages=[user(BLUE)], temperature=0, max_tokens=10, stream=True)
+    assert "".join(part.choices[0].delta.content or "" for part in chunks) == whole
+    both = ask(web, user(BLUE), n=2).json()["choices"]
+    assert [choice["message"]["content"] for choice in both] == [whole, whole]
+    schema = {"type": "object", "properties": {"color": {"enum": list(COLORS)}},
+              "required": ["color"], "additionalProperties": False}
+    content, _ = answer(web, user(BLUE), max_tokens=30, response_format={
+        "type": "json_schema", "json_schema": {"name": "c", "strict": True, "schema": schema}})
+    assert json.loads(content) == {"color": "blue"}
+
+
+def test_other_streams_go_on_while_images_are_read(running, web):
+    """The longest gap in a text stream beside twelve requests with five new images each."""
+    times = []
+
+    def read() -> None:
+        with httpx.stream("POST", f"{running.url}/v1/completions", timeout=60, json={
+                "prompt": "Once", "max_tokens": 200, "ignore_eos": True, "stream": True}) as reply:
+            times.extend(time.monotonic() for line in reply.iter_lines() if "text" in line)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    wait_for(lambda: any(slot["state"] == "decoding" for slot in web.get("/slots").json()))
+    fresh = [png(PICTURES[number] ^ 2) for number in ORDER]
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        replies = list(pool.map(lambda start: ask(web, user(*fresh[start:start + 5]),
+                                                  max_tokens=2), range(0, 36, 3)))
+    reader.join()
+    assert {reply.status_code for reply in replies} == {200} and len(times) >= 100
+    assert max(b - a for a, b in itertools.pairwise(times)) < 3
+
+
+# ==== What is refused ======================================================================
+
+
+@pytest.mark.parametrize("messages, options, words", [
+    ([{"role": "user", "content": "Hi"}, user(RED)], {"model": "blind"},
+     "messages[1].content[0]: blind reads no images"),
+    ([user("http://example.com/a.png")], {}, "allow_image_urls"),
+    ([user("HTTPS://example.com/a.png")], {}, "allow_image_urls"),
+    ([user("file:///etc/passwd")], {}, "messages[0].content[0]: "),
+    ([user("")], {}, "messages[0].content[0]: "),
+    ([{**user(RED), "role": "system"}], {}, "messages[0].content[0]: a system message cannot"),
+    ([user(RED), {**user(RED), "role": "assistant"}], {}, "messages[1].content[0]: a assistant"),
+    ([{"role": "user", "content": [{"type": "image_url"}]}], {}, "messages[0].content[0]"),
+    ([{"role": "user", "content": [{"type": "text", "image_url": {"url": uri(RED)}}]}], {},
+     "messages[0].content[0]"),
+    ([user(*[RED] * 60)], {}, "context is 768 tokens"),
+])
+def test_images_where_they_cannot_be_are_refused_with_their_place(web, messages, options, words):
+    assert words in refusal(ask(web, *messages, **options))
+
+
+LIE = PNG_START + header(60_000, 60_000) + chunk(b"IDAT", zlib.compress(bytes(9))) + PNG_END
+GIF, BMP = (saved(PICTURES[0], kind) for kind in ("GIF", "BMP"))
+WAV = b"RIFF\x2c\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x40\x1f\0\0\x80\x3e\0\0\2\0\x10\0data\x08" + bytes(11)
+DEEP = zlib.compressobj(wbits=-15)  # as Apple's tools write it
+HIDDEN = (PNG_START + chunk(b"CgBI", struct.pack(">II", 1, 1)) + header(8000, 8000, 0) + chunk(
+    b"IDAT", DEEP.compress(bytes(8000 * 8001)) + DEEP.flush()) + PNG_END)
+BOMB = PNG_START + header(1, 1) + chunk(b"IDAT", zlib.compress(bytes(2**26))) + PNG_END
+
+
+@pytest.mark.parametrize("url, words", [
+    (uri(RED[:200]), "cut off"), (uri(RED[:-12]), "cut off"), (uri(RED[:30]), "cut off"),
+    (uri(PNG_START), "cut off"), (uri(RED[:100] + b"?" + RED[101:]), "damaged"),
+    (uri(PNG_START + header(48, 48) + PNG_END), "damaged"),
+    (uri(PNG_START + header(0, 0) + RED[33:]), "0 x 0"), (uri(LIE), "60000 x 60000"),
+    (uri(PNG_START + PNG_END), ""), (uri(HIDDEN), ""), (uri(BOMB), ""),
+    (uri(JPEG[:-2], "image/jpeg"), "cut off"), (uri(JPEG[:300], "image/jpeg"), "cut off"),
+    (uri(b"\xff\xd8\xff", "image/jpeg"), "cut off"),
+    (uri(b"\xff\xd8\xff\xd9" * 9, "image/jpeg"), ""),
+    ("data:image/png;base64,", "no JPEG, PNG or WebP"), ("data:image/png;base64,?!", "Base64"),
+    ("data:image/png;base64,é", "Base64"), ("data:image/png;base64,AAAAA", "Base64"),
+    ("data:image/png,abc", "must be like"), ("data:", "must be like"), ("data:,", "must be like"),
+    (uri(RED).replace(";base64", ""), "must be like"),
+    (uri(b"just text", "text/plain"), "no JPEG"), (uri(GIF, "image/gif"), "no JPEG"),
+    (uri(BMP, "image/bmp"), "no JPEG"), (uri(WAV, "audio/wav"), "no JPEG"),
+    (uri(b"ID3\4" + bytes(500), "audio/mpeg"), "no JPEG"),
+    (uri(b"\xff\xfb\x90\0" + bytes(500)), "no JPEG"), (uri(RED, "image/jpeg"), "was said"),
+    (uri(JPEG, "image/png"), "was said"), (uri(RED, "text/html"), "was said"),
+    (uri(b"RIFF\0\0\0\0WEBPVP8 ", "image/webp"), "damaged"),
+], ids=itertools.count(1).__next__ and None)
+def test_broken_and_lying_images_are_refused_with_a_message(web, url, words):
+    message = refusal(ask(web, user(url)))
+    assert message.startswith("messages[0].content[0]: ") and words in message
+    assert len(message) < 300
+    assert refusal(web.post("/chat/vision", json={"messages": [
+        {"role": "user", "content": QUESTION, "images": [{"data_base64": url}]}]}))
+
+
+@pytest.mark.parametrize("url", [
+    uri(png(np.zeros((1, 1, 3), np.uint8))), uri(png(np.zeros((1, 5000, 3), np.uint8))),
+    uri(png(np.zeros((60_000, 1, 3), np.uint8))), uri(RED, "image/*"), uri(RED, ""),
+    uri(RED, "IMAGE/PNG"), uri(RED, "application/octet-stream"), uri(JPEG, "image/jpg"),
+    uri(RED, "image/png;charset=utf-8"), uri(RED + b"more"), uri(JPEG + b"more", "image/jpeg"),
+    "DATA" + uri(RED)[4:], uri(RED)[:99] + "\r\n " + uri(RED)[99:],
+], ids=lambda url: None)
+def test_odd_images_are_fine(web, url):
+    _, usage = answer(web, user(url), max_tokens=1)
+    assert usage["prompt_tokens"] == answer(web, user(RED), max_tokens=1)[1]["prompt_tokens"]
+
+
+def repaired(file: bytes) -> bytes:
+    """A PNG whose checksums are right again, as far as its chunks can be followed."""
+    position, out = 8, file[:8]
+    with contextlib.suppress(struct.error):
+        while position < len(file):
+            length, = struct.unpack_from(">I", file, position)
+            body = file[position + 4:position + 8 + length]
+            out += file[position:position + 4] + body + struct.pack(">I", zlib.crc32(body))
+            position += length + 12
+    return out
+
+
+def test_no_mutation_of_a_file_is_more_than_refused(web):
+    """Random bytes in PNGs, half of them with right checksums, and in JPEGs: 200 or 400."""
+    rng, files = random.Random(5), []
+    packed = saved(PICTURES[3], "PNG", optimize=True)
+    for number in range(300):
+        file = bytearray((packed, packed, JPEG)[number % 3])
+        for _ in range(rng.choice((1, 1, 2, 5, 20))):
+            place = rng.randrange(len(file)) if rng.random() < 0.6 else rng.randrange(8, 60)
+            file[place] = rng.choice((rng.randrange(256), 0, 255, file[place] ^ 1 << number % 8))
+        files.append(repaired(bytes(file)) if number % 3 == 0 else bytes(file))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        seen = list(pool.map(lambda file: web.post("/apply-template", json={
+            "messages": [user(file)]}).status_code, files))
+        said = list(pool.map(lambda file: ask(web, user(file), max_tokens=1).status_code,
+                             files[::6]))
+    assert {*seen, *said} <= {200, 400} and seen[::6] == said
+    assert all(10 < sum(status == 200 for status in seen[kind::3]) < 100 for kind in (0, 2))
+
+
+def test_webp_needs_pillow(web, monkeypatch):
+    file = saved(PICTURES[NAMES.index("blue")], "WEBP", lossless=True)
+    assert colors_in(answer(web, user(uri(file, "image/webp")))[0]) == ["blue"]
+    assert "damaged" in refusal(ask(web, user(uri(file[:200], "image/webp"))))
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    other = saved(PICTURES[NAMES.index("red")], "WEBP")
+    assert "pip install pillow" in refusal(ask(web, user(uri(other, "image/webp"))))
+
+
+def test_a_text_cannot_forge_an_image(web):
+    """What stands for images inside is just text where a user writes it."""
+    text = "<__media__> <image> <image 00112233445566778899aabbccddeeff> [IMG] What is that?"
+    prompt = web.post("/apply-template", json={"messages": [user(text=text)]}).json()["prompt"]
+    assert text in prompt
+    tokens = web.post("/tokenize", json={"content": prompt, "add_special": True}).json()["tokens"]
+    assert answer(web, user(text=text), max_tokens=1)[1]["prompt_tokens"] == len(tokens)
+    usage = answer(web, user(RED, text=text), max_tokens=1)[1]
+    assert usage["prompt_tokens"] == len(tokens) + N_POSITIONS
+
+
+# ==== Images from the web ==================================================================
+
+
+class Site(http.server.BaseHTTPRequestHandler):
+    """A web server that is not what it should be."""
+
+    def do_GET(self):
+        places = {"/away": "http://localhost:1/", "/loop": "/loop", "/odd": "http://[",
+                  "/local": "/red.png", "/file": "file:///etc/passwd", "/words": "/a b\u00e9"}
+        self.send_response(302 if self.path in places else 404 if self.path == "/none" else 200)
+        if self.path in places:
+            self.send_header("Location", places[self.path])
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            if self.path == "/big":
+                self.wfile.write(RED + bytes(2**20))
+            elif self.path == "/slow":
+                for byte in RED[:100]:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.05)
+            elif self.path == "/reset":
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1" + bytes(7))
+                self.connection.shutdown(socket.SHUT_RD)
+                self.connection.close()
+            else:
+                self.wfile.write(b"<html>" if self.path == "/page" else RED)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site():
+    """Its address."""
+    web_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    threading.Thread(target=web_server.serve_forever, args=(0.02,), daemon=True).start()
+    yield f"http://127.0.0.1:{web_server.server_port}"
+    web_server.shutdown()
+    web_server.server_close()
+
+
+@pytest.mark.parametrize("host", [
+    "127.0.0.1", "localhost", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "0.0.0.0", "[::1]",
+    "[::ffff:127.0.0.1]", "[::]", "[::127.0.0.1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]",
+    "169.254.169.254", "10.0.0.1", "192.168.1.1", "100.64.0.1", "224.0.0.1", "[fe80::1%25lo]",
+    "user@example.com", "no-such-host.invalid", "", "."])
+def test_an_address_that_is_not_public_is_refused(running, web, site, host, monkeypatch):
+    """Nobody reaches through the server what is behind it."""
+    monkeypatch.setattr(running.config, "allow_image_urls", True)
+    port = site.rpartition(":")[2]
+    message = refusal(ask(web, user(f"http://{host}:{port}/red.png")))
+    assert "is not at a public address" in message or "is no address on the web" in message
+
+
+@pytest.mark.parametrize("path, words", [
+    ("/red.png", None), ("/local", None), ("/away", "localhost:1/\" is not at a public address"),
+    ("/loop", "redirects"), ("/file", "no address on the web"), ("/odd", "no address on the web"),
+    ("/words", ""), ("/none", "answered 404"), ("/page", "no JPEG"), ("/big", "larger than 1 MB"),
+    ("/slow", "took over 1 seconds"), ("/reset", "cannot fetch")])
+def test_an_image_is_fetched_within_limits(running, web, site, path, words, monkeypatch):
+    """For once one address of ours is taken for a public one; each redirect is looked at."""
+    real = server.public_address
+    monkeypatch.setattr(running.config, "allow_image_urls", True)
+    monkeypatch.setattr(server, "IMAGE_SECONDS", 1.0)
+    monkeypatch.setattr(server, "MAX_IMAGE_MB", 1)
+    monkeypatch.setattr(server, "public_address", lambda url: "127.0.0.1" if url.startswith(
+        site + "/") else real(url))
+    started, reply = time.monotonic(), ask(web, user(site + path))
+    assert time.monotonic() - started < 5
+    if words is None:
+        assert colors_in(reply.json()["choices"][0]["message"]["content"]) == ["red"]
+    else:
+        assert words in refusal(reply)
+
+
+# ==== Inside ===============================================================================
+
+
+def test_a_request_cancelled_within_an_image_leaves_its_slot_usable(running, web):
+    """The next one computes that image anew: it is kept whole or not at all."""
+    turn = user(*[png(PICTURES[number] ^ 4) for number in range(12)])
+    before = tokens_before_image(web, turn)
+    body = json.dumps({"messages": [turn], "temperature": 0, "max_tokens": 10}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+
+    def prefilling() -> list[int]:
+        return [slot["tokens"] - before for slot in web.get("/slots").json()
+                if slot["state"] == "prefilling" and slot["tokens"] > before + N_POSITIONS]
+
+    wanted, _ = answer(web, turn, cache_prompt=False)
+    with httpx.stream("POST", f"{running.url}/v1/completions", json={
+            "prompt": "Once", "max_tokens": 700, "ignore_eos": True, "stream": True}) as reply:
+        next(reply.iter_lines())
+        for number in range(4):
+            changed = body.replace(b"What is", b"What, %d, is" % number)
+            with socket.create_connection(("127.0.0.1", running.server_port)) as raw:
+                raw.sendall(head % len(changed) + changed)
+                time.sleep(0.05)
+        content, usage = answer(web, turn)
+    assert content == wanted
+
+
+def test_the_size_of_a_good_file_is_found(web):
+    """Whatever stands before it in the file, such as a thumbnail."""
+    picture, exif = PIL.Image.new("RGB", (70, 50)), PIL.Image.Exif()
+    exif[0x010E] = saved(PICTURES[0]).hex()
+    for mode, options in itertools.product(("RGB", "L", "CMYK"), (
+            {}, {"progressive": True}, {"exif": exif}, {"comment": b"\xff\xd9\xff\xc0" * 9})):
+        file = io.BytesIO()
+        picture.convert(mode).save(file, "JPEG", **options)
+        assert engine.image_size(file.getvalue()) == ("image/jpeg", 70, 50)
+    for mode in ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"):
+        file = io.BytesIO()
+        picture.convert("L" if mode == "I;16" else "RGB").convert(mode).save(file, "PNG")
+        assert engine.image_size(file.getvalue()) == ("image/png", 70, 50)
+        assert answer(web, user(file.getvalue()), max_tokens=1)[0]
+    assert engine.image_size(JPEG[:2] + b"\xff\xff" + JPEG[2:]) == ("image/jpeg", 48, 48)
+    assert engine.image_size(saved(PICTURES[0], "WEBP")) == ("image/webp", 0, 0)
