@@ -4,8 +4,14 @@ They have many dependencies, so they are tested from an environment of their own
 requirements-clients.txt has the commands. All they send and get passes openai_schemas.py.
 """
 
+import base64
 import json
 import os
+import re
+import struct
+import subprocess
+import sys
+import zlib
 from typing import Literal
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # nothing from the network
@@ -16,6 +22,8 @@ import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
+
+from conftest import ROOT
 
 MODEL = "gpt-4o-mini"
 GREEDY = {"temperature": 0, "max_tokens": 24}
@@ -117,6 +125,39 @@ def test_langchain_streams_structured_output(llm):
 def test_langchain_json_mode_gives_an_object(llm):
     structured = llm(max_tokens=100).with_structured_output(None, method="json_mode")
     assert isinstance(structured.invoke(ONE_FRUIT), dict)
+
+
+def red_square() -> str:
+    """A PNG file of 48 x 48 pixels, in Base64."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(
+            ">I", zlib.crc32(kind + data))
+
+    inside = range(12, 36)
+    rows = b"".join(b"\0" + b"".join(bytes((215, 30, 30) if x in inside and y in inside else
+                                           (240, 240, 240)) for x in range(48)) for y in range(48))
+    file = (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 48, 48, 8, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    return base64.b64encode(file).decode()
+
+
+def test_langchain_sends_an_image(start_server):
+    """The model, which sees, says its color."""
+    http = start_server(MMPROJ=str(ROOT / "tests" / "tiny-vision.mmproj.gguf"))
+    llm = ChatOpenAI(model=MODEL, base_url=f"{http.base_url}/v1", api_key="unused",
+                     http_client=http, **GREEDY)
+    message = llm.invoke([HumanMessage([
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{red_square()}"}},
+        {"type": "text", "text": "What is the color?"}])])
+    assert "red" in message.content.lower()
+
+
+def test_the_readmes_langchain_snippet_prints_an_answer(url):
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    code, = [block for block in blocks if "langchain" in block]
+    done = subprocess.run([sys.executable, "-c", code.replace("http://127.0.0.1:8080", url)],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
 def test_langchain_completes(url, http):

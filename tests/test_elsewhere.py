@@ -106,10 +106,10 @@ def relaying(url, more=None, **entry):
         yield running
 
 
-def post(url, path, body, key=KEY, **options):
+def post(url, path, body, key=KEY):
     content = body if isinstance(body, bytes) else json.dumps(body)
-    return httpx.post(url + path, content=content, timeout=60,
-                      headers={"authorization": f"Bearer {key}"}, **options)
+    return httpx.post(url + path, content=content, timeout=60, headers={
+        "authorization": f"Bearer {key}", "content-type": "application/json"})
 
 
 def body_for(path: str, **more) -> dict:
@@ -226,12 +226,12 @@ def test_an_engine_says_the_same_through_us(here, name, path, body):
 @pytest.mark.parametrize("name", ["ours", "cpp"])
 def test_the_openai_client_works_through_us(here, name):
     """Streamed, not streamed, and embeddings."""
-    client = openai.OpenAI(base_url=f"{here.url}/v1", api_key=KEY)
+    client = openai.OpenAI(base_url=f"{here.url}/v1", api_key=KEY, max_retries=0)
     whole = client.chat.completions.create(model=name, **CHAT)
     stream = client.chat.completions.create(model=name, stream=True, **CHAT)
     texts = [choice.delta.content or "" for chunk in stream for choice in chunk.choices]
     assert "".join(texts) == whole.choices[0].message.content and len(texts) > 4
-    found = client.embeddings.create(model=name, input=[[1, 2]], encoding_format="float").data
+    found = client.embeddings.create(model=name, input="a", encoding_format="float").data
     assert found[0].object == "embedding"
     assert {"small", "ours", "cpp"} == {model.id for model in client.models.list()}
 

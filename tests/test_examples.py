@@ -7,6 +7,7 @@ import sys
 
 import httpx
 import numpy as np
+import openai
 import pytest
 
 from conftest import ROOT, serve
@@ -47,6 +48,30 @@ def test_every_curl_line_of_the_readme_works_and_every_route_has_one(url, pictur
     assert done.stdout.count("green") >= 3, "the picture's color, three ways"
     seen = set(re.findall(r'route="(\S+ \S+)",status="200"', httpx.get(f"{url}/metrics").text))
     assert seen == {f"{method} {path}" for method, path in server.ROUTES}
+
+
+def run_snippet(word: str, url: str) -> str:
+    """What the README's Python block with this word prints."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    code, = [block for block in blocks if word in block]
+    code = code.replace("http://127.0.0.1:8080", url)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_readmes_openai_snippet_prints_an_answer(url):
+    assert "rain" in run_snippet("from openai import", url).lower()
+
+
+def test_a_client_made_for_lm_studio_finds_its_way(url):
+    """It takes the first model of the list, sends a made-up key, and streams."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="lm-studio")
+    first = client.models.list().data[0].id
+    stream = client.chat.completions.create(model=first, stream=True, max_tokens=16, messages=[
+        {"role": "system", "content": "Always answer in rhymes."},
+        {"role": "user", "content": "Introduce yourself."}])
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream).strip()
 
 
 def test_the_example_client_shows_all_that_it_names(url, picture):

@@ -122,10 +122,11 @@ def header(width: int, height: int, color_type=2) -> bytes:
     return chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0))
 
 
-def tokens_before_image(web, *messages: dict) -> int:
+def text_tokens(web, *messages: dict) -> list[int]:
+    """How many tokens each text has that stands before, between and behind the images."""
     prompt = web.post("/apply-template", json={"messages": messages}).json()["prompt"]
-    start = prompt.partition("<image>")[0]
-    return len(web.post("/tokenize", json={"content": start, "add_special": True}).json()["tokens"])
+    return [len(web.post("/tokenize", json={"content": text}).json()["tokens"])
+            for text in prompt.split("<image>")]
 
 
 # ==== It sees ==============================================================================
@@ -168,7 +169,7 @@ def test_new_pictures_are_named_through_the_apps_dialect(web):
 def test_a_second_turn_about_an_image_finds_it_in_the_cache(web):
     """It counts as 16 tokens; the answer is the same as without the cache."""
     text, usage = answer(web, user(GREEN))
-    assert usage["prompt_tokens"] == answer(web, user())[1]["prompt_tokens"] + N_POSITIONS
+    assert usage["prompt_tokens"] == sum(text_tokens(web, user(GREEN))) + N_POSITIONS
     turns = user(GREEN), {"role": "assistant", "content": text}, user(text="Say it again.")
     again, cached = answer(web, *turns)
     fresh, computed = answer(web, *turns, cache_prompt=False)
@@ -179,7 +180,7 @@ def test_a_second_turn_about_an_image_finds_it_in_the_cache(web):
 def test_two_images_never_share_a_cache(web):
     """The text before them does, and behind them nothing."""
     text = "Look, and then tell me in a few words: what is the color?"
-    before = tokens_before_image(web, user(RED, text=text))
+    before = text_tokens(web, user(RED, text=text))[0]
     said = []
     for file in (RED, BLUE, RED, png(PICTURES[0] ^ 1)):
         content, usage = answer(web, user(file, text=text))
@@ -189,9 +190,9 @@ def test_two_images_never_share_a_cache(web):
 
 
 def test_two_images_in_one_message(web):
-    _, one = answer(web, user(RED))
-    content, two = answer(web, user(RED, png(PICTURES[NAMES.index("red", 7)])))
-    assert two["prompt_tokens"] == one["prompt_tokens"] + N_POSITIONS
+    turn = user(RED, png(PICTURES[NAMES.index("red", 7)]))
+    content, two = answer(web, turn)
+    assert two["prompt_tokens"] == sum(text_tokens(web, turn)) + 2 * N_POSITIONS
     assert colors_in(content) == ["red"]
     mixed, usage = answer(web, user(RED, BLUE), cache_prompt=False)
     assert answer(web, user(RED, BLUE))[0] == mixed and usage["cached_tokens"] == 0
@@ -256,7 +257,7 @@ def test_images_where_they_cannot_be_are_refused_with_their_place(web, messages,
 
 LIE = PNG_START + header(60_000, 60_000) + chunk(b"IDAT", zlib.compress(bytes(9))) + PNG_END
 GIF, BMP = (saved(PICTURES[0], kind) for kind in ("GIF", "BMP"))
-WAV = b"RIFF\x2c\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x40\x1f\0\0\x80\x3e\0\0\2\0\x10\0data\x08" + bytes(11)
+WAV = b"RIFF\x2c\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x40\x1f\0\0\x80\x3e\0\0\2\0\x10\0data" + bytes(12)
 DEEP = zlib.compressobj(wbits=-15)  # as Apple's tools write it
 HIDDEN = (PNG_START + chunk(b"CgBI", struct.pack(">II", 1, 1)) + header(8000, 8000, 0) + chunk(
     b"IDAT", DEEP.compress(bytes(8000 * 8001)) + DEEP.flush()) + PNG_END)
@@ -282,7 +283,7 @@ BOMB = PNG_START + header(1, 1) + chunk(b"IDAT", zlib.compress(bytes(2**26))) + 
     (uri(b"\xff\xfb\x90\0" + bytes(500)), "no JPEG"), (uri(RED, "image/jpeg"), "was said"),
     (uri(JPEG, "image/png"), "was said"), (uri(RED, "text/html"), "was said"),
     (uri(b"RIFF\0\0\0\0WEBPVP8 ", "image/webp"), "damaged"),
-], ids=itertools.count(1).__next__ and None)
+], ids=lambda value: None)
 def test_broken_and_lying_images_are_refused_with_a_message(web, url, words):
     message = refusal(ask(web, user(url)))
     assert message.startswith("messages[0].content[0]: ") and words in message
@@ -436,7 +437,7 @@ def test_an_image_is_fetched_within_limits(running, web, site, path, words, monk
 def test_a_request_cancelled_within_an_image_leaves_its_slot_usable(running, web):
     """The next one computes that image anew: it is kept whole or not at all."""
     turn = user(*[png(PICTURES[number] ^ 4) for number in range(12)])
-    before = tokens_before_image(web, turn)
+    before = text_tokens(web, turn)[0]
     body = json.dumps({"messages": [turn], "temperature": 0, "max_tokens": 10}).encode()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
 
