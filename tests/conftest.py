@@ -25,6 +25,8 @@ SETTINGS = {"N_CTX": "1024", "PARALLEL": "4", "DRAIN_SECONDS": "2",
 
 # The heavy clients' tests belong to the environment of requirements-clients.txt.
 collect_ignore = [] if importlib.util.find_spec("langchain_openai") else ["test_clients.py"]
+# So do Ray's, in that of requirements-ray.txt.
+collect_ignore += [] if importlib.util.find_spec("ray") else ["test_ray.py"]
 
 
 def pytest_addoption(parser):

@@ -137,11 +137,12 @@ def test_both_replicas_answer(http):
 def test_who_hangs_up_frees_the_slot(url, http):
     """Streaming or not; all would otherwise keep the four slots busy for a minute."""
     for _ in range(6):
-        with httpx.stream("POST", url + CHAT, json={**ENDLESS, "stream": True}) as response:
+        with httpx.stream("POST", url + CHAT, json={**ENDLESS, "stream": True},
+                          timeout=60) as response:
             assert next(response.iter_raw())
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(url + CHAT, json=ENDLESS, timeout=0.5)
-    health(http, 5, are_idle)
+    health(http, 10, are_idle)
 
 
 def test_a_lost_replica_is_replaced(http):

@@ -32,14 +32,22 @@ from make_vision_model import COLORS, PRODUCT, SHAPES, pictures
 from test_limits import listening, wait_for
 from test_vision_model import N_PICTURES, TEST_SEED, png
 
-QUESTION = "What is the color?"
 N_POSITIONS = 16  # of an image in a prompt
 ORDER = np.arange(N_PICTURES)
 NAMES = [list(COLORS)[number] for number in ORDER % len(COLORS)]
 PICTURES = pictures(np.random.default_rng(TEST_SEED), ORDER % len(COLORS),
                     ORDER // len(COLORS) % len(SHAPES))
 RED, GREEN, BLUE = (png(PICTURES[NAMES.index(name)]) for name in ("red", "green", "blue"))
-PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
+
+
+def saved(picture: np.ndarray | PIL.Image.Image, kind="JPEG", **options) -> bytes:
+    file = io.BytesIO()
+    picture = PIL.Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+JPEG = saved(PICTURES[NAMES.index("green")], quality=90)
 
 
 @pytest.fixture(scope="module")
@@ -61,19 +69,18 @@ def web(running):
 
 
 @pytest.fixture(autouse=True)
-def alive(running):
+def alive(web):
     """After each test the server still answers, and no slot is left busy."""
     yield
-    assert httpx.get(f"{running.url}/health", timeout=60).json()["status"] == "ok"
-    wait_for(lambda: {slot["state"] for slot in httpx.get(f"{running.url}/slots").json()}
-             == {"idle"})
+    wait_for(lambda: {slot["state"] for slot in web.get("/slots").json()} == {"idle"})
+    assert ask(web, user(text="Hi"), max_tokens=1).status_code == 200
 
 
 def uri(file: bytes, kind="image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(file).decode()}"
 
 
-def user(*files: bytes | str, text=QUESTION) -> dict:
+def user(*files: bytes | str, text="What is the color?") -> dict:
     """A user's message: images, which are files or URLs, and behind them a text."""
     urls = [file if isinstance(file, str) else uri(file, "image/*") for file in files]
     return {"role": "user", "content": [
@@ -86,40 +93,24 @@ def ask(web, *messages: dict, **options) -> httpx.Response:
         "messages": messages, "temperature": 0, "max_tokens": 10, **options})
 
 
-def answer(web, *messages: dict, **options) -> tuple[str, dict]:
-    """What the model says, and the usage, flat."""
+def answer(web, *messages: dict, **options) -> tuple[str, int, int]:
+    """What the model says, the prompt's tokens, and how many of them were cached."""
     reply = ask(web, *messages, **options)
     assert reply.status_code == 200, reply.text
     usage = reply.json()["usage"]
-    return (reply.json()["choices"][0]["message"]["content"],
-            usage | (usage["prompt_tokens_details"] or {}))
+    return (reply.json()["choices"][0]["message"]["content"], usage["prompt_tokens"],
+            usage["prompt_tokens_details"]["cached_tokens"])
 
 
 def refusal(reply: httpx.Response) -> str:
+    """The message of a 400, in either dialect."""
     assert reply.status_code == 400, reply.text
-    return reply.json()["error"]["message"]
+    body = reply.json()
+    return body["error"]["message"] if "error" in body else body["detail"]
 
 
 def colors_in(text: str) -> list[str]:
     return [name for name in COLORS if name in text.lower()]
-
-
-def saved(picture: np.ndarray, kind="JPEG", **options) -> bytes:
-    file = io.BytesIO()
-    PIL.Image.fromarray(picture).save(file, kind, **options)
-    return file.getvalue()
-
-
-JPEG = saved(PICTURES[NAMES.index("green")], quality=90)
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    """One of a PNG's."""
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def header(width: int, height: int, color_type=2) -> bytes:
-    return chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0))
 
 
 def text_tokens(web, *messages: dict) -> list[int]:
@@ -132,49 +123,41 @@ def text_tokens(web, *messages: dict) -> list[int]:
 # ==== It sees ==============================================================================
 
 
-def test_new_pictures_are_named_through_openais_api(running):
-    """PNG and JPEG, several at a time."""
+def by_openai(running, number: int) -> str:
+    """PNG or JPEG, through the real client."""
+    url = uri(saved(PICTURES[number], quality=90), "image/jpeg") if number % 3 == 0 else \
+        uri(png(PICTURES[number]))
     client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="unused")
+    return client.chat.completions.create(model="seer", messages=[user(url)], temperature=0,
+                                          max_tokens=10).choices[0].message.content
 
-    def look(number: int) -> str:
-        url = uri(saved(PICTURES[number], quality=90), "image/jpeg") if number % 3 == 0 else \
-            uri(png(PICTURES[number]))
-        reply = client.chat.completions.create(
-            model="seer", messages=[user(url)], temperature=0, max_tokens=10)
-        return reply.choices[0].message.content
 
+def by_app(running, number: int) -> str:
+    """Bare Base64 or a data: URI; /chat/vision finds the model that sees."""
+    bare = {"data_base64": uri(png(PICTURES[number])).partition(",")[2], "mime_type": "image/png"}
+    image = bare if number % 4 else {"data_base64": uri(png(PICTURES[number]))}
+    return httpx.post(f"{running.url}/chat/vision", timeout=60, json={
+        "messages": [{"role": "user", "content": "What is the color?", "images": [image]}],
+        "config": {"temperature": 0, "maxTokens": 10}}).json()["content"]
+
+
+@pytest.mark.parametrize("look, numbers", [(by_openai, ORDER), (by_app, ORDER[::2])])
+def test_at_least_nine_of_ten_new_pictures_are_named_right(running, look, numbers):
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(look, ORDER))
-    wrong = [pair for pair in zip(NAMES, answers) if colors_in(pair[1]) != [pair[0]]]
-    assert len(wrong) <= 0.1 * N_PICTURES, wrong
-
-
-def test_new_pictures_are_named_through_the_apps_dialect(web):
-    """Bare Base64 and data: URIs; /chat/vision finds the model that sees."""
-    def look(number: int) -> str:
-        file = png(PICTURES[number])
-        image = {"data_base64": uri(file)} if number % 2 else {
-            "data_base64": base64.b64encode(file).decode(), "mime_type": "image/png"}
-        reply = web.post("/chat/vision", json={
-            "messages": [{"role": "user", "content": QUESTION, "images": [image]}],
-            "config": {"temperature": 0, "maxTokens": 10}})
-        return reply.json()["content"]
-
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(look, ORDER))
-    wrong = [pair for pair in zip(NAMES, answers) if colors_in(pair[1]) != [pair[0]]]
-    assert len(wrong) <= 0.1 * N_PICTURES, wrong
+        answers = list(pool.map(lambda number: look(running, number), numbers))
+    pairs = [(NAMES[number], said) for number, said in zip(numbers, answers)]
+    wrong = [pair for pair in pairs if colors_in(pair[1]) != [pair[0]]]
+    assert len(wrong) <= 0.1 * len(numbers), wrong
 
 
 def test_a_second_turn_about_an_image_finds_it_in_the_cache(web):
     """It counts as 16 tokens; the answer is the same as without the cache."""
-    text, usage = answer(web, user(GREEN))
-    assert usage["prompt_tokens"] == sum(text_tokens(web, user(GREEN))) + N_POSITIONS
+    text, n_prompt, _ = answer(web, user(GREEN))
+    assert n_prompt == sum(text_tokens(web, user(GREEN))) + N_POSITIONS
     turns = user(GREEN), {"role": "assistant", "content": text}, user(text="Say it again.")
-    again, cached = answer(web, *turns)
-    fresh, computed = answer(web, *turns, cache_prompt=False)
-    assert cached["cached_tokens"] >= usage["prompt_tokens"] and computed["cached_tokens"] == 0
-    assert again == fresh and cached["prompt_tokens"] == computed["prompt_tokens"]
+    again, n_again, n_cached = answer(web, *turns)
+    assert n_again > n_cached >= n_prompt
+    assert answer(web, *turns, cache_prompt=False) == (again, n_again, 0)
 
 
 def test_two_images_never_share_a_cache(web):
@@ -183,24 +166,27 @@ def test_two_images_never_share_a_cache(web):
     before = text_tokens(web, user(RED, text=text))[0]
     said = []
     for file in (RED, BLUE, RED, png(PICTURES[0] ^ 1)):
-        content, usage = answer(web, user(file, text=text))
-        assert usage["cached_tokens"] in (before, usage["prompt_tokens"] - 1)
-        said.append((colors_in(content), usage["cached_tokens"] == before))
-    assert said[1:] == [(["blue"], True), (["red"], False), (["red"], True)]
+        content, n_prompt, n_cached = answer(web, user(file, text=text))
+        said.append((colors_in(content), n_cached - before, n_cached == n_prompt - 1))
+    assert said[1] == (["blue"], 0, False)
+    assert said[2][::2] == (["red"], True)
+    assert said[3] == (["red"], 0, False)  # nearly the same picture
 
 
 def test_two_images_in_one_message(web):
+    """Each counts, and the model reads both."""
     turn = user(RED, png(PICTURES[NAMES.index("red", 7)]))
-    content, two = answer(web, turn)
-    assert two["prompt_tokens"] == sum(text_tokens(web, turn)) + 2 * N_POSITIONS
+    content, n_prompt, _ = answer(web, turn)
+    assert n_prompt == sum(text_tokens(web, turn)) + 2 * N_POSITIONS
     assert colors_in(content) == ["red"]
-    mixed, usage = answer(web, user(RED, BLUE), cache_prompt=False)
-    assert answer(web, user(RED, BLUE))[0] == mixed and usage["cached_tokens"] == 0
+    mixed, n_mixed, _ = answer(web, user(RED, BLUE))
+    assert answer(web, user(RED, BLUE), cache_prompt=False) == (mixed, n_mixed, 0)
 
 
 def test_streams_choices_and_schemas_see_too(running, web):
+    """With the same answer."""
+    whole, _, _ = answer(web, user(BLUE))
     client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="unused")
-    whole, _ = answer(web, user(BLUE))
     chunks = client.chat.completions.create(
         model="seer", messages=[user(BLUE)], temperature=0, max_tokens=10, stream=True)
     assert "".join(part.choices[0].delta.content or "" for part in chunks) == whole
@@ -208,88 +194,100 @@ def test_streams_choices_and_schemas_see_too(running, web):
     assert [choice["message"]["content"] for choice in both] == [whole, whole]
     schema = {"type": "object", "properties": {"color": {"enum": list(COLORS)}},
               "required": ["color"], "additionalProperties": False}
-    content, _ = answer(web, user(BLUE), max_tokens=30, response_format={
+    content, _, _ = answer(web, user(BLUE), max_tokens=30, response_format={
         "type": "json_schema", "json_schema": {"name": "c", "strict": True, "schema": schema}})
     assert json.loads(content) == {"color": "blue"}
 
 
 def test_other_streams_go_on_while_images_are_read(running, web):
-    """The longest gap in a text stream beside twelve requests with five new images each."""
+    """The longest gap in a text stream beside requests with five new images each."""
     times = []
 
     def read() -> None:
         with httpx.stream("POST", f"{running.url}/v1/completions", timeout=60, json={
-                "prompt": "Once", "max_tokens": 200, "ignore_eos": True, "stream": True}) as reply:
+                "prompt": "Once", "max_tokens": 100, "ignore_eos": True, "stream": True}) as reply:
             times.extend(time.monotonic() for line in reply.iter_lines() if "text" in line)
 
     reader = threading.Thread(target=read)
     reader.start()
     wait_for(lambda: any(slot["state"] == "decoding" for slot in web.get("/slots").json()))
-    fresh = [png(PICTURES[number] ^ 2) for number in ORDER]
+    fresh = [png(picture ^ 2) for picture in PICTURES]
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         replies = list(pool.map(lambda start: ask(web, user(*fresh[start:start + 5]),
-                                                  max_tokens=2), range(0, 36, 3)))
+                                                  max_tokens=2), range(0, 30, 5)))
     reader.join()
-    assert {reply.status_code for reply in replies} == {200} and len(times) >= 100
+    assert {reply.status_code for reply in replies} == {200} and len(times) >= 50
     assert max(b - a for a, b in itertools.pairwise(times)) < 3
 
 
 # ==== What is refused ======================================================================
 
 
-@pytest.mark.parametrize("messages, options, words", [
-    ([{"role": "user", "content": "Hi"}, user(RED)], {"model": "blind"},
-     "messages[1].content[0]: blind reads no images"),
-    ([user("http://example.com/a.png")], {}, "allow_image_urls"),
-    ([user("HTTPS://example.com/a.png")], {}, "allow_image_urls"),
-    ([user("file:///etc/passwd")], {}, "messages[0].content[0]: "),
-    ([user("")], {}, "messages[0].content[0]: "),
-    ([{**user(RED), "role": "system"}], {}, "messages[0].content[0]: a system message cannot"),
-    ([user(RED), {**user(RED), "role": "assistant"}], {}, "messages[1].content[0]: a assistant"),
-    ([{"role": "user", "content": [{"type": "image_url"}]}], {}, "messages[0].content[0]"),
-    ([{"role": "user", "content": [{"type": "text", "image_url": {"url": uri(RED)}}]}], {},
+@pytest.mark.parametrize("messages, words", [
+    ([user("http://example.com/a.png")], "allow_image_urls"),
+    ([user("HTTPS://example.com/a.png")], "allow_image_urls"),
+    ([user("file:///etc/passwd")], "messages[0].content[0]: "),
+    ([user("")], "messages[0].content[0]: "),
+    ([{**user(RED), "role": "system"}], "messages[0].content[0]: a system message cannot"),
+    ([user(RED), {**user(RED), "role": "assistant"}], "messages[1].content[0]: "),
+    ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0]"),
+    ([{"role": "user", "content": [{"type": "text", "image_url": {"url": uri(RED)}}]}],
      "messages[0].content[0]"),
-    ([user(*[RED] * 60)], {}, "context is 768 tokens"),
-])
-def test_images_where_they_cannot_be_are_refused_with_their_place(web, messages, options, words):
-    assert words in refusal(ask(web, *messages, **options))
+    ([user(*[RED] * 60)], "context is 768 tokens"),
+], ids=itertools.count())
+def test_images_where_they_cannot_be_are_refused_with_their_place(web, messages, words):
+    assert words in refusal(ask(web, *messages))
 
 
-LIE = PNG_START + header(60_000, 60_000) + chunk(b"IDAT", zlib.compress(bytes(9))) + PNG_END
-GIF, BMP = (saved(PICTURES[0], kind) for kind in ("GIF", "BMP"))
+def test_a_text_model_refuses_images(web):
+    """The message says where the image stands."""
+    refused = refusal(ask(web, user(text="Hi"), user(RED), model="blind"))
+    assert refused.startswith("messages[1].content[0]: blind reads no images")
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """One of a PNG's."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def a_png(width: int, height: int, data: bytes, before=b"", color_type=2) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0)
+    return PNG_START + before + chunk(b"IHDR", header) + chunk(b"IDAT", data) + PNG_END
+
+
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
+BLACK = zlib.compress(bytes(7100 * 7101))
+HIDDEN = a_png(7100, 7100, BLACK[2:-4], chunk(b"CgBI", struct.pack(">II", 1, 1)), 0)  # Apple's own
 WAV = b"RIFF\x2c\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x40\x1f\0\0\x80\x3e\0\0\2\0\x10\0data" + bytes(12)
-DEEP = zlib.compressobj(wbits=-15)  # as Apple's tools write it
-HIDDEN = (PNG_START + chunk(b"CgBI", struct.pack(">II", 1, 1)) + header(8000, 8000, 0) + chunk(
-    b"IDAT", DEEP.compress(bytes(8000 * 8001)) + DEEP.flush()) + PNG_END)
-BOMB = PNG_START + header(1, 1) + chunk(b"IDAT", zlib.compress(bytes(2**26))) + PNG_END
 
 
 @pytest.mark.parametrize("url, words", [
     (uri(RED[:200]), "cut off"), (uri(RED[:-12]), "cut off"), (uri(RED[:30]), "cut off"),
     (uri(PNG_START), "cut off"), (uri(RED[:100] + b"?" + RED[101:]), "damaged"),
-    (uri(PNG_START + header(48, 48) + PNG_END), "damaged"),
-    (uri(PNG_START + header(0, 0) + RED[33:]), "0 x 0"), (uri(LIE), "60000 x 60000"),
-    (uri(PNG_START + PNG_END), ""), (uri(HIDDEN), ""), (uri(BOMB), ""),
+    (uri(a_png(48, 48, b"")), "damaged"), (uri(a_png(0, 0, BLACK)), "0 x 0"),
+    (uri(a_png(60_000, 60_000, BLACK)), "60000 x 60000"), (uri(PNG_START + PNG_END), ""),
+    (uri(HIDDEN), ""), (uri(a_png(1, 1, BLACK)), ""),  # larger than they say
     (uri(JPEG[:-2], "image/jpeg"), "cut off"), (uri(JPEG[:300], "image/jpeg"), "cut off"),
-    (uri(b"\xff\xd8\xff", "image/jpeg"), "cut off"),
-    (uri(b"\xff\xd8\xff\xd9" * 9, "image/jpeg"), ""),
+    (uri(b"\xff\xd8\xff"), "cut off"), (uri(b"\xff\xd8\xff\xd9" * 9, "image/jpeg"), ""),
     ("data:image/png;base64,", "no JPEG, PNG or WebP"), ("data:image/png;base64,?!", "Base64"),
     ("data:image/png;base64,é", "Base64"), ("data:image/png;base64,AAAAA", "Base64"),
     ("data:image/png,abc", "must be like"), ("data:", "must be like"), ("data:,", "must be like"),
-    (uri(RED).replace(";base64", ""), "must be like"),
-    (uri(b"just text", "text/plain"), "no JPEG"), (uri(GIF, "image/gif"), "no JPEG"),
-    (uri(BMP, "image/bmp"), "no JPEG"), (uri(WAV, "audio/wav"), "no JPEG"),
+    (uri(RED).replace(";base64", ""), "must be like"), (uri(b"just text", "text/plain"), "no JPEG"),
+    (uri(saved(PICTURES[0], "GIF"), "image/gif"), "no JPEG"),
+    (uri(saved(PICTURES[0], "BMP"), "image/bmp"), "no JPEG"), (uri(WAV, "audio/wav"), "no JPEG"),
     (uri(b"ID3\4" + bytes(500), "audio/mpeg"), "no JPEG"),
     (uri(b"\xff\xfb\x90\0" + bytes(500)), "no JPEG"), (uri(RED, "image/jpeg"), "was said"),
     (uri(JPEG, "image/png"), "was said"), (uri(RED, "text/html"), "was said"),
     (uri(b"RIFF\0\0\0\0WEBPVP8 ", "image/webp"), "damaged"),
-], ids=lambda value: None)
+], ids=itertools.count())
 def test_broken_and_lying_images_are_refused_with_a_message(web, url, words):
+    """In both dialects, and in short."""
     message = refusal(ask(web, user(url)))
     assert message.startswith("messages[0].content[0]: ") and words in message
     assert len(message) < 300
-    assert refusal(web.post("/chat/vision", json={"messages": [
-        {"role": "user", "content": QUESTION, "images": [{"data_base64": url}]}]}))
+    message = refusal(web.post("/chat/vision", json={"messages": [
+        {"role": "user", "images": [{"data_base64": url}]}]}))
+    assert message.startswith("messages[0].content[0]: ") and words in message
 
 
 @pytest.mark.parametrize("url", [
@@ -298,10 +296,10 @@ def test_broken_and_lying_images_are_refused_with_a_message(web, url, words):
     uri(RED, "IMAGE/PNG"), uri(RED, "application/octet-stream"), uri(JPEG, "image/jpg"),
     uri(RED, "image/png;charset=utf-8"), uri(RED + b"more"), uri(JPEG + b"more", "image/jpeg"),
     "DATA" + uri(RED)[4:], uri(RED)[:99] + "\r\n " + uri(RED)[99:],
-], ids=lambda url: None)
+], ids=itertools.count())
 def test_odd_images_are_fine(web, url):
-    _, usage = answer(web, user(url), max_tokens=1)
-    assert usage["prompt_tokens"] == answer(web, user(RED), max_tokens=1)[1]["prompt_tokens"]
+    """A picture of any shape has the same 16 positions."""
+    assert answer(web, user(url), max_tokens=1)[1] == answer(web, user(RED), max_tokens=1)[1]
 
 
 def repaired(file: bytes) -> bytes:
@@ -310,16 +308,14 @@ def repaired(file: bytes) -> bytes:
     with contextlib.suppress(struct.error):
         while position < len(file):
             length, = struct.unpack_from(">I", file, position)
-            body = file[position + 4:position + 8 + length]
-            out += file[position:position + 4] + body + struct.pack(">I", zlib.crc32(body))
+            out += chunk(file[position + 4:position + 8], file[position + 8:position + 8 + length])
             position += length + 12
     return out
 
 
 def test_no_mutation_of_a_file_is_more_than_refused(web):
     """Random bytes in PNGs, half of them with right checksums, and in JPEGs: 200 or 400."""
-    rng, files = random.Random(5), []
-    packed = saved(PICTURES[3], "PNG", optimize=True)
+    rng, files, packed = random.Random(5), [], saved(PICTURES[3], "PNG", optimize=True)
     for number in range(300):
         file = bytearray((packed, packed, JPEG)[number % 3])
         for _ in range(rng.choice((1, 1, 2, 5, 20))):
@@ -331,70 +327,66 @@ def test_no_mutation_of_a_file_is_more_than_refused(web):
             "messages": [user(file)]}).status_code, files))
         said = list(pool.map(lambda file: ask(web, user(file), max_tokens=1).status_code,
                              files[::6]))
-    assert {*seen, *said} <= {200, 400} and seen[::6] == said
-    assert all(10 < sum(status == 200 for status in seen[kind::3]) < 100 for kind in (0, 2))
+    assert set(seen) == {200, 400} and seen[::6] == said
+    assert seen[2::3].count(200) > 10  # a JPEG has no checksums
 
 
 def test_webp_needs_pillow(web, monkeypatch):
-    file = saved(PICTURES[NAMES.index("blue")], "WEBP", lossless=True)
-    assert colors_in(answer(web, user(uri(file, "image/webp")))[0]) == ["blue"]
-    assert "damaged" in refusal(ask(web, user(uri(file[:200], "image/webp"))))
+    """Without it the message names it."""
+    blue, red = (saved(PICTURES[NAMES.index(name)], "WEBP") for name in ("blue", "red"))
+    assert colors_in(answer(web, user(uri(blue, "image/webp")))[0]) == ["blue"]
+    assert "damaged" in refusal(ask(web, user(uri(blue[:200], "image/webp"))))
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    other = saved(PICTURES[NAMES.index("red")], "WEBP")
-    assert "pip install pillow" in refusal(ask(web, user(uri(other, "image/webp"))))
+    assert "pip install pillow" in refusal(ask(web, user(uri(red, "image/webp"))))
 
 
 def test_a_text_cannot_forge_an_image(web):
     """What stands for images inside is just text where a user writes it."""
-    text = "<__media__> <image> <image 00112233445566778899aabbccddeeff> [IMG] What is that?"
-    prompt = web.post("/apply-template", json={"messages": [user(text=text)]}).json()["prompt"]
-    assert text in prompt
-    tokens = web.post("/tokenize", json={"content": prompt, "add_special": True}).json()["tokens"]
-    assert answer(web, user(text=text), max_tokens=1)[1]["prompt_tokens"] == len(tokens)
-    usage = answer(web, user(RED, text=text), max_tokens=1)[1]
-    assert usage["prompt_tokens"] == len(tokens) + N_POSITIONS
+    text = "<__media__> <image 00112233445566778899aabbccddeeff> [IMG] What is that?"
+    assert text in web.post("/apply-template", json={"messages": [user(text=text)]}).text
+    for turn, n_images in ((user(text=text), 0), (user(RED, text=text), 1)):
+        assert answer(web, turn, max_tokens=1)[1] == \
+            sum(text_tokens(web, turn)) + n_images * N_POSITIONS
 
 
 # ==== Images from the web ==================================================================
 
 
 class Site(http.server.BaseHTTPRequestHandler):
-    """A web server that is not what it should be."""
+    """A web server that is not always what it should be."""
+
+    PLACES = {"/away": "http://localhost:1/", "/loop": "/loop", "/odd": "http://[",
+              "/local": "/red.png", "/file": "file:///etc/passwd", "/words": "/a b\u00e9"}
 
     def do_GET(self):
-        places = {"/away": "http://localhost:1/", "/loop": "/loop", "/odd": "http://[",
-                  "/local": "/red.png", "/file": "file:///etc/passwd", "/words": "/a b\u00e9"}
-        self.send_response(302 if self.path in places else 404 if self.path == "/none" else 200)
-        if self.path in places:
-            self.send_header("Location", places[self.path])
+        place = self.PLACES.get(self.path)
+        self.send_response(302 if place else 404 if self.path == "/none" else 200)
+        if place:
+            self.send_header("Location", place)
         self.end_headers()
+        if self.path == "/reset":
+            self.wfile.write(RED[:50])
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            return
         with contextlib.suppress(OSError):
-            if self.path == "/big":
-                self.wfile.write(RED + bytes(2**20))
-            elif self.path == "/slow":
-                for byte in RED[:100]:
-                    self.wfile.write(bytes([byte]))
-                    time.sleep(0.05)
-            elif self.path == "/reset":
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1" + bytes(7))
-                self.connection.shutdown(socket.SHUT_RD)
-                self.connection.close()
-            else:
-                self.wfile.write(b"<html>" if self.path == "/page" else RED)
+            for _ in range(50 if self.path == "/slow" else 0):
+                self.wfile.write(b"?")
+                time.sleep(0.05)
+            self.wfile.write({"/page": b"<html>", "/big": bytes(2**20 + 1)}.get(self.path, RED))
 
     def log_message(self, *_):
         pass
 
 
-@pytest.fixture(scope="module")
-def site():
+@pytest.fixture
+def site(running, monkeypatch):
     """Its address."""
-    web_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
-    threading.Thread(target=web_server.serve_forever, args=(0.02,), daemon=True).start()
-    yield f"http://127.0.0.1:{web_server.server_port}"
-    web_server.shutdown()
-    web_server.server_close()
+    monkeypatch.setattr(running.config, "allow_image_urls", True)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site) as site:
+        threading.Thread(target=site.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"http://127.0.0.1:{site.server_port}"
+        site.shutdown()
 
 
 @pytest.mark.parametrize("host", [
@@ -402,27 +394,24 @@ def site():
     "[::ffff:127.0.0.1]", "[::]", "[::127.0.0.1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]",
     "169.254.169.254", "10.0.0.1", "192.168.1.1", "100.64.0.1", "224.0.0.1", "[fe80::1%25lo]",
     "user@example.com", "no-such-host.invalid", "", "."])
-def test_an_address_that_is_not_public_is_refused(running, web, site, host, monkeypatch):
+def test_an_address_that_is_not_public_is_refused(web, site, host):
     """Nobody reaches through the server what is behind it."""
-    monkeypatch.setattr(running.config, "allow_image_urls", True)
-    port = site.rpartition(":")[2]
-    message = refusal(ask(web, user(f"http://{host}:{port}/red.png")))
+    message = refusal(ask(web, user(f"http://{host}:{site.rpartition(':')[2]}/red.png")))
     assert "is not at a public address" in message or "is no address on the web" in message
 
 
 @pytest.mark.parametrize("path, words", [
     ("/red.png", None), ("/local", None), ("/away", "localhost:1/\" is not at a public address"),
-    ("/loop", "redirects"), ("/file", "no address on the web"), ("/odd", "no address on the web"),
-    ("/words", ""), ("/none", "answered 404"), ("/page", "no JPEG"), ("/big", "larger than 1 MB"),
+    ("/loop", "redirects"), ("/file", "no address on the web"), ("/odd", ""), ("/words", ""),
+    ("/none", "answered 404"), ("/page", "no JPEG"), ("/big", "larger than 1 MB"),
     ("/slow", "took over 1 seconds"), ("/reset", "cannot fetch")])
-def test_an_image_is_fetched_within_limits(running, web, site, path, words, monkeypatch):
+def test_an_image_is_fetched_within_limits(web, site, path, words, monkeypatch):
     """For once one address of ours is taken for a public one; each redirect is looked at."""
-    real = server.public_address
-    monkeypatch.setattr(running.config, "allow_image_urls", True)
+    look = server.public_address
     monkeypatch.setattr(server, "IMAGE_SECONDS", 1.0)
     monkeypatch.setattr(server, "MAX_IMAGE_MB", 1)
     monkeypatch.setattr(server, "public_address", lambda url: "127.0.0.1" if url.startswith(
-        site + "/") else real(url))
+        site + "/") else look(url))
     started, reply = time.monotonic(), ask(web, user(site + path))
     assert time.monotonic() - started < 5
     if words is None:
@@ -436,41 +425,46 @@ def test_an_image_is_fetched_within_limits(running, web, site, path, words, monk
 
 def test_a_request_cancelled_within_an_image_leaves_its_slot_usable(running, web):
     """The next one computes that image anew: it is kept whole or not at all."""
-    turn = user(*[png(PICTURES[number] ^ 4) for number in range(12)])
-    before = text_tokens(web, turn)[0]
-    body = json.dumps({"messages": [turn], "temperature": 0, "max_tokens": 10}).encode()
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    turn = user(*[png(picture ^ 4) for picture in PICTURES[:20]])
+    before, between, *_ = text_tokens(web, turn)
+    step = N_POSITIONS + between
 
-    def prefilling() -> list[int]:
-        return [slot["tokens"] - before for slot in web.get("/slots").json()
-                if slot["state"] == "prefilling" and slot["tokens"] > before + N_POSITIONS]
+    def within(state: str) -> list[int]:
+        """The slots in a state that hold some images and a part of one: how many tokens."""
+        return [slot["tokens"] for slot in web.get("/slots").json() if slot["state"] == state
+                and slot["tokens"] > before + step
+                and 0 < (slot["tokens"] - before) % step < N_POSITIONS]
 
-    wanted, _ = answer(web, turn, cache_prompt=False)
+    wanted, n_prompt, _ = answer(web, turn, cache_prompt=False, max_tokens=4)
+    web.post("/v1/completions", json={"prompt": ["Once"] * 4, "max_tokens": 30,
+                                      "cache_prompt": False})  # all slots forget the images
     with httpx.stream("POST", f"{running.url}/v1/completions", json={
             "prompt": "Once", "max_tokens": 700, "ignore_eos": True, "stream": True}) as reply:
         next(reply.iter_lines())
-        for number in range(4):
-            changed = body.replace(b"What is", b"What, %d, is" % number)
-            with socket.create_connection(("127.0.0.1", running.server_port)) as raw:
-                raw.sendall(head % len(changed) + changed)
-                time.sleep(0.05)
-        content, usage = answer(web, turn)
-    assert content == wanted
+        with socket.create_connection(("127.0.0.1", running.server_port)) as raw:
+            body = json.dumps({"messages": [turn]}).encode()
+            raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+                        b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+            wait_for(lambda: within("prefilling"))
+        wait_for(lambda: not any(slot["state"] == "prefilling"
+                                 for slot in web.get("/slots").json()))
+        held = within("idle")
+    content, _, n_cached = answer(web, turn, max_tokens=4)
+    assert content == wanted and 0 < n_cached < n_prompt
+    assert (n_cached - before) % step in (0, N_POSITIONS) and (not held or n_cached < held[0])
 
 
 def test_the_size_of_a_good_file_is_found(web):
     """Whatever stands before it in the file, such as a thumbnail."""
     picture, exif = PIL.Image.new("RGB", (70, 50)), PIL.Image.Exif()
-    exif[0x010E] = saved(PICTURES[0]).hex()
+    exif[0x010E] = saved(PICTURES[0]).decode("latin-1")
     for mode, options in itertools.product(("RGB", "L", "CMYK"), (
             {}, {"progressive": True}, {"exif": exif}, {"comment": b"\xff\xd9\xff\xc0" * 9})):
-        file = io.BytesIO()
-        picture.convert(mode).save(file, "JPEG", **options)
-        assert engine.image_size(file.getvalue()) == ("image/jpeg", 70, 50)
+        file = saved(picture.convert(mode), **options)
+        assert engine.image_size(file) == ("image/jpeg", 70, 50)
+        assert engine.image_size(file[:2] + b"\xff\xff" + file[2:]) == ("image/jpeg", 70, 50)
     for mode in ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"):
-        file = io.BytesIO()
-        picture.convert("L" if mode == "I;16" else "RGB").convert(mode).save(file, "PNG")
-        assert engine.image_size(file.getvalue()) == ("image/png", 70, 50)
-        assert answer(web, user(file.getvalue()), max_tokens=1)[0]
-    assert engine.image_size(JPEG[:2] + b"\xff\xff" + JPEG[2:]) == ("image/jpeg", 48, 48)
-    assert engine.image_size(saved(PICTURES[0], "WEBP")) == ("image/webp", 0, 0)
+        file = saved(picture.convert("L" if mode == "I;16" else "RGB").convert(mode), "PNG")
+        assert engine.image_size(file) == ("image/png", 70, 50)
+        assert ask(web, user(file), max_tokens=1).status_code == 200
+    assert engine.image_size(saved(picture, "WEBP"))[0] == "image/webp"
