@@ -190,7 +190,7 @@ def find_model_file(model_path: str | None, models_dir: Path, go_on=lambda: True
         return fetch_default_model(models_dir, go_on)
     if model_path.startswith(HUB):
         return fetch_from_hub(model_path)
-    path = Path(model_path).expanduser()
+    path = Path(os.path.expanduser(model_path))
     try:
         if path.is_dir():
             names = [file.name for file in model_files(path)]
@@ -653,7 +653,7 @@ class Model:
         bos, eos = (self.piece(token, special=True).decode() if token >= 0 else ""
                     for token in (self._bos, lib.llama_vocab_eos(self.vocab)))
         try:
-            source = Path(file).expanduser().read_text() if file else \
+            source = Path(os.path.expanduser(file)).read_text() if file else \
                 native.decode("utf-8", "replace") if native else \
                 FAMILY_TEMPLATES[family_of(self.architecture, self.path.name)]
             formatter = llama_chat_format.Jinja2ChatFormatter(source, eos_token=eos, bos_token=bos)
@@ -2680,13 +2680,15 @@ class LocalModel:
     n_users: int = 0
     loaded_at: float = 0.0  # time.monotonic()
     last_used: float = 0.0
+    n_unloads: int = 0
     is_leaving: bool = False  # takes no new users, and is unloaded when the last one has gone
-    is_off: bool = False  # unloaded by hand: only who asks for it by name loads it again
+    must_go: bool = False  # leaves because somebody unloads it by hand
+    is_off: bool = False  # has been unloaded by hand: only who asks for it by name loads it again
 
     def look(self) -> tuple[int, ...]:
         """What changes when its file does; () when there is none."""
         with contextlib.suppress(OSError, TypeError):
-            stat = Path(self.path).expanduser().stat()
+            stat = os.stat(os.path.expanduser(self.path))
             return stat.st_ino, stat.st_size, stat.st_mtime_ns
         return ()
 
@@ -2782,6 +2784,11 @@ class Pool:
         models = [model for model in list(self._models.values()) if model.engine]
         return sorted(models, key=lambda model: -model.last_used)
 
+    def engines(self) -> dict[str, Engine]:
+        """The engines of those, by the models' names; each may be closed at any time."""
+        engines = {model.name: model.engine for model in self.loaded()}
+        return {name: engine for name, engine in engines.items() if engine}
+
     @contextlib.contextmanager
     def lease(self, model: LocalModel, wait: Callable[[], None]) -> Iterator[Engine]:
         """A model's engine, which stays loaded within this. wait: called again and again until it
@@ -2841,18 +2848,21 @@ class Pool:
         with self._changed:
             for model in models:
                 model.is_off = True
-        while any(model.is_off and (model.engine or model is self._working_on) for model in models):
+                model.must_go = model.engine is not None or model is self._working_on
+                model.is_leaving |= model.must_go
+            before = {model: model.n_unloads for model in models}
+            self._changed.notify_all()
+        while any(model.must_go and model.n_unloads == before[model] for model in models):
             with self._changed:
-                for model in models:  # one that is loading right now has no engine yet
-                    model.is_leaving |= model.is_off and model.engine is not None
-                self._changed.notify_all()
+                if self._stopping.is_set():
+                    raise EngineClosed("the server is shutting down")
                 self._changed.wait(POLL_SECONDS)
             wait()
 
     def stats(self) -> Stats:
         """The counts of all engines, present and gone."""
         with self._changed:
-            return sum((model.engine.stats for model in self.loaded()), self.retired)
+            return sum((engine.stats for engine in self.engines().values()), self.retired)
 
     def coming(self) -> LocalModel | None:
         """The model that is being loaded right now."""
@@ -2868,8 +2878,8 @@ class Pool:
     def close(self, drain_seconds: float) -> bool:
         """End every engine, as Engine.close does. The pool's `stopping` must be set."""
         until = time.monotonic() + drain_seconds
-        return all([model.engine.close(max(0.0, until - time.monotonic()))
-                    for model in self.loaded()])
+        return all([engine.close(max(0.0, until - time.monotonic()))
+                    for engine in self.engines().values()])
 
     # ---- the loader's thread only ------------------------------------------------------
 
@@ -2880,7 +2890,10 @@ class Pool:
                 if work is None:
                     self._changed.wait(POLL_SECONDS)
             if work:
-                work(self._working_on)
+                try:
+                    work(self._working_on)
+                except Exception:
+                    log.exception("cannot load or unload %s", self._working_on.name)
                 with self._changed:
                     self._working_on = None
                     self._changed.notify_all()
@@ -2889,21 +2902,23 @@ class Pool:
         """What to do now, with which model."""
         loaded, now = self.loaded(), time.monotonic()
         for model in loaded:
-            if model.is_leaving and not model.n_users:
+            if model.must_go and not model.n_users:
                 return self._unload, model
         waiting = [ticket.model for ticket in self._tickets if not ticket.error]
         wanted = next((model for model in waiting
                        if not model.engine and not model.is_hopeless()), None)
-        if wanted is None:
-            return None, None
-        if len(loaded) < self.max_loaded:
+        goes = None
+        if wanted and len(loaded) >= self.max_loaded:
+            best = min(loaded, key=lambda model: (model.n_users > 0, not model.is_leaving,
+                                                  model.last_used))
+            is_idle = not best.n_users and best not in waiting \
+                and now - best.last_used >= IDLE_GRACE_SECONDS
+            goes = best if is_idle or now - best.loaded_at >= self._turn_seconds else None
+        for model in loaded:  # anew every time: who asked may have gone
+            model.is_leaving = model.must_go or model is goes
+        if wanted and len(loaded) < self.max_loaded:
             return self._load, wanted
-        goes = min(loaded, key=lambda model: (model.n_users > 0, model.last_used))
-        is_idle = not goes.n_users and goes not in waiting \
-            and now - goes.last_used >= IDLE_GRACE_SECONDS
-        if is_idle or now - goes.loaded_at >= self._turn_seconds:
-            goes.is_leaving = True
-        return (self._unload, goes) if goes.is_leaving and not goes.n_users else (None, None)
+        return (self._unload, goes) if goes and not goes.n_users else (None, None)
 
     def _load(self, model: LocalModel) -> None:
         def go_on(progress: float = 0.0) -> bool:
@@ -2911,10 +2926,11 @@ class Pool:
             return not self._stopping.is_set()
 
         try:
+            model.progress, model.seen = 0.0, model.look()
             path = find_model_file(model.path, self._download_dir, go_on)
             model.path = str(path)
             model.seen = model.look()
-            print(f"loading {path.name} ...", flush=True)
+            log.info("loading %s", path.name)
             loaded = load_engine(path, on_progress=go_on, **model.options)
         except Exception as error:
             self._fail(model, error)
@@ -2922,7 +2938,7 @@ class Pool:
             loaded.model.name = model.name
             with self._changed:
                 model.engine, model.error, model.loaded_at = loaded, None, time.monotonic()
-                model.last_used, model.is_leaving = model.loaded_at, False
+                model.last_used, model.is_leaving = model.loaded_at, model.must_go
                 self.n_loads += 1
                 self._tickets = [ticket for ticket in self._tickets if ticket is not self._first
                                  or model is not self.default]
@@ -2938,7 +2954,7 @@ class Pool:
         if self._stopping.is_set():  # it is the stop that interrupted the loading
             return
         with self._changed:
-            model.error, model.failed_at = str(error), time.monotonic()
+            model.error, model.failed_at, model.must_go = str(error), time.monotonic(), False
             for ticket in self._tickets:
                 if ticket.model is model and ticket is not self._first:
                     ticket.error = model.error
@@ -2952,8 +2968,11 @@ class Pool:
         with self._changed:
             gone, model.engine, model.is_leaving = model.engine, None, False
             self.retired += dataclasses.replace(gone.stats, slots=())
-        print(f"unloading {model.name} ...", flush=True)
+        log.info("unloading %s", model.name)
         if gone.close():
             gone.model.close()
         else:
             log.error("%s is stuck in a step: its memory is lost", model.name)
+        with self._changed:
+            model.must_go = False
+            model.n_unloads += 1

@@ -117,8 +117,14 @@ class ModelEntry:
 
 def check_upstream(at: str, base_url: str | None, api_key: str | None) -> None:
     """Refuse an address or key that cannot be used."""
-    if base_url is not None and not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s?#]*)?", base_url):
-        raise invalid(at, f"{at}: must be like http://box:8000/v1, without user or query")
+    if base_url is not None:
+        try:
+            is_right = re.fullmatch(r"https?://[^\s/@?#]+(/[^\s?#]*)?", base_url) \
+                and urllib.parse.urlsplit(base_url).port != 0
+        except ValueError:  # [abc, or port 99999
+            is_right = False
+        if not is_right:
+            raise invalid(at, f"{at}: must be like http://box:8000/v1, without user or query")
     if api_key is not None and not re.fullmatch("[!-~]+", api_key):
         raise invalid(at, f"{at}: the key beside it must be printable ASCII without spaces")
 
@@ -194,10 +200,13 @@ class Config:
                 if not re.fullmatch(pattern, value):
                     raise invalid(name, f"{name}: {describe(value)} must be like {example}")
         check_upstream("openai_base_url", self.openai_base_url, self.openai_api_key)
-        for name in self.models:
-            if not re.fullmatch(r"[A-Za-z0-9][\w./:@+-]*", str(name)):
+        for name, entry in self.models.items():
+            if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w./:@+-]*", name):
                 raise invalid("models", f"models: {describe(name)} is no name for a model; use "
-                                        "letters, digits and ./:@+_-")
+                                        "letters, digits and ./:@+_-, in quotes if need be")
+            if (entry.parallel or 0) > self.n_batch:
+                raise invalid(f"models.{name}", f"models.{name}.parallel is {entry.parallel}, but "
+                                                f"n_batch is only {self.n_batch}")
         if self.auth_enabled and not self.api_keys:
             raise invalid("auth_enabled", "auth is enabled, but there are no api_keys")
         for number, key in enumerate(self.api_keys, start=1):
@@ -227,6 +236,7 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     flags = vars(parser.parse_args(argv))
     found = read_config_file(flags.pop("config"))  # {key: (where it was set, value)}
     hints = typing.get_type_hints(Config)
+    fields = {field.name: field for field in dataclasses.fields(Config)}
     for variable, name in ALIASES.items():
         if environ.get(variable) and environ.get(name.upper()):
             raise ConfigError(f"environment variables {variable} and {name.upper()} mean the same; "
@@ -242,7 +252,8 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
                     value = text if hint in (str, str | None) else yaml.safe_load(text)
                 found[name] = (source, value)
             except NOT_YAML as error:
-                raise ConfigError(f"{source}: {text!r} is not a value") from error
+                sent = "what is there" if fields[name].metadata.get("secret") else repr(text)
+                raise ConfigError(f"{source}: {sent} is not a value") from error
     found |= {name: ("flag", value) for name, value in flags.items() if value is not None}
     unknown: list[str] = []
     try:
@@ -264,16 +275,18 @@ def read_config_file(path: str | None) -> dict[str, tuple[str, Any]]:
     try:
         content = yaml.safe_load(file.read_text()) or {}
     except (OSError, *NOT_YAML) as error:
-        raise ConfigError(f"cannot read {file}: {' '.join(str(error).split())}") from error
+        why = f"line {error.problem_mark.line + 1}: {error.problem}" if isinstance(
+            error, yaml.MarkedYAMLError) and error.problem_mark else str(error)  # quotes no line
+        raise ConfigError(f"cannot read {file}: {' '.join(why.split())}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{file}: expected `key: value` lines, found {describe(content)}")
+        raise ConfigError(f"{file}: expected `key: value` lines")
     sections = {field.name: field.metadata["section"] for field in dataclasses.fields(Config)}
     found: dict[str, tuple[str, Any]] = {}
     for key, content_of_key in content.items():
         section = key if key in sections.values() else None
         values = (content_of_key or {}) if section else {key: content_of_key}
         if not isinstance(values, dict):
-            raise ConfigError(f"{file}: section {key} holds keys, not {describe(values)}")
+            raise ConfigError(f"{file}: section {key} holds `key: value` lines, nothing else")
         for name, value in values.items():
             if name == "enabled" and f"{section}_enabled" in sections:
                 name = f"{section}_{name}"
@@ -292,14 +305,15 @@ def read_config_file(path: str | None) -> dict[str, tuple[str, Any]]:
 
 def resolve_paths(name: str, value, folder: Path):
     """A setting, its paths made relative to a folder; so are those of the entries of `models`."""
-    if isinstance(value, dict):
-        return {key: resolve_paths(key, inner, folder) for key, inner in value.items()}
+    if name == "models" and isinstance(value, dict):
+        return {key: {name: resolve_paths(name, inner, folder) for name, inner in entry.items()}
+                if isinstance(entry, dict) else entry for key, entry in value.items()}
     is_path = name in PATHS and isinstance(value, str) and not value.startswith(engine.HUB)
-    return str(folder / Path(value).expanduser()) if is_path else value
+    return str(folder / os.path.expanduser(value)) if is_path else value
 
 
 ENV_LINE = re.compile(
-    r"""\s*(?:export\s+)?(\w+)\s*=\s*("[^"]*"|'[^']*'|.*?)\s*(?:(?<=[\s"'])#.*)?""")
+    r"""\s*(?:export\s+)?(\w+)\s*=\s*("[^"]*"|'[^']*'|(?!["']).*?)\s*(?:(?<=[\s"'])#.*)?""")
 
 
 def read_env_file(file: Path) -> dict[str, str]:
@@ -1169,6 +1183,7 @@ class RateLimiter:
 
 CONNECT_SECONDS = 10.0
 LIST_SECONDS = 5.0  # for the list of models elsewhere
+PASSED_ON = ("Content-Type", "Content-Encoding", "Retry-After", "Location")  # of its headers
 PIECE = 65536  # bytes passed on at a time, at most
 WATCH_MS = 100  # how often who waits for another server looks whether its own client is there
 
@@ -1177,26 +1192,41 @@ class Unreachable(Exception):
     """No connection; the message is the system's reason."""
 
 
-class WatchingReader(io.RawIOBase):
-    """The bytes from another server; `check` is called all the time, and may raise. Raises
-    TimeoutError after `seconds` without a byte."""
+class WatchedConnection(io.RawIOBase):
+    """A connection to another server. `check` is called all the time, and may raise. Raises
+    TimeoutError after `seconds` without progress, http.client.HTTPException when it breaks."""
 
     def __init__(self, connection: socket.socket, seconds: float, check: Callable[[], None]):
         self.connection, self.seconds, self.check = connection, seconds, check
-        self.poll = select.poll()
-        self.poll.register(connection, select.POLLIN)
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
-        until = time.monotonic() + self.seconds
+    def wait(self, event: int) -> None:
+        """Wait until the connection can be read (select.POLLIN) or written (POLLOUT)."""
+        poll, until = select.poll(), time.monotonic() + self.seconds
+        poll.register(self.connection, event)
         self.check()
-        while not (getattr(self.connection, "pending", int)() or self.poll.poll(WATCH_MS)):
+        while not poll.poll(WATCH_MS):
             self.check()
             if time.monotonic() > until:
                 raise TimeoutError
-        return self.connection.recv_into(buffer)
+
+    def readinto(self, buffer) -> int:
+        if not getattr(self.connection, "pending", int)():  # TLS may have read more than it gave
+            self.wait(select.POLLIN)
+        try:
+            return self.connection.recv_into(buffer)
+        except OSError as error:
+            raise http.client.HTTPException(str(error)) from None
+
+    def send(self, data: bytes) -> None:
+        """Send it all, unless the other side closes: it may have answered already."""
+        view = memoryview(data)
+        with contextlib.suppress(ConnectionError):
+            while view:
+                self.wait(select.POLLOUT)
+                view = view[self.connection.send(view[:PIECE]):]
 
     def makefile(self, _mode: str) -> io.BufferedReader:
         """What http.client asks of a socket."""
@@ -1222,17 +1252,49 @@ def request_elsewhere(method: str, url: str, body: bytes | None, headers: dict[s
                 connection = stack.enter_context(ssl.create_default_context().wrap_socket(
                     connection, server_hostname=parts.hostname))
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.settimeout(seconds)
             client.sock = connection
             target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
-            client.request(method, target, body, headers)
+            length = {"Content-Length": str(len(body))} if body is not None else {}
+            client.request(method, target, None, headers | length)
         except (OSError, ValueError) as error:  # ValueError: a port or name that cannot be
             raise Unreachable(getattr(error, "strerror", None) or str(error)) from None
-        response = http.client.HTTPResponse(
-            WatchingReader(connection, seconds, check), method=method)
+        watched = WatchedConnection(connection, seconds, check)
+        watched.send(body or b"")
+        response = http.client.HTTPResponse(watched, method=method)
         stack.callback(response.close)
         response.begin()
         yield response
+
+
+@dataclasses.dataclass
+class FarDelta:
+    """Of a chunk from an engine elsewhere, what an app's reply is made of."""
+
+    content: str | None = None
+
+
+@dataclasses.dataclass
+class FarChoice:
+    """The same."""
+
+    delta: FarDelta | None = None
+    finish_reason: str | None = None
+
+
+@dataclasses.dataclass
+class FarUsage:
+    """The same."""
+
+    completion_tokens: int | None = None
+
+
+@dataclasses.dataclass
+class FarChunk:
+    """The same; all else is left out."""
+
+    model: str | None = None
+    choices: list[FarChoice] | None = None
+    usage: FarUsage | None = None
 
 
 def read_chunks(response: http.client.HTTPResponse, upstream: "Upstream") -> Iterator[dict]:
@@ -1245,11 +1307,14 @@ def read_chunks(response: http.client.HTTPResponse, upstream: "Upstream") -> Ite
             return
         try:
             chunk = json.loads(text)
-        except ValueError:
+            if isinstance(chunk, dict) and chunk.get("error"):
+                raise ApiError(502, f"{upstream.name}: {error_in(text)}")
+            yield dataclasses.asdict(read_value(FarChunk, chunk, "the event", {}, []))
+        except (ValueError, RecursionError):
             raise ApiError(502, f"{upstream.name} sent an event that is not JSON") from None
-        if "error" in chunk:
-            raise ApiError(502, f"{upstream.name}: {error_in(text)}")
-        yield chunk
+        except ApiError as error:
+            raise error if error.status == 502 else ApiError(
+                502, f"{upstream.name} sent an odd event: {error.message}") from None
     raise ApiError(502, f"{upstream.name} broke off")
 
 
@@ -1259,7 +1324,7 @@ def error_in(body: bytes) -> str:
         sent = json.loads(body)
         error = sent.get("error", sent.get("detail", sent))
         return str(error["message"] if isinstance(error, dict) and "message" in error else error)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return printable(body.decode("utf-8", "replace"))
 
 
@@ -1344,7 +1409,7 @@ class Upstream:
     name: str
     base_url: str
     api_key: str | None = None
-    model: str | None = None  # what it calls the model; None: as we do
+    model: str | None = None  # what it calls the model; None: as the request does
     timeout: float = 600.0  # seconds without a byte from it
 
     def headers(self) -> dict[str, str]:
@@ -1360,7 +1425,7 @@ class Models:
 
     def __init__(self, config: Config, stopping: threading.Event):
         self.config = config
-        if config.models_dir and not Path(config.models_dir).expanduser().is_dir():
+        if config.models_dir and not Path(os.path.expanduser(config.models_dir)).is_dir():
             raise ConfigError(f"models_dir: {config.models_dir} is not a folder")
         self.upstreams = {name: self.upstream(name, entry)
                           for name, entry in config.models.items() if entry.base_url}
@@ -1405,13 +1470,13 @@ class Models:
     def upstream(name: str, entry: ModelEntry) -> Upstream:
         chosen = {key: value for key in ("api_key", "model", "timeout")
                   if (value := getattr(entry, key)) is not None}
-        return Upstream(name, entry.base_url.rstrip("/"), **chosen)
+        return Upstream(name, entry.base_url.rstrip("/"), **{"model": name, **chosen})
 
     def scan(self) -> list[engine.LocalModel]:
         """The GGUF files in models_dir, by their names without the ending; FILE.mmproj.gguf or
         mmproj-FILE.gguf is what the model in FILE.gguf sees with."""
-        folder, found = self.config.models_dir and Path(self.config.models_dir).expanduser(), []
-        for file in engine.model_files(folder) if folder else ():
+        found, folder = [], Path(os.path.expanduser(self.config.models_dir or ""))
+        for file in engine.model_files(folder) if self.config.models_dir else ():
             projectors = [folder / f"{file.stem}.mmproj.gguf", folder / f"mmproj-{file.name}"]
             mmproj = next((str(path) for path in projectors if path.is_file()), None)
             entry = ModelEntry(model_path=str(file), mmproj=mmproj)
@@ -1449,7 +1514,7 @@ class Models:
 def model_name(path: str | None) -> str:
     """The name of a model that has none in the settings: its file's, without the ending."""
     with contextlib.suppress(engine.ModelError):
-        if path and Path(path).expanduser().is_dir():
+        if path and Path(os.path.expanduser(path)).is_dir():
             return engine.find_model_file(path, HERE).stem
     return Path(path or engine.DEFAULT_MODEL).stem
 
@@ -1570,7 +1635,7 @@ class Server(http.server.ThreadingHTTPServer):
         if self.pool.is_starting:
             return "failed" if self.pool.default.error else "loading"
         limit = self.config.stall_seconds
-        is_stalled = any(model.engine.seconds_in_step() > limit for model in self.pool.loaded())
+        is_stalled = any(each.seconds_in_step() > limit for each in self.pool.engines().values())
         return "stalled" if is_stalled else "ok"
 
     def drain(self) -> bool:
@@ -1689,7 +1754,7 @@ class Handler(socketserver.StreamRequestHandler):
             self.answer()
         except ApiError as error:
             self.send_api_error(error)
-        except (ConnectionError, TimeoutError):  # the client hung up, or does not read
+        except ConnectionError:  # the client hung up, or does not read
             self.tally.status = STATUS_CLIENT_GONE
             self.closes = True
         except Exception as error:
@@ -1772,7 +1837,7 @@ class Handler(socketserver.StreamRequestHandler):
         """The request body, also where the route ignores it: the next request starts behind it."""
         expects = self.head.headers.get("expect", "").lower() if self.head.version == "1.1" else ""
         if expects == "100-continue":
-            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         with self.in_time("body"):
             body = read_chunked(self.rfile, limit) if size is None else \
                 read_exactly(self.rfile, size)
@@ -1870,6 +1935,13 @@ class Handler(socketserver.StreamRequestHandler):
 
     # ---- answers ---------------------------------------------------------------------
 
+    def write(self, data: bytes) -> None:
+        """Write to the client. Raises ConnectionError when it is gone or does not read."""
+        try:
+            self.wfile.write(data)
+        except TimeoutError:
+            raise ConnectionError("the client does not read") from None
+
     def send_head(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
         """Write the response head, and the body in the same packet."""
         self.tally.status = status
@@ -1884,7 +1956,7 @@ class Handler(socketserver.StreamRequestHandler):
         lines += [f"{name}: {value}" for name, value in headers.items()]
         self.connection.settimeout(self.server.config.client_timeout)  # of each write
         self.server.keeps_waiting(self.connection, True)
-        self.wfile.write("\r\n".join([*lines, "\r\n"]).encode("latin-1", "replace") + body)
+        self.write("\r\n".join([*lines, "\r\n"]).encode("latin-1", "replace") + body)
         self.server.keeps_waiting(self.connection, False)
 
     def send_json(self, value, status: int = 200, headers: dict[str, str] | None = None) -> None:
@@ -1933,7 +2005,7 @@ class Handler(socketserver.StreamRequestHandler):
         if self.is_chunked:
             end = b"0\r\n\r\n" if is_last else b""
             piece = b"%x\r\n%b\r\n%b" % (len(piece), piece, end) if piece else end
-        self.wfile.write(piece)
+        self.write(piece)
         self.last_write = time.monotonic()
 
     def start_stream(self, headers: dict[str, str], status: int = 200) -> None:
@@ -1967,7 +2039,7 @@ class Handler(socketserver.StreamRequestHandler):
             body["progress"] = round(pool.default.progress or 0.0, 2)
         if state == "failed":
             body["error"] = pool.default.error
-        if engines := [model.engine for model in pool.loaded()]:
+        if engines := list(pool.engines().values()):
             stats = [each.stats for each in engines]
             body |= {"model": engines[0].model.name, "busy": sum(each.n_busy for each in stats),
                      "slots": sum(len(each.slots) for each in stats),
@@ -1978,17 +2050,19 @@ class Handler(socketserver.StreamRequestHandler):
 
     def get_slots(self) -> None:
         self.check_started()
-        self.send_json([{"model": model.name, **dataclasses.asdict(slot)}
-                        for model in self.server.pool.loaded()
-                        for slot in model.engine.stats.slots])
+        self.send_json([{"model": name, **dataclasses.asdict(slot)}
+                        for name, loaded in self.server.pool.engines().items()
+                        for slot in loaded.stats.slots])
 
     def get_metrics(self) -> None:
         self.send_body(metrics(self.server).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def get_models(self) -> None:
         self.check_started()
-        data = [self.model_entry(*item) for item in self.server.models.names().items()]
-        self.send_json({"object": "list", "data": data + self.names_elsewhere()})
+        names = self.server.models.names()
+        data = [self.model_entry(*item) for item in names.items()]
+        data += [entry for entry in self.names_elsewhere() if entry["id"] not in names]
+        self.send_json({"object": "list", "data": data})
 
     def get_model(self, name: str) -> None:
         self.check_started()
@@ -2237,7 +2311,7 @@ class Handler(socketserver.StreamRequestHandler):
 
     def post_unload(self, request: UnloadBody) -> None:
         """Give the memory of one model or of all back, when their running work is done."""
-        models = self.server.pool.loaded()
+        models = self.server.pool.models()
         if request.model_key is not None:
             target = self.server.models.find(request.model_key)
             if isinstance(target, Upstream):
@@ -2245,7 +2319,8 @@ class Handler(socketserver.StreamRequestHandler):
                                            "it cannot be unloaded from here")
             models = [target]
         names = [model.name for model in models if model.engine]
-        self.server.pool.unload(models, self.check_connection)
+        with engine_errors():
+            self.server.pool.unload(models, self.check_connection)
         self.send_json({"unloaded": True, "models": names})
 
     def post_app_chat(self, request: AppBody, **how) -> None:
@@ -2273,17 +2348,17 @@ class Handler(socketserver.StreamRequestHandler):
 
     def write_app_reply(self, name: str | None, streams: bool, chunks: Iterator[dict]) -> None:
         """Write a reply from the chunks of a chat completion."""
-        reason, n_predicted, texts = "stop", 0, []
+        reason, told, texts = "stop", None, []
         for chunk in chunks:
             name = name or chunk.get("model")
-            for choice in chunk.get("choices", ()):
+            for choice in chunk["choices"] or ():
                 reason = choice.get("finish_reason") or reason
                 if text := (choice.get("delta") or {}).get("content"):
                     texts.append(text)
                     if streams:
                         self.write_event({"type": "fragment", "content": text})
-            usage = chunk.get("usage") or {"completion_tokens": len(texts)}  # till it is told
-            n_predicted = usage["completion_tokens"]
+            told = (chunk.get("usage") or {}).get("completion_tokens", told)
+        n_predicted = len(texts) if told is None else told
         if streams:
             self.write_event({"type": "done", "model": name, "predicted_tokens": n_predicted,
                               "stop_reason": reason}, is_last=True)
@@ -2299,24 +2374,28 @@ class Handler(socketserver.StreamRequestHandler):
         if not path.startswith("/v1/"):
             raise invalid("model", f"{describe(sent.get('model'))} is an engine elsewhere; it "
                                    f"takes /v1 and /chat, not {describe(path)}")
-        if self.server.via in self.head.headers.get("via", ""):
-            raise ApiError(508, f"{upstream.name} leads back to this server", code="relay_loop")
         self.streams = sent.get("stream") is True
         self.log_messages(sent.get("messages"))
         if upstream.model not in (None, sent.get("model")):
             body = self.for_upstream(upstream, sent)
         with self.ask(upstream, "POST", path.removeprefix("/v1"), body) as response:
-            headers = {name: value for name in ("Content-Type", "Content-Length", "Retry-After")
-                       if (value := response.headers.get(name))}
-            if "Content-Length" in headers:
-                self.send_head(response.status, headers)
-                self.is_chunked = False
-            else:
+            headers = {name: value for name in PASSED_ON if (value := response.headers.get(name))}
+            if response.status in (204, 304):  # they have no body, and no length
+                return self.send_head(response.status, headers)
+            if response.length is None:
                 self.start_stream(headers, response.status)
-            while piece := response.read1(PIECE):
-                self.write_piece(piece)
-            if response.length:
-                raise http.client.IncompleteRead(b"", response.length)
+            else:
+                self.send_head(response.status, {**headers, "Content-Length": str(response.length)})
+                self.is_chunked = False
+            try:
+                while piece := response.read1(PIECE):
+                    self.write_piece(piece)
+                if response.length:
+                    raise http.client.IncompleteRead(b"", response.length)
+            except (http.client.HTTPException, TimeoutError):
+                if self.has_events:
+                    self.write_piece(b"\n\n")  # behind half a line: the error is its own event
+                raise
             self.write_piece(b"", is_last=True)
 
     @staticmethod
@@ -2327,19 +2406,32 @@ class Handler(socketserver.StreamRequestHandler):
     @contextlib.contextmanager
     def ask(self, upstream: Upstream, method: str, path: str, body: bytes | None,
             seconds: float | None = None) -> Iterator[http.client.HTTPResponse]:
-        """The response of an engine elsewhere, while our client is there. seconds: in place of its
-        timeout. Raises ApiError; an error of its own comes as an ApiError for apps only."""
-        seconds, via = seconds or upstream.timeout, self.head.headers.get("via")
+        """The response of an engine elsewhere, while our client is there. seconds: for all of
+        it, besides its timeout. Raises ApiError; an error of its own is one only for apps."""
+        via, until = self.head.headers.get("via", ""), time.monotonic() + (seconds or math.inf)
+        if self.server.via in via:
+            raise ApiError(508, f"{upstream.name} leads back to this server", code="relay_loop")
         headers = {"Content-Type": "application/json", **upstream.headers(),
                    "Via": f"{via}, {self.server.via}" if via else self.server.via}
+
+        def check() -> None:
+            self.check_connection()
+            if time.monotonic() > until:
+                raise TimeoutError
+
         try:
-            with request_elsewhere(method, upstream.base_url + path, body, headers, seconds,
-                                   self.check_connection) as response:
+            with request_elsewhere(method, upstream.base_url + path, body, headers,
+                                   upstream.timeout, check) as response:
                 if response.status >= 400 and self.is_app:
-                    raise ApiError(response.status, f"{upstream.name}: {error_in(response.read())}")
+                    wait, text = response.headers.get("Retry-After"), error_in(response.read())
+                    if upstream.api_key:
+                        text = text.replace(upstream.api_key, "***")
+                    raise ApiError(response.status, f"{upstream.name}: {text}",
+                                   headers={"Retry-After": wait} if wait else None)
                 yield response
         except TimeoutError:
-            raise ApiError(504, f"{upstream.name} sent nothing for {seconds:g} seconds",
+            raise ApiError(504, f"{upstream.name} sent nothing for "
+                                f"{seconds or upstream.timeout:g} seconds",
                            code="upstream_timeout") from None
         except Unreachable as error:
             raise ApiError(502, f"Could not connect to {upstream.name}: {error}",
@@ -2619,7 +2711,7 @@ def find_route(method: str, path: str) -> tuple[str, Route, list[str]]:
 def metrics(server: Server) -> str:
     """The text that Prometheus reads:
     https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format"""
-    pool, stats, loaded = server.pool, server.pool.stats(), server.pool.loaded()
+    pool, stats, loaded = server.pool, server.pool.stats(), server.pool.engines()
     with server.changed:
         answered, n_connections = dict(server.answered), len(server.connections)
     requests = {f'{{route="{route}",status="{status}"}}': count
@@ -2635,7 +2727,7 @@ def metrics(server: Server) -> str:
             ("decode_errors_total", "counter", "batches that llama_decode refused",
              stats.n_decode_errors),
             ("waiting_requests", "gauge", "choices that wait for a slot",
-             sum(model.engine.n_waiting for model in loaded)),
+             sum(each.n_waiting for each in loaded.values())),
             ("model_loads_total", "counter", "models loaded", pool.n_loads),
             ("loaded_models", "gauge", "models that are loaded now", len(loaded)),
             ("waiting_for_model", "gauge", "requests that wait for a model to be loaded",
@@ -3183,23 +3275,22 @@ def main(argv: list[str] | None = None) -> int:
         log.warning("warning: %s can be reached from the network, and asks for no key; set "
                     "api_keys", server.url)
     server.pool.start()
-    for model in server.pool.loaded():
-        loaded = model.engine
+    for name, loaded in server.pool.engines().items():
         url = server.url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
         key = " -H 'Authorization: Bearer KEY'" * bool(server.key_digests)
         where = "the GPU" if loaded.model.on_gpu else f"{loaded.context.n_threads} CPU threads"
-        print(f"ready: {model.name} on {where}, {loaded.context.parallel} slots of "
+        print(f"ready: {name} on {where}, {loaded.context.parallel} slots of "
               f"{loaded.n_ctx} tokens\ntry: curl {url}/v1/chat/completions "
               f"-H 'Content-Type: application/json'{key} -d '{EXAMPLE_BODY}'", flush=True)
     server.stopping.wait()
-    if not server.pool.ended(LAST_WRITES_SECONDS):  # some steps of loading cannot be interrupted
-        os._exit(EXIT_OK)
     if server.pool.fatal_error:
         print(f"error: {server.pool.fatal_error}", file=sys.stderr)
         return EXIT_UNUSABLE
     log.info("shutting down: running requests have %g seconds", server.config.drain_seconds)
     if not server.drain():
         log.error("the engine is stuck in a step: ending without it")
+        os._exit(EXIT_OK)
+    if not server.pool.ended(LAST_WRITES_SECONDS):  # some steps of loading cannot be interrupted
         os._exit(EXIT_OK)
     return EXIT_OK
 

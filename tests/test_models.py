@@ -70,7 +70,7 @@ def text_of(response):
 
 
 def stream_lines(running, path, seen, **body):
-    """The lines of a stream; `seen` grows while they arrive."""
+    """The lines of a stream, in `seen`, which grows while they arrive."""
     with httpx.stream("POST", running.url + path, timeout=60,
                       json={"messages": HI, **body}) as response:
         for line in response.iter_lines():
@@ -476,6 +476,7 @@ def test_wrong_names_stop_the_server():
 
 
 def test_paths_in_a_file_are_relative_to_it(tmp_path):
+    """Those of the entries, too; names on the hub stay as they are."""
     config = config_of(tmp_path, "models_dir: m\nmodel: {mmproj: p.gguf, model_path: hf:o/r/f.gguf}"
                                  "\nmodels: {a: {model_path: sub/a.gguf, mmproj: /p.gguf}}")
     entry = config.models["a"]
@@ -485,7 +486,7 @@ def test_paths_in_a_file_are_relative_to_it(tmp_path):
 
 
 def test_variables_of_local_apps(tmp_path):
-    """Also under the names that other servers use; our own wins; an empty one is none."""
+    """Two names for one setting are refused; an empty variable is none."""
     config = config_of(tmp_path, "port: 1", {
         "MODEL_ID": "hf:o/r/f.gguf", "BATCH_MAX": "7", "HOST": "::1", "PORT": "9", "MMPROJ": "",
         "CORS_ORIGINS": "http://a,http://b", "DEFAULT_REGULAR_MODEL": "r",
@@ -495,7 +496,8 @@ def test_variables_of_local_apps(tmp_path):
     assert config.cors_origins == ["http://a", "http://b"]
     assert (config.default_regular_model, config.default_vision_model) == ("r", "v")
     assert (config.openai_base_url, config.openai_api_key) == ("http://b/v1", "12")
-    assert config_of(tmp_path, "", {"BATCH_MAX": "7", "PARALLEL": "8"}).parallel == 8
+    with pytest.raises(server.ConfigError, match="BATCH_MAX and PARALLEL mean the same"):
+        config_of(tmp_path, "", {"BATCH_MAX": "7", "PARALLEL": "8"})
 
 
 def test_a_dotenv_file(tmp_path):
@@ -530,6 +532,7 @@ def test_a_dotenv_file_beside_the_server_is_used(tmp_path, gguf):
 
 
 def test_without_its_library_a_model_of_the_hub_is_one_sentence(monkeypatch):
+    """It says what to install."""
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     for name, words in (("hf:o/r/f.gguf", "needs the huggingface_hub library: pip install"),
                         ("hf:o/f.gguf", "is not like hf:owner/repository/file.gguf")):
@@ -580,6 +583,7 @@ def test_a_model_of_the_hub_is_fetched_and_served(hub, tmp_path):
 
 
 def test_a_model_that_the_hub_does_not_have_is_one_sentence(hub):
+    """And exit code 2."""
     ended = subprocess.run(
         [conftest.server_python(), conftest.ROOT / "server.py", "--model", "hf:o/r/none.gguf"],
         capture_output=True, text=True, timeout=60, env={**os.environ, **hub})
