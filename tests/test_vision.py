@@ -11,6 +11,7 @@ import http.server
 import io
 import itertools
 import json
+import os
 import random
 import socket
 import struct
@@ -68,6 +69,11 @@ def web(running):
         yield client
 
 
+@pytest.fixture(scope="module")
+def client(running):
+    return openai.OpenAI(base_url=f"{running.url}/v1", api_key="unused")
+
+
 @pytest.fixture(autouse=True)
 def alive(web):
     """After each test the server still answers, and no slot is left busy."""
@@ -123,31 +129,33 @@ def text_tokens(web, *messages: dict) -> list[int]:
 # ==== It sees ==============================================================================
 
 
-def by_openai(running, number: int) -> str:
-    """PNG or JPEG, through the real client."""
-    url = uri(saved(PICTURES[number], quality=90), "image/jpeg") if number % 3 == 0 else \
-        uri(png(PICTURES[number]))
-    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="unused")
-    return client.chat.completions.create(model="seer", messages=[user(url)], temperature=0,
-                                          max_tokens=10).choices[0].message.content
+def test_nine_of_ten_new_pictures_are_named_right(client):
+    """PNG and JPEG, four at a time."""
+    def look(number: int) -> str:
+        url = uri(saved(PICTURES[number], quality=90), "image/jpeg") if number % 3 == 0 else \
+            uri(png(PICTURES[number]))
+        return client.chat.completions.create(model="seer", messages=[user(url)], temperature=0,
+                                              max_tokens=9).choices[0].message.content
 
-
-def by_app(running, number: int) -> str:
-    """Bare Base64 or a data: URI; /chat/vision finds the model that sees."""
-    bare = {"data_base64": uri(png(PICTURES[number])).partition(",")[2], "mime_type": "image/png"}
-    image = bare if number % 4 else {"data_base64": uri(png(PICTURES[number]))}
-    return httpx.post(f"{running.url}/chat/vision", timeout=60, json={
-        "messages": [{"role": "user", "content": "What is the color?", "images": [image]}],
-        "config": {"temperature": 0, "maxTokens": 10}}).json()["content"]
-
-
-@pytest.mark.parametrize("look, numbers", [(by_openai, ORDER), (by_app, ORDER[::2])])
-def test_at_least_nine_of_ten_new_pictures_are_named_right(running, look, numbers):
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda number: look(running, number), numbers))
-    pairs = [(NAMES[number], said) for number, said in zip(numbers, answers)]
+        pairs = list(zip(NAMES, pool.map(look, ORDER)))
     wrong = [pair for pair in pairs if colors_in(pair[1]) != [pair[0]]]
-    assert len(wrong) <= 0.1 * len(numbers), wrong
+    assert len(wrong) <= 0.1 * N_PICTURES, wrong
+
+
+def test_apps_show_their_pictures_as_bare_base64_or_data_uris(web):
+    """/chat/vision finds the model that sees."""
+    def look(number: int) -> str:
+        bare = {"data_base64": uri(png(PICTURES[number]))[22:], "mime_type": "image/png"}
+        image = bare if number % 2 else {"data_base64": uri(png(PICTURES[number]))}
+        return web.post("/chat/vision", json={
+            "messages": [{"role": "user", "content": "What is the color?", "images": [image]}],
+            "config": {"temperature": 0, "maxTokens": 9}}).json()["content"]
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        pairs = list(zip(NAMES[::3], pool.map(look, ORDER[::3])))
+    wrong = [pair for pair in pairs if colors_in(pair[1]) != [pair[0]]]
+    assert len(wrong) <= 0.1 * len(pairs), wrong
 
 
 def test_a_second_turn_about_an_image_finds_it_in_the_cache(web):
@@ -183,10 +191,9 @@ def test_two_images_in_one_message(web):
     assert answer(web, user(RED, BLUE), cache_prompt=False) == (mixed, n_mixed, 0)
 
 
-def test_streams_choices_and_schemas_see_too(running, web):
+def test_streams_choices_and_schemas_see_too(client, web):
     """With the same answer."""
     whole, _, _ = answer(web, user(BLUE))
-    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="unused")
     chunks = client.chat.completions.create(
         model="seer", messages=[user(BLUE)], temperature=0, max_tokens=10, stream=True)
     assert "".join(part.choices[0].delta.content or "" for part in chunks) == whole
@@ -205,7 +212,7 @@ def test_other_streams_go_on_while_images_are_read(running, web):
 
     def read() -> None:
         with httpx.stream("POST", f"{running.url}/v1/completions", timeout=60, json={
-                "prompt": "Once", "max_tokens": 100, "ignore_eos": True, "stream": True}) as reply:
+                "prompt": "Once", "max_tokens": 60, "ignore_eos": True, "stream": True}) as reply:
             times.extend(time.monotonic() for line in reply.iter_lines() if "text" in line)
 
     reader = threading.Thread(target=read)
@@ -214,9 +221,9 @@ def test_other_streams_go_on_while_images_are_read(running, web):
     fresh = [png(picture ^ 2) for picture in PICTURES]
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         replies = list(pool.map(lambda start: ask(web, user(*fresh[start:start + 5]),
-                                                  max_tokens=2), range(0, 30, 5)))
+                                                  max_tokens=2), range(0, 20, 5)))
     reader.join()
-    assert {reply.status_code for reply in replies} == {200} and len(times) >= 50
+    assert {reply.status_code for reply in replies} == {200} and len(times) >= 30
     assert max(b - a for a, b in itertools.pairwise(times)) < 3
 
 
@@ -368,6 +375,7 @@ class Site(http.server.BaseHTTPRequestHandler):
         if self.path == "/reset":
             self.wfile.write(RED[:50])
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())
             return
         with contextlib.suppress(OSError):
             for _ in range(50 if self.path == "/slow" else 0):
@@ -425,7 +433,7 @@ def test_an_image_is_fetched_within_limits(web, site, path, words, monkeypatch):
 
 def test_a_request_cancelled_within_an_image_leaves_its_slot_usable(running, web):
     """The next one computes that image anew: it is kept whole or not at all."""
-    turn = user(*[png(picture ^ 4) for picture in PICTURES[:20]])
+    turn = user(*[png(picture ^ 4) for picture in PICTURES[:9]])
     before, between, *_ = text_tokens(web, turn)
     step = N_POSITIONS + between
 
@@ -440,7 +448,8 @@ def test_a_request_cancelled_within_an_image_leaves_its_slot_usable(running, web
                                       "cache_prompt": False})  # all slots forget the images
     with httpx.stream("POST", f"{running.url}/v1/completions", json={
             "prompt": "Once", "max_tokens": 700, "ignore_eos": True, "stream": True}) as reply:
-        next(reply.iter_lines())
+        lines = reply.iter_lines()
+        next(lines)
         with socket.create_connection(("127.0.0.1", running.server_port)) as raw:
             body = json.dumps({"messages": [turn]}).encode()
             raw.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
