@@ -542,8 +542,6 @@ def test_without_its_library_a_model_of_the_hub_is_one_sentence(monkeypatch):
 @pytest.fixture
 def hub(gguf, tmp_path):
     """A hub of one file, o/r/sub/f.gguf; the environment that makes it the one to ask."""
-    pytest.importorskip("huggingface_hub")
-
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
             found = self.path == "/o/r/resolve/main/sub/f.gguf"
