@@ -411,46 +411,71 @@ def _pointer(array: np.ndarray, ctype):
 
 MAX_PIXELS = 50_000_000  # of an image, which takes 3 bytes each: the largest phone cameras'
 MAX_SEGMENTS = 20_000  # of a file; one of 16 MB has some thousands
+MAX_SCANS = 100  # of a JPEG, each of which may go over the whole image; encoders write about ten
+PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by color type
 JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # ITU-T T.81, table B.1: SOF
 JPEG_BARE = frozenset([0x01, *range(0xD0, 0xD9)])  # markers without a length
+JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 N_ID_WORDS = 8  # of 31 bits each, of the SHA-256 of an image
 
 
 def image_size(file: bytes) -> tuple[str, int, int]:
     """The MIME type, width and height of a JPEG, PNG or WebP file (the two 0 for WebP, which
-    Pillow reads). Raises ImageError for others, and for one that is cut off or damaged."""
-    cut_off = ImageError("the image is cut off or damaged")
+    Pillow reads). Raises ImageError for others, and for what no decoder should be given: one that
+    is cut off, damaged, or unpacks to more than it says."""
     try:
-        if file.startswith(b"\x89PNG\r\n\x1a\n"):
-            position = 8
-            for _ in range(MAX_SEGMENTS):
-                if file[position + 4:position + 8] == b"IEND":
-                    return "image/png", *struct.unpack_from(">II", file, 16)
-                length, = struct.unpack_from(">I", file, position)
-                checksum, = struct.unpack_from(">I", file, position + 8 + length)
-                if zlib.crc32(file[position + 4:position + 8 + length]) != checksum:
-                    raise cut_off
-                position += length + 12
-            raise cut_off
+        if file.startswith(PNG_START):
+            return "image/png", *_png_size(file)
         if file.startswith(b"\xff\xd8\xff"):
-            position = 2
-            for _ in range(MAX_SEGMENTS):
-                if file[position + 1] in JPEG_FRAMES:
-                    break
-                is_bare = file[position + 1] in (*JPEG_BARE, 0xFF)  # 0xFF: filling
-                length = 0 if is_bare else struct.unpack_from(">H", file, position + 2)[0]
-                position += 1 if file[position + 1] == 0xFF else 2 + length
-                if file[position] != 0xFF:
-                    raise cut_off
-            if file[position + 1] not in JPEG_FRAMES or b"\xff\xd9" not in file[position:]:
-                raise cut_off  # without its end-of-image marker
-            height, width = struct.unpack_from(">HH", file, position + 5)
-            return "image/jpeg", width, height
-    except (struct.error, IndexError):
-        raise cut_off from None
+            return "image/jpeg", *_jpeg_size(file)
+    except (struct.error, IndexError, KeyError, zlib.error):
+        raise ImageError("the image is cut off or damaged") from None
     if file[:4] == b"RIFF" and file[8:12] == b"WEBP":
         return "image/webp", 0, 0
     raise ImageError(f"the image is no JPEG, PNG or WebP file; it starts with {file[:8]!r}")
+
+
+def _png_size(file: bytes) -> tuple[int, int]:
+    """Width and height (https://www.w3.org/TR/png-3/). The pixels are unpacked once, to count."""
+    width, height, bits, color = struct.unpack_from(">IIBB", file, 16)
+    # A row and its filter, and what the seven passes of an interlaced image round up.
+    room = height * (width * PNG_CHANNELS[color] * bits // 8 + 8) + 64
+    unpack, position = zlib.decompressobj(), 8
+    for _ in range(MAX_SEGMENTS):
+        length, kind = struct.unpack_from(">I4s", file, position)
+        data = file[position + 8:position + 8 + length]
+        if struct.unpack_from(">I", file, position + 8 + length)[0] != zlib.crc32(kind + data):
+            break
+        if kind == b"IEND":
+            return width, height
+        while kind == b"IDAT" and data and room >= 0:
+            room -= len(unpack.decompress(data, 2**20))
+            data = unpack.unconsumed_tail
+        if room < 0 or width * height > MAX_PIXELS:
+            raise ImageError(f"the image has {width} x {height} pixels, or more than that; the "
+                             f"limit is {MAX_PIXELS} in all")
+        position += length + 12
+    raise IndexError
+
+
+def _jpeg_size(file: bytes) -> tuple[int, int]:
+    """Width and height (ITU-T T.81, annex B)."""
+    position = 2
+    for _ in range(MAX_SEGMENTS):
+        if file[position] != 0xFF:
+            break
+        marker = file[position + 1]
+        if marker in JPEG_FRAMES and JPEG_END in file[position:]:
+            if file.count(JPEG_SCAN) > MAX_SCANS:
+                raise ImageError(f"the image has more than {MAX_SCANS} scans")
+            return struct.unpack_from(">HH", file, position + 5)[::-1]
+        if marker == 0xFF:  # filling
+            position += 1
+        else:
+            position += 2 if marker in JPEG_BARE else 2 + struct.unpack_from(
+                ">H", file, position + 2)[0]
+    raise IndexError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -502,12 +527,14 @@ class Projector:
         them. Raises ImageError."""
         digest = hashlib.sha256(file).digest()
         with self._lock:
-            pieces = self._cache.pop(digest, None) or self._encode(file, digest)
+            pieces = self._cache.pop(digest, None)
+            if pieces is None:
+                pieces = self._encode(file, digest)
+                self._cached_bytes += row_bytes(pieces)
             self._cache[digest] = pieces
-            self._cached_bytes = sum(piece.rows.nbytes for pieces in self._cache.values()
-                                     for piece in pieces if isinstance(piece, Image))
-            if self._cached_bytes > self.CACHE_BYTES:
-                del self._cache[next(iter(self._cache))]
+            while self._cached_bytes > self.CACHE_BYTES and len(self._cache) > 1:
+                oldest = self._cache.pop(next(iter(self._cache)))
+                self._cached_bytes -= row_bytes(oldest)
         return pieces
 
     def _encode(self, file: bytes, digest: bytes) -> list[np.ndarray | Image]:
@@ -567,6 +594,11 @@ class Projector:
             self._mtmd, context, image.native, _pointer(image.rows, ctypes.c_float), position,
             seq_id, n_batch, ctypes.byref(lib.llama_pos()),
             mtmd.mtmd_helper_post_decode_callback(), ctypes.c_void_p(None))
+
+
+def row_bytes(pieces: list[np.ndarray | Image]) -> int:
+    """The memory that the rows of images take."""
+    return sum(piece.rows.nbytes for piece in pieces if isinstance(piece, Image))
 
 
 def read_by_pillow(file: bytes) -> tuple[int, int, bytes]:

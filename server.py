@@ -1367,7 +1367,9 @@ def fetch_image(url: str, check: Callable[[], None]) -> bytes:
                                    IMAGE_SECONDS, check_both, public_address(url)) as response:
                 location = response.headers.get("Location")
                 if 300 <= response.status < 400 and location:
-                    url = urllib.parse.urljoin(url, location)
+                    with contextlib.suppress(ValueError):  # else public_address says it
+                        location = urllib.parse.urljoin(url, location)
+                    url = location
                     continue
                 if response.status != 200:
                     raise engine.ImageError(f"{describe(url)} answered {response.status}")
@@ -1378,7 +1380,7 @@ def fetch_image(url: str, check: Callable[[], None]) -> bytes:
     except TimeoutError:
         raise engine.ImageError(f"{describe(url)} took over {IMAGE_SECONDS:g} seconds") from None
     except (Unreachable, http.client.HTTPException) as error:
-        raise engine.ImageError(f"cannot fetch {describe(url)}: {error}") from None
+        raise engine.ImageError(f"cannot fetch {describe(url)}: {describe(str(error))}") from None
     raise engine.ImageError(f"more than {MAX_REDIRECTS} redirects")
 
 
@@ -1392,11 +1394,24 @@ def public_address(url: str) -> str:
     except (OSError, ValueError):
         raise engine.ImageError(f"{describe(url)} is no address on the web") from None
     addresses = [entry[4][0] for entry in found]
-    for text in addresses:
-        address = read_address(text)
-        if address is None or not address.is_global or address.is_multicast:
-            raise engine.ImageError(f"{describe(url)} is not at a public address")
+    if not all(map(is_public, addresses)):
+        raise engine.ImageError(f"{describe(url)} is not at a public address")
     return addresses[0]
+
+
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # RFC 4291, 2.4
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
+
+
+def is_public(text: str) -> bool:
+    """Whether everybody can reach an address. One that stands for an IPv4 address is that."""
+    address = read_address(text)
+    if address is None or address.version == 4:
+        return address is not None and address.is_global and not address.is_multicast
+    inner = address.sixtofour or (address.teredo or (None, None))[1]
+    if address in NAT64:
+        inner = ipaddress.IPv4Address(int(address) % 2**32)
+    return is_public(str(inner)) if inner else address in GLOBAL_UNICAST and address.is_global
 
 
 # ==== 6. Models: which names there are ===================================================
@@ -2820,10 +2835,15 @@ def _prepare(message: dict, form: engine.ToolFormat) -> dict:
 
 
 def text_of(content: str | list[dict]) -> str:
-    """A message's content, its parts joined."""
+    """A message's content, its parts joined: texts by a newline, images as they are."""
     if isinstance(content, str):
         return content
-    return "\n".join(part["text"] or part["refusal"] for part in content)
+    text = ""
+    for before, part in zip([None, *content], content):
+        is_image = "image_url" in (part["type"], before and before["type"])
+        text += "" if before is None or is_image else "\n"
+        text += part["text"] or part["refusal"]
+    return text
 
 
 def _read_object(text: str) -> dict | str:

@@ -14,6 +14,8 @@ about 83 of 84. Another machine's rounding makes slightly other weights.
 
 import math
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import gguf
@@ -51,6 +53,18 @@ def pictures(rng: np.random.Generator, colors: np.ndarray, shapes: np.ndarray) -
     image = mask * ink[:, None, None] + (1 - mask) * paper[:, None, None]
     noise = rng.standard_normal(image.shape, np.float32) * draw(0, 8, 1, 1, 1)
     return np.clip(image + noise, 0, 255).round().astype(np.uint8)
+
+
+def png(image: np.ndarray) -> bytes:
+    """An RGB picture, uint8 of shape (height, width, 3), as a PNG file."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", image.shape[1], image.shape[0], 8, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.tobytes() for row in image)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows))
+            + chunk(b"IEND", b""))
 
 
 def patches_of(images: np.ndarray) -> np.ndarray:

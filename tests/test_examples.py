@@ -11,8 +11,7 @@ import openai
 import pytest
 
 from conftest import ROOT, serve
-from make_vision_model import COLORS, PRODUCT, SHAPES, pictures
-from test_vision_model import png
+from make_vision_model import COLORS, PRODUCT, SHAPES, pictures, png
 
 sys.path.insert(0, str(ROOT))
 import server  # noqa: E402

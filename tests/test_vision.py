@@ -1,7 +1,7 @@
 """The server sees: images through both dialects, what is refused of them, and what they cannot do.
 
 The real model with tiny-vision.mmproj.gguf, which knows the colour of a shape and little else; real
-sockets, the real openai client. test_vision_model.py is about the model itself.
+sockets, the real openai client. make_vision_model.py made the model.
 """
 
 import base64
@@ -20,6 +20,7 @@ import threading
 import time
 import zlib
 
+import gguf
 import httpx
 import numpy as np
 import openai
@@ -29,11 +30,12 @@ import pytest
 import engine
 import server
 from conftest import ROOT
-from make_vision_model import COLORS, PRODUCT, SHAPES, pictures
+from make_vision_model import COLORS, PRODUCT, SEED, SHAPES, pictures, png
 from test_limits import listening, wait_for
-from test_vision_model import N_PICTURES, TEST_SEED, png
 
 N_POSITIONS = 16  # of an image in a prompt
+TEST_SEED = 20_000  # the training drew its pictures with SEED
+N_PICTURES = 42  # each colour with each shape, twice
 ORDER = np.arange(N_PICTURES)
 NAMES = [list(COLORS)[number] for number in ORDER % len(COLORS)]
 PICTURES = pictures(np.random.default_rng(TEST_SEED), ORDER % len(COLORS),
@@ -127,6 +129,12 @@ def text_tokens(web, *messages: dict) -> list[int]:
 
 
 # ==== It sees ==============================================================================
+
+
+def test_the_little_model_is_small_and_made_for_smollm2():
+    assert PRODUCT.stat().st_size < 2_000_000
+    field = gguf.GGUFReader(PRODUCT).get_field("clip.vision.projection_dim")
+    assert field.contents() == 576 and SEED != TEST_SEED
 
 
 def test_nine_of_ten_new_pictures_are_named_right(client):
@@ -270,7 +278,7 @@ WAV = b"RIFF\x2c\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x40\x1f\0\0\x80\x3e\0\0\2\0\x10
 
 @pytest.mark.parametrize("url, words", [
     (uri(RED[:200]), "cut off"), (uri(RED[:-12]), "cut off"), (uri(RED[:30]), "cut off"),
-    (uri(PNG_START), "cut off"), (uri(RED[:100] + b"?" + RED[101:]), "damaged"),
+    (uri(PNG_START), "no JPEG"), (uri(RED[:100] + b"?" + RED[101:]), "damaged"),
     (uri(a_png(48, 48, b"")), "damaged"), (uri(a_png(0, 0, BLACK)), "0 x 0"),
     (uri(a_png(60_000, 60_000, BLACK)), "60000 x 60000"), (uri(PNG_START + PNG_END), ""),
     (uri(HIDDEN), ""), (uri(a_png(1, 1, BLACK)), ""),  # larger than they say
