@@ -215,8 +215,8 @@ def find_model_file(model_path: str | None, models_dir: Path, go_on=lambda: True
 
 def model_files(folder: Path) -> list[Path]:
     """The models in a folder, without image projectors and the later parts of split files."""
-    return sorted(file for file in folder.glob("*.gguf")
-                  if not re.search("(?i)mmproj|-(?!00001)[0-9]{5}-of-", file.name))
+    return sorted(file for file in folder.glob("*.gguf") if file.is_file()
+                  and not re.search("(?i)mmproj|-(?!00001)[0-9]{5}-of-", file.name))
 
 
 def fetch_default_model(models_dir: Path, go_on=lambda: True) -> Path:
@@ -420,20 +420,24 @@ JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
 N_ID_WORDS = 8  # of 31 bits each, of the SHA-256 of an image
 
 
-def image_size(file: bytes) -> tuple[str, int, int]:
-    """The MIME type, width and height of a JPEG, PNG or WebP file (the two 0 for WebP, which
-    Pillow reads). Raises ImageError for others, and for what no decoder should be given: one that
-    is cut off, damaged, or unpacks to more than it says."""
+def image_kind(file: bytes) -> str:
+    """The MIME type of a file. Raises ImageError for what is no JPEG, PNG or WebP."""
+    if file.startswith(PNG_START):
+        return "image/png"
+    if file.startswith(b"\xff\xd8\xff"):
+        return "image/jpeg"
+    if file[:4] == b"RIFF" and file[8:12] == b"WEBP":
+        return "image/webp"
+    raise ImageError(f"the image is no JPEG, PNG or WebP file; it starts with {file[:8]!r}")
+
+
+def image_size(file: bytes) -> tuple[int, int]:
+    """Width and height of a JPEG or PNG file, in pixels. Raises ImageError for what no decoder
+    should be given: one that is cut off, damaged, or unpacks to more than it says."""
     try:
-        if file.startswith(PNG_START):
-            return "image/png", *_png_size(file)
-        if file.startswith(b"\xff\xd8\xff"):
-            return "image/jpeg", *_jpeg_size(file)
+        return (_png_size if image_kind(file) == "image/png" else _jpeg_size)(file)
     except (struct.error, IndexError, KeyError, zlib.error):
         raise ImageError("the image is cut off or damaged") from None
-    if file[:4] == b"RIFF" and file[8:12] == b"WEBP":
-        return "image/webp", 0, 0
-    raise ImageError(f"the image is no JPEG, PNG or WebP file; it starts with {file[:8]!r}")
 
 
 def _png_size(file: bytes) -> tuple[int, int]:
@@ -449,7 +453,7 @@ def _png_size(file: bytes) -> tuple[int, int]:
             break
         if kind == b"IEND":
             return width, height
-        while kind == b"IDAT" and data and room >= 0:
+        while kind == b"IDAT" and data and room >= 0 and not unpack.eof:
             room -= len(unpack.decompress(data, 2**20))
             data = unpack.unconsumed_tail
         if room < 0 or width * height > MAX_PIXELS:
@@ -553,14 +557,13 @@ class Projector:
 
     def _bitmap(self, file: bytes):
         """The pixels of a file, as mtmd holds them."""
-        kind, width, height = image_size(file)
-        if kind == "image/webp":
-            width, height, file = read_by_pillow(file)
+        is_webp = image_kind(file) == "image/webp"
+        width, height, file = read_by_pillow(file) if is_webp else (*image_size(file), file)
         if not 0 < width * height <= MAX_PIXELS:
             raise ImageError(f"the image has {width} x {height} pixels; the limit is {MAX_PIXELS} "
                              "in all")
         buffer = (ctypes.c_uint8 * len(file)).from_buffer_copy(file)
-        bitmap = mtmd.mtmd_bitmap_init(width, height, buffer) if kind == "image/webp" else \
+        bitmap = mtmd.mtmd_bitmap_init(width, height, buffer) if is_webp else \
             mtmd.mtmd_helper_bitmap_init_from_buf(self._mtmd, buffer, len(file), False)
         if not bitmap:
             raise ImageError("the image is damaged, or of a kind that is not supported")
@@ -576,6 +579,8 @@ class Projector:
             raise ImageError("the model cannot encode the image")
         rows = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(self._mtmd),
                                      (n_tokens, self._n_embd)).copy()
+        if not np.isfinite(rows).all():
+            raise ImageError("the model makes no numbers of the image: its mmproj may be damaged")
         words = np.frombuffer(hashlib.sha256(digest).digest(), ">u4").astype(np.int64) % 2**31
         positions = np.arange(mtmd.mtmd_input_chunk_get_n_pos(chunk))
         ids = (-1 - words[positions % N_ID_WORDS]).astype(np.int32)
@@ -2707,7 +2712,8 @@ class LocalModel:
     progress: float | None = None  # 0 to 1, while it loads
     is_in_folder: bool = False  # of the models_dir, from which it may vanish
     error: str | None = None  # why it could not be loaded the last time, ...
-    seen: tuple[int, ...] = ()  # ... what its file looked like then ...
+    is_broken: bool = False  # ... whether it is a file's fault, ...
+    seen: tuple = ()  # ... what its files looked like then ...
     failed_at: float = -math.inf  # ... and when; time.monotonic()
     n_users: int = 0
     loaded_at: float = 0.0  # time.monotonic()
@@ -2717,19 +2723,21 @@ class LocalModel:
     must_go: bool = False  # leaves because somebody unloads it by hand
     is_off: bool = False  # has been unloaded by hand: only who asks for it by name loads it again
 
-    def look(self) -> tuple[int, ...]:
-        """What changes when its file does; () when there is none."""
-        with contextlib.suppress(OSError, TypeError):
-            stat = os.stat(os.path.expanduser(self.path))
-            return stat.st_ino, stat.st_size, stat.st_mtime_ns
-        return ()
+    def look(self) -> tuple:
+        """What changes when one of its files does."""
+        seen = []
+        for file in (self.path, self.options["mmproj"], self.options["chat_template_file"]):
+            with contextlib.suppress(OSError, TypeError):  # gone, or None
+                stat = os.stat(os.path.expanduser(file))
+                seen.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
+        return tuple(seen)
 
     def is_hopeless(self) -> bool:
-        """Whether to load it would fail again: its file is what it was when that failed."""
-        is_file = self.path is not None and not self.path.startswith(HUB)
+        """Whether to load it would fail again: it just has, or its files are what they were when
+        they were broken."""
         return self.error is not None and (
             time.monotonic() - self.failed_at < RELOAD_SECONDS
-            or is_file and self.seen == self.look())
+            or self.is_broken and self.seen == self.look())
 
 
 @dataclasses.dataclass(eq=False)
@@ -2785,13 +2793,16 @@ class Pool:
             while self.is_starting and not self._stopping.is_set():
                 self._changed.wait(POLL_SECONDS)
 
-    def models(self) -> list[LocalModel]:
-        """All that can be loaded right now."""
+    def models(self) -> dict[str, LocalModel]:
+        """All that can be loaded right now, by name."""
+        found = {model.name: model for model in self._scan()}
         with self._changed:
-            for model in self._scan():
-                self._models.setdefault(model.name, model)
-            return [model for model in self._models.values()
-                    if model.engine or not model.is_in_folder or model.look()]
+            for name, model in found.items():
+                known = self._models.setdefault(name, model)
+                if known.is_in_folder and not known.engine:
+                    known.options = model.options  # its mmproj may have come or gone
+            return {name: model for name, model in self._models.items()
+                    if model.engine or not model.is_in_folder or name in found}
 
     @property
     def is_starting(self) -> bool:
@@ -2870,6 +2881,7 @@ class Pool:
 
     def load(self, model: LocalModel, exclusive: bool, wait: Callable[[], None]) -> None:
         """Load a model; with `exclusive`, unload all others before. Raises as `lease` does."""
+        model.error = None  # who asks like this wants it tried, whatever happened before
         if exclusive:
             self.unload([other for other in self.loaded() if other is not model], wait)
         with self.lease(model, wait):
@@ -2986,7 +2998,8 @@ class Pool:
         if self._stopping.is_set():  # it is the stop that interrupted the loading
             return
         with self._changed:
-            model.error, model.failed_at, model.must_go = str(error), time.monotonic(), False
+            model.error, model.is_broken = str(error), isinstance(error, BrokenModel)
+            model.failed_at, model.must_go = time.monotonic(), False
             for ticket in self._tickets:
                 if ticket.model is model and ticket is not self._first:
                     ticket.error = model.error

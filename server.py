@@ -22,6 +22,7 @@ to load; each connection has one that handles its requests, and each engine has 
 
 import argparse
 import base64
+import binascii
 import collections
 import contextlib
 import dataclasses
@@ -83,6 +84,7 @@ def option(default=None, **limits):
     return dataclasses.field(default=default, metadata=limits)
 
 
+MODEL_NAME = r"[A-Za-z0-9][\w./:@+-]*"
 MAX_N_CTX = 2**23  # tokens; times 256 slots that fits llama.cpp's 32 bits
 
 
@@ -201,7 +203,7 @@ class Config:
                     raise invalid(name, f"{name}: {describe(value)} must be like {example}")
         check_upstream("openai_base_url", self.openai_base_url, self.openai_api_key)
         for name, entry in self.models.items():
-            if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w./:@+-]*", name):
+            if not isinstance(name, str) or not re.fullmatch(MODEL_NAME, name):
                 raise invalid("models", f"models: {describe(name)} is no name for a model; use "
                                         "letters, digits and ./:@+_-, in quotes if need be")
             if (entry.parallel or 0) > self.n_batch:
@@ -501,6 +503,7 @@ class Part:
     text: str = ""
     refusal: str = ""
     image_url: ImageUrl | None = None
+    file = b""  # what is there; Handler.read_images gets it
 
     def check(self, at: str) -> None:
         """Refuse an image without an address, and the other way round."""
@@ -1087,10 +1090,9 @@ def body_size(head: Head, limit: int) -> int | None:
     return int(length)
 
 
-def body_too_large(size: str, limit: int) -> ApiError:
+def body_too_large(size: str, limit: int, why: str = "max_body_mb") -> ApiError:
     """413; size: what is known of the body's; limit: bytes."""
-    return ApiError(413, f"the body {size}, the limit is {limit} (max_body_mb)",
-                    code="body_too_large")
+    return ApiError(413, f"the body {size}, the limit is {limit} ({why})", code="body_too_large")
 
 
 def read_exactly(file: io.BufferedIOBase, size: int) -> bytes:
@@ -1185,6 +1187,8 @@ CONNECT_SECONDS = 10.0
 LIST_SECONDS = 5.0  # for the list of models elsewhere
 PASSED_ON = ("Content-Type", "Content-Encoding", "Retry-After", "Location")  # of its headers
 PIECE = 65536  # bytes passed on at a time, at most
+MAX_FAR_LINE = 2**20  # bytes of an event from an engine elsewhere
+MAX_FAR_BODY = 2**26  # bytes of a reply of its that we read, in place of passing it on
 WATCH_MS = 100  # how often who waits for another server looks whether its own client is there
 
 
@@ -1198,6 +1202,8 @@ class WatchedConnection(io.RawIOBase):
 
     def __init__(self, connection: socket.socket, seconds: float, check: Callable[[], None]):
         self.connection, self.seconds, self.check = connection, seconds, check
+        connection.setblocking(False)
+        self.file = io.BufferedReader(self)
 
     def readable(self) -> bool:
         return True
@@ -1206,31 +1212,34 @@ class WatchedConnection(io.RawIOBase):
         """Wait until the connection can be read (select.POLLIN) or written (POLLOUT)."""
         poll, until = select.poll(), time.monotonic() + self.seconds
         poll.register(self.connection, event)
-        self.check()
         while not poll.poll(WATCH_MS):
             self.check()
             if time.monotonic() > until:
                 raise TimeoutError
 
     def readinto(self, buffer) -> int:
-        if not getattr(self.connection, "pending", int)():  # TLS may have read more than it gave
-            self.wait(select.POLLIN)
-        try:
-            return self.connection.recv_into(buffer)
-        except OSError as error:
-            raise http.client.HTTPException(str(error)) from None
+        self.check()
+        while True:
+            try:
+                return self.connection.recv_into(buffer)
+            except (BlockingIOError, ssl.SSLWantReadError):
+                self.wait(select.POLLIN)
+            except OSError as error:
+                raise http.client.HTTPException(str(error)) from None
 
     def send(self, data: bytes) -> None:
         """Send it all, unless the other side closes: it may have answered already."""
         view = memoryview(data)
         with contextlib.suppress(ConnectionError):
             while view:
-                self.wait(select.POLLOUT)
-                view = view[self.connection.send(view[:PIECE]):]
+                try:
+                    view = view[self.connection.send(view[:PIECE]):]
+                except (BlockingIOError, ssl.SSLWantWriteError):
+                    self.wait(select.POLLOUT)
 
     def makefile(self, _mode: str) -> io.BufferedReader:
-        """What http.client asks of a socket."""
-        return io.BufferedReader(self)
+        """What http.client asks of a socket; the same for a response that follows another."""
+        return self.file
 
 
 @contextlib.contextmanager
@@ -1260,10 +1269,52 @@ def request_elsewhere(method: str, url: str, body: bytes | None, headers: dict[s
             raise Unreachable(getattr(error, "strerror", None) or str(error)) from None
         watched = WatchedConnection(connection, seconds, check)
         watched.send(body or b"")
-        response = http.client.HTTPResponse(watched, method=method)
-        stack.callback(response.close)
-        response.begin()
+        stack.callback(watched.file.close)
+        status = 100
+        while 100 <= status < 200:  # hints that come before the answer
+            response = http.client.HTTPResponse(watched, method=method)
+            response.begin()
+            status = response.status
+            if status == 101 or status >= 600:
+                raise http.client.HTTPException(f"status {status}")
         yield response
+
+
+class TooLarge(http.client.HTTPException):
+    """A body is larger than what we take."""
+
+
+def read_pieces(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """A body as it arrives. Raises http.client.HTTPException when it is malformed or breaks off."""
+    try:
+        while piece := response.read1(PIECE):
+            yield piece
+    except ValueError as error:  # the size of a chunk is none
+        raise http.client.HTTPException(str(error)) from None
+    if response.length:
+        raise http.client.IncompleteRead(b"", response.length)
+
+
+def read_all(response: http.client.HTTPResponse, limit: int) -> bytes:
+    """A body of at most `limit` bytes. Raises TooLarge, http.client.HTTPException."""
+    body = bytearray()
+    for piece in read_pieces(response):
+        body += piece
+        if len(body) > limit:
+            raise TooLarge
+    return bytes(body)
+
+
+def read_lines(response: http.client.HTTPResponse, limit: int) -> Iterator[bytes]:
+    """The lines of a body of at most `limit` bytes, as read_all."""
+    rest, n_bytes = b"", 0
+    for piece in read_pieces(response):
+        *lines, rest = (rest + piece).split(b"\n")
+        n_bytes += len(piece)
+        if n_bytes > limit or len(rest) > MAX_FAR_LINE:
+            raise TooLarge
+        yield from lines
+    yield rest
 
 
 @dataclasses.dataclass
@@ -1299,7 +1350,7 @@ class FarChunk:
 
 def read_chunks(response: http.client.HTTPResponse, upstream: "Upstream") -> Iterator[dict]:
     """The chunks of a streamed chat completion. Raises ApiError."""
-    for line in response:
+    for line in read_lines(response, MAX_FAR_BODY):
         if not line.startswith(b"data:"):
             continue
         text = line.removeprefix(b"data:").strip()
@@ -1308,13 +1359,13 @@ def read_chunks(response: http.client.HTTPResponse, upstream: "Upstream") -> Ite
         try:
             chunk = json.loads(text)
             if isinstance(chunk, dict) and chunk.get("error"):
-                raise ApiError(502, f"{upstream.name}: {error_in(text)}")
+                raise ApiError(502, upstream.mask(f"{upstream.name}: {error_in(text)}"))
             yield dataclasses.asdict(read_value(FarChunk, chunk, "the event", {}, []))
         except (ValueError, RecursionError):
             raise ApiError(502, f"{upstream.name} sent an event that is not JSON") from None
         except ApiError as error:
             raise error if error.status == 502 else ApiError(
-                502, f"{upstream.name} sent an odd event: {error.message}") from None
+                502, upstream.mask(f"{upstream.name} sent an odd event: {error.message}")) from None
     raise ApiError(502, f"{upstream.name} broke off")
 
 
@@ -1329,33 +1380,32 @@ def error_in(body: bytes) -> str:
 
 
 MAX_REDIRECTS = 3
-IMAGE_SECONDS = 10.0  # for all of an image from the web
-MAX_IMAGE_MB = 20  # of one image from the web
+IMAGE_SECONDS = 10.0  # for all images of a request that come from the web
+MAX_IMAGES_MB = 20  # of all these together
 
 
 def read_data_uri(url: str) -> bytes:
     """The image in a data: URI (RFC 2397) in Base64. Raises ImageError, also where its type is not
     what the URI says."""
     about, comma, data = url.partition(",")
-    kind, *options = about[5:].lower().split(";")
+    kind, *options = about[5:MAX_LINE].lower().split(";")
     if not comma or "base64" not in options:
         raise engine.ImageError("a data: URI must be like data:image/png;base64,...")
     try:
-        file = base64.b64decode(re.sub(r"\s", "", data), validate=True)
-    except ValueError:  # non-ASCII characters, too
+        file = binascii.a2b_base64("".join(data.split()).encode("ascii"), strict_mode=True)
+    except ValueError:
         raise engine.ImageError("the data: URI is not valid Base64") from None
-    found, _, _ = engine.image_size(file)
+    found = engine.image_kind(file)
     if kind.replace("image/jpg", "image/jpeg") not in (found, "", "image/*",
                                                        "application/octet-stream"):
         raise engine.ImageError(f"the image is {found}, but {describe(kind)} was said")
     return file
 
 
-def fetch_image(url: str, check: Callable[[], None]) -> bytes:
+def fetch_image(url: str, until: float, limit: int, check: Callable[[], None]) -> bytes:
     """An image from the web: from public addresses only, also after a redirect, so that nobody
-    reaches through us what is not public. Raises ImageError."""
-    until, limit = time.monotonic() + IMAGE_SECONDS, MAX_IMAGE_MB * 2**20
-
+    reaches through us what is not public. until: time.monotonic(); limit: bytes. Raises
+    ImageError."""
     def check_both() -> None:
         check()
         if time.monotonic() > until:
@@ -1373,12 +1423,13 @@ def fetch_image(url: str, check: Callable[[], None]) -> bytes:
                     continue
                 if response.status != 200:
                     raise engine.ImageError(f"{describe(url)} answered {response.status}")
-                file = response.read(limit + 1)
-            if len(file) > limit:
-                raise engine.ImageError(f"{describe(url)} is larger than {MAX_IMAGE_MB} MB")
-            return file
+                return read_all(response, limit)
     except TimeoutError:
-        raise engine.ImageError(f"{describe(url)} took over {IMAGE_SECONDS:g} seconds") from None
+        raise engine.ImageError("fetching images takes more than the "
+                                f"{IMAGE_SECONDS:g} seconds of a request") from None
+    except TooLarge:
+        raise engine.ImageError(f"the images of a request that are fetched are more than "
+                                f"{MAX_IMAGES_MB} MB") from None
     except (Unreachable, http.client.HTTPException) as error:
         raise engine.ImageError(f"cannot fetch {describe(url)}: {describe(str(error))}") from None
     raise engine.ImageError(f"more than {MAX_REDIRECTS} redirects")
@@ -1430,6 +1481,10 @@ class Upstream:
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
+    def mask(self, text: str) -> str:
+        """A text of its for our clients and the log: it may quote our key."""
+        return text.replace(self.api_key, "***") if self.api_key else text
+
 
 UPSTREAM = "upstream"  # the name of the one in openai_base_url
 
@@ -1457,9 +1512,9 @@ class Models:
             list(local.values()), stopping, self.scan, HERE / "models",
             max_loaded=config.max_loaded, max_queue=config.max_queue,
             turn_seconds=config.turn_seconds)
-        self.regular = None
+        self.regular, self.fixed = None, {**local, **self.upstreams}
         self.regular = self.default(wanted, next(iter([*local, *self.upstreams]), None))
-        seers = [model.name for model in self.pool.models() if model.options["mmproj"]]
+        seers = [model.name for model in self.pool.models().values() if model.options["mmproj"]]
         self.vision = self.default(config.default_vision_model, next(iter(seers), None))
         if isinstance(self.regular, engine.LocalModel):
             self.pool.set_default(self.regular)
@@ -1492,6 +1547,8 @@ class Models:
         mmproj-FILE.gguf is what the model in FILE.gguf sees with."""
         found, folder = [], Path(os.path.expanduser(self.config.models_dir or ""))
         for file in engine.model_files(folder) if self.config.models_dir else ():
+            if not re.fullmatch(MODEL_NAME, file.stem):
+                continue
             projectors = [folder / f"{file.stem}.mmproj.gguf", folder / f"mmproj-{file.name}"]
             mmproj = next((str(path) for path in projectors if path.is_file()), None)
             entry = ModelEntry(model_path=str(file), mmproj=mmproj)
@@ -1501,7 +1558,7 @@ class Models:
 
     def names(self) -> dict[str, "engine.LocalModel | Upstream"]:
         """Every name that is ours."""
-        local = {model.name: model for model in self.pool.models()}
+        local = self.pool.models()
         aliases = dict.fromkeys(self.config.model_aliases, self.regular) if self.regular else {}
         return {**local, **aliases, **self.upstreams}
 
@@ -1509,7 +1566,7 @@ class Models:
         """What a name stands for; for None the default model (for images, if it `sees`), or in
         place of one that was unloaded by hand any that is loaded. Raises ApiError."""
         if name is not None:
-            known = self.names()
+            known = self.fixed if name in self.fixed else self.names()  # no look at models_dir
             if name not in known and self.others:
                 return self.others
             if name not in known:
@@ -1556,6 +1613,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.config = config
         self.started = int(time.time())
         self.stopping = threading.Event()  # set by a signal or a fatal error
+        self.is_over = False  # running requests have had their time
         self.models = Models(config, self.stopping)
         self.pool = self.models.pool
         self.via = f"1.1 {NAME}-{secrets.token_hex(4)}"  # who relayed a request (RFC 9110, 7.6.3)
@@ -1657,7 +1715,10 @@ class Server(http.server.ThreadingHTTPServer):
         """Refuse new requests, let running ones finish for `drain_seconds`, free the engine. False
         when the engine is stuck in a step: then only the end of the process ends it."""
         self.stopping.set()
-        closed = self.pool.close(self.config.drain_seconds)
+        with self.changed:
+            self.changed.wait_for(lambda: self.in_flight == 0, timeout=self.config.drain_seconds)
+        self.is_over = True  # for what runs elsewhere
+        closed = self.pool.close(0)
         with self.changed:
             self.changed.wait_for(lambda: self.in_flight == 0, timeout=LAST_WRITES_SECONDS)
         self.shutdown()
@@ -1801,7 +1862,9 @@ class Handler(socketserver.StreamRequestHandler):
         if self.head.method != "OPTIONS" and pattern not in self.server.public:
             self.authorise()
         if body is None:
-            body = self.read_body(size, limit)
+            if route.reads is None and size is not None:
+                raise body_too_large(f"has {size} bytes", SMALL_BODY, "as nothing is read from it")
+            body = self.read_body(size, limit if route.reads else SMALL_BODY)
         if route.reads is None:
             route.answer(self, *rest)
         else:
@@ -1817,6 +1880,8 @@ class Handler(socketserver.StreamRequestHandler):
         if isinstance(target, Upstream):
             return self.relay(target, sent, body)
         request = self.read_fields(route.reads, sent)
+        if isinstance(request, ChatBody):
+            self.read_images(request, target)
         with self.lease(target):
             route.answer(self, request)
 
@@ -1927,8 +1992,11 @@ class Handler(socketserver.StreamRequestHandler):
         """The object in a body, JSON by RFC 8259 (no NaN, no Infinity)."""
         def refuse_constant(name):
             raise ValueError(f"{name} is not JSON")
+
+        def read_float(text):
+            return float(text) if math.isfinite(float(text)) else refuse_constant(text[:MAX_LINE])
         try:
-            sent = json.loads(body.decode(), parse_constant=refuse_constant)
+            sent = json.loads(body.decode(), parse_constant=refuse_constant, parse_float=read_float)
             if not isinstance(sent, dict):
                 raise ValueError(f"the body must be an object, got {describe(sent)}")
         except (ValueError, RecursionError) as error:
@@ -2103,9 +2171,9 @@ class Handler(socketserver.StreamRequestHandler):
         """The entries of an engine's own list of models. Raises ApiError."""
         with self.ask(upstream, "GET", "/models", None, seconds=LIST_SECONDS) as response:
             try:
-                entries = json.loads(response.read())["data"]
+                entries = json.loads(read_all(response, MAX_FAR_BODY))["data"]
                 return [entry for entry in entries if isinstance(entry["id"], str)]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise ApiError(502, f"{upstream.name} sent no list of models") from None
 
     def model_entry(self, name: str, target: "engine.LocalModel | Upstream") -> dict:
@@ -2165,9 +2233,8 @@ class Handler(socketserver.StreamRequestHandler):
         self.log_messages([dataclasses.asdict(message) for message in chat.messages])
         n_tokens = 0
         for at, part in chat.image_parts():
-            self.check_connection()
             part.text = f"<image {secrets.token_hex(16)}>"  # a mark that nobody else can write
-            images[part.text] = pieces = self.read_image(part.image_url.url, at)
+            images[part.text] = pieces = self.encode_image(part.file, at)
             n_tokens += sum(len(getattr(piece, "rows", piece)) for piece in pieces)
             self.check_length(n_tokens, at, 1)
         messages = [dataclasses.asdict(message) for message in chat.messages]
@@ -2209,24 +2276,34 @@ class Handler(socketserver.StreamRequestHandler):
             raise invalid("messages", "messages: the prompt ends with an image; add text")
         return tokens, images
 
-    def read_image(self, url: str, at: str) -> list[np.ndarray | engine.Image]:
-        """An image_url, as the model reads it. Raises ApiError."""
-        loaded = self.loaded
-        if loaded.model.projector is None:
-            raise invalid(at, f"{at}: {loaded.model.name} reads no images; ask a vision model (one "
-                              "with an mmproj)", "unsupported_image")
+    def read_images(self, chat: ChatBody, model: engine.LocalModel) -> None:
+        """Get the files of all images, before the model must be there. Raises ApiError."""
+        until, room = time.monotonic() + IMAGE_SECONDS, MAX_IMAGES_MB * 2**20
+        for at, part in chat.image_parts():
+            url = part.image_url.url
+            if not model.options["mmproj"]:
+                raise invalid(at, f"{at}: {model.name} reads no images; ask a vision model (one "
+                                  "with an mmproj)", "unsupported_image")
+            try:
+                if url[:5].lower() == "data:":
+                    part.file = read_data_uri(url)
+                elif self.server.config.allow_image_urls:
+                    part.file = fetch_image(url, until, room, self.check_connection)
+                    room -= len(part.file)
+                else:
+                    raise engine.ImageError(f"{describe(url)} was sent; send a data: URI (or have "
+                                            "the server set allow_image_urls)")
+            except engine.ImageError as error:
+                raise invalid(at, f"{at}: {error}", "invalid_image") from None
+
+    def encode_image(self, file: bytes, at: str) -> list[np.ndarray | engine.Image]:
+        """An image as the model reads it. Raises ApiError."""
+        self.check_connection()
         try:
-            if url[:5].lower() == "data:":
-                file = read_data_uri(url)
-            elif self.server.config.allow_image_urls:
-                file = fetch_image(url, self.check_connection)
-            else:
-                raise engine.ImageError(f"{describe(url)} was sent; send a data: URI (or have the "
-                                        "server set allow_image_urls)")
-            pieces = loaded.model.projector.read(file)
+            pieces = self.loaded.model.projector.read(file)
         except engine.ImageError as error:
             raise invalid(at, f"{at}: {error}", "invalid_image") from None
-        n_batch = loaded.context.n_batch
+        n_batch = self.loaded.context.n_batch
         for image in pieces:
             if isinstance(image, engine.Image) and image.sees_ahead and image.n_tokens > n_batch:
                 raise invalid(at, f"{at}: this model must read the {image.n_tokens} tokens of an "
@@ -2326,7 +2403,7 @@ class Handler(socketserver.StreamRequestHandler):
 
     def post_unload(self, request: UnloadBody) -> None:
         """Give the memory of one model or of all back, when their running work is done."""
-        models = self.server.pool.models()
+        models = list(self.server.pool.models().values())
         if request.model_key is not None:
             target = self.server.models.find(request.model_key)
             if isinstance(target, Upstream):
@@ -2358,6 +2435,7 @@ class Handler(socketserver.StreamRequestHandler):
                 return self.write_app_reply(name, streams, read_chunks(response, target))
         chat = self.read_fields(ChatBody, body)
         self.streams = streams
+        self.read_images(chat, target)
         with self.lease(target):
             self.post_chat(chat, functools.partial(self.write_app_reply, name, streams))
 
@@ -2394,8 +2472,9 @@ class Handler(socketserver.StreamRequestHandler):
         if upstream.model not in (None, sent.get("model")):
             body = self.for_upstream(upstream, sent)
         with self.ask(upstream, "POST", path.removeprefix("/v1"), body) as response:
-            headers = {name: value for name in PASSED_ON if (value := response.headers.get(name))}
-            if response.status in (204, 304):  # they have no body, and no length
+            headers = {name: " ".join(value.split()) for name in PASSED_ON
+                       if (value := response.headers.get(name))}
+            if response.status in (204, 205, 304):  # they have no body, and no length
                 return self.send_head(response.status, headers)
             if response.length is None:
                 self.start_stream(headers, response.status)
@@ -2403,10 +2482,8 @@ class Handler(socketserver.StreamRequestHandler):
                 self.send_head(response.status, {**headers, "Content-Length": str(response.length)})
                 self.is_chunked = False
             try:
-                while piece := response.read1(PIECE):
+                for piece in read_pieces(response):
                     self.write_piece(piece)
-                if response.length:
-                    raise http.client.IncompleteRead(b"", response.length)
             except (http.client.HTTPException, TimeoutError):
                 if self.has_events:
                     self.write_piece(b"\n\n")  # behind half a line: the error is its own event
@@ -2431,6 +2508,8 @@ class Handler(socketserver.StreamRequestHandler):
 
         def check() -> None:
             self.check_connection()
+            if self.server.is_over:
+                raise unavailable("the server is shutting down", "shutting_down")
             if time.monotonic() > until:
                 raise TimeoutError
 
@@ -2438,9 +2517,8 @@ class Handler(socketserver.StreamRequestHandler):
             with request_elsewhere(method, upstream.base_url + path, body, headers,
                                    upstream.timeout, check) as response:
                 if response.status >= 400 and self.is_app:
-                    wait, text = response.headers.get("Retry-After"), error_in(response.read())
-                    if upstream.api_key:
-                        text = text.replace(upstream.api_key, "***")
+                    wait = response.headers.get("Retry-After")
+                    text = upstream.mask(error_in(read_all(response, MAX_FAR_LINE)))
                     raise ApiError(response.status, f"{upstream.name}: {text}",
                                    headers={"Retry-After": wait} if wait else None)
                 yield response
