@@ -7,8 +7,9 @@ what stands above it; the tenth is the loop. Parts 4 and 6 can wait for a second
 Words: a *slot* is a lane of the context, a *request* its guest; *prefill* reads a prompt into the
 KV cache, *decode* produces one token per *step*; a *batch* is the rows of one llama_decode.
 
-Threads: one engine thread runs `Engine.step` for ever. Handler threads prepare requests
-(tokenize, build the sampler), hand them over with `Engine.submit` and read their events.
+Threads: each loaded model has an engine thread, which runs `Engine.step` until it is unloaded; one
+loader thread loads and unloads. Handler threads prepare requests (tokenize, build the sampler),
+hand them over with `Engine.submit` and read their events.
 """
 
 import bisect
@@ -182,7 +183,8 @@ HUB = "hf:"  # before owner/repository/file.gguf: from huggingface.co
 GGUF_MAGIC = b"GGUF"  # https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 
-def find_model_file(model_path: str | None, models_dir: Path, go_on=lambda: True) -> Path:
+def find_model_file(model_path: str | None, models_dir: Path, go_on=lambda: True,
+                    setting: str = "model_path") -> Path:
     """Return the GGUF file to load: a file, the one in a folder, one of the Hugging Face hub
     (hf:owner/repository/file.gguf), or the default (fetched once). Raises ModelError, also when
     `go_on` returns False during the default's download."""
@@ -202,8 +204,7 @@ def find_model_file(model_path: str | None, models_dir: Path, go_on=lambda: True
             return find_model_file(str(path / names[0]), models_dir)
         if not path.is_file():
             what = "not a file" if path.exists() else "model file not found"
-            raise ModelError(f"{what}: {path} (set model_path to a GGUF file, or leave it out for "
-                             "the default model)")
+            raise ModelError(f"{what}: {path} (set {setting} to a GGUF file, or leave it out)")
         with open(path, "rb") as file:
             magic = file.read(len(GGUF_MAGIC))
     except OSError as error:
@@ -400,6 +401,22 @@ TEMPLATE_FILE = "<template>"  # what Jinja calls the code of a template
 NO_TEXT = N_BYTES = 256  # what stands for the first byte of a token without any
 MAX_RUN = 8192  # characters: up to 430 bytes of stack each, in threads of 8 MB
 LONG_RUN = re.compile(rf"\S{{{MAX_RUN}}}|\S++|\s{{{MAX_RUN}}}|\s++")
+
+
+def physical_cores() -> int:
+    """The physical cores this process may use; hyper-threads only slow matrix products down, and
+    more threads than a container has processors stall it: they spin while they wait."""
+    topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    try:
+        cores = len({Path(topology.format(n)).read_text() for n in os.sched_getaffinity(0)})
+    except (AttributeError, OSError):  # not Linux, or no /sys
+        cores = os.cpu_count() or 1
+    try:  # cgroup v2: microseconds of processor time in each period, or "max"
+        group = Path("/proc/self/cgroup").read_text().split("::")[-1].strip()
+        quota, period = Path(f"/sys/fs/cgroup{group}/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max"
+        return cores
 
 
 def _pointer(array: np.ndarray, ctype):
@@ -1992,22 +2009,6 @@ class Context:
         return 0
 
 
-def physical_cores() -> int:
-    """The physical cores this process may use; hyper-threads only slow matrix products down, and
-    more threads than a container has processors stall it: they spin while they wait."""
-    topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    try:
-        cores = len({Path(topology.format(n)).read_text() for n in os.sched_getaffinity(0)})
-    except (AttributeError, OSError):  # not Linux, or no /sys
-        cores = os.cpu_count() or 1
-    try:  # cgroup v2: microseconds of processor time in each period, or "max"
-        group = Path("/proc/self/cgroup").read_text().split("::")[-1].strip()
-        quota, period = Path(f"/sys/fs/cgroup{group}/cpu.max").read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such file, or "max"
-        return cores
-
-
 # ==== 9. Requests and slots =============================================================
 
 
@@ -2668,7 +2669,7 @@ def load_engine(path: Path, *, n_ctx: int, parallel: int, n_gpu_layers: int, pre
     model was trained for. `context_options` are those of Context. Raises ModelError; BrokenModel
     when another file in its place could do better."""
     size = file_size(path)
-    projector = find_model_file(mmproj, path.parent) if mmproj else None
+    projector = find_model_file(mmproj, path.parent, setting="mmproj") if mmproj else None
     model = Model(path, n_gpu_layers, on_progress, chat_template_file, projector,
                   context_options.get("n_threads", 0))
     if n_ctx > model.n_ctx_train:
@@ -2718,7 +2719,6 @@ class LocalModel:
     n_users: int = 0
     loaded_at: float = 0.0  # time.monotonic()
     last_used: float = 0.0
-    n_unloads: int = 0
     is_leaving: bool = False  # takes no new users, and is unloaded when the last one has gone
     must_go: bool = False  # leaves because somebody unloads it by hand
     is_off: bool = False  # has been unloaded by hand: only who asks for it by name loads it again
@@ -2894,9 +2894,8 @@ class Pool:
                 model.is_off = True
                 model.must_go = model.engine is not None or model is self._working_on
                 model.is_leaving |= model.must_go
-            before = {model: model.n_unloads for model in models}
             self._changed.notify_all()
-        while any(model.must_go and model.n_unloads == before[model] for model in models):
+        while any(model.must_go for model in models):
             with self._changed:
                 if self._stopping.is_set():
                     raise EngineClosed("the server is shutting down")
@@ -3014,10 +3013,11 @@ class Pool:
             gone, model.engine, model.is_leaving = model.engine, None, False
             self.retired += dataclasses.replace(gone.stats, slots=())
         log.info("unloading %s", model.name)
-        if gone.close():
-            gone.model.close()
-        else:
-            log.error("%s is stuck in a step: its memory is lost", model.name)
-        with self._changed:
-            model.must_go = False
-            model.n_unloads += 1
+        try:
+            if gone.close():
+                gone.model.close()
+            else:
+                log.error("%s is stuck in a step: its memory is lost", model.name)
+        finally:
+            with self._changed:
+                model.must_go = False

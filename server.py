@@ -353,7 +353,7 @@ class ApiError(Exception):
 
     def body(self) -> dict:
         kind = "requests" if self.status == 429 else \
-            "server_error" if self.status in (500, 502, 503, 504) else "invalid_request_error"
+            "server_error" if self.status in (500, 502, 503, 504, 508) else "invalid_request_error"
         return {"error": {"message": self.message, "type": kind, "param": self.param,
                           "code": self.code}}
 
@@ -508,7 +508,8 @@ class Part:
     def check(self, at: str) -> None:
         """Refuse an image without an address, and the other way round."""
         if (self.type == "image_url") != (self.image_url is not None):
-            raise invalid(f"{at}.image_url", f"{at}: image_url belongs to the type image_url",
+            raise invalid(f"{at}.image_url", f"{at}: the type image_url and a field image_url, "
+                          'like {"url": "data:image/png;base64,..."}, belong together',
                           "missing_field")
 
 
@@ -1189,7 +1190,6 @@ PASSED_ON = ("Content-Type", "Content-Encoding", "Retry-After", "Location")  # o
 PIECE = 65536  # bytes passed on at a time, at most
 MAX_FAR_LINE = 2**20  # bytes of an event from an engine elsewhere
 MAX_FAR_BODY = 2**26  # bytes of a reply of its that we read, in place of passing it on
-WATCH_MS = 100  # how often who waits for another server looks whether its own client is there
 
 
 class Unreachable(Exception):
@@ -1212,7 +1212,7 @@ class WatchedConnection(io.RawIOBase):
         """Wait until the connection can be read (select.POLLIN) or written (POLLOUT)."""
         poll, until = select.poll(), time.monotonic() + self.seconds
         poll.register(self.connection, event)
-        while not poll.poll(WATCH_MS):
+        while not poll.poll(POLL_SECONDS * 1000):
             self.check()
             if time.monotonic() > until:
                 raise TimeoutError
@@ -1242,23 +1242,29 @@ class WatchedConnection(io.RawIOBase):
         return self.file
 
 
+@functools.cache
+def tls_context() -> ssl.SSLContext:
+    """The system's certificates, read once."""
+    return ssl.create_default_context()
+
+
 @contextlib.contextmanager
 def request_elsewhere(method: str, url: str, body: bytes | None, headers: dict[str, str],
                       seconds: float, check: Callable[[], None], address: str | None = None
                       ) -> Iterator[http.client.HTTPResponse]:
     """An HTTP request to another server, without following redirects. address: where to connect,
     in place of what the name in the URL resolves to. Raises Unreachable, TimeoutError (see
-    WatchingReader), http.client.HTTPException."""
+    WatchedConnection), http.client.HTTPException."""
     parts = urllib.parse.urlsplit(url)
     is_tls = parts.scheme == "https"
-    cls = http.client.HTTPSConnection if is_tls else http.client.HTTPConnection
     with contextlib.ExitStack() as stack:
         try:
-            client = cls(parts.hostname, parts.port)
+            client = http.client.HTTPConnection(parts.hostname, parts.port or (80, 443)[is_tls])
+            client.default_port = (80, 443)[is_tls]  # is not named in the Host header
             connection = stack.enter_context(socket.create_connection(
-                (address or parts.hostname, client.port), CONNECT_SECONDS))
+                (address or parts.hostname, client.port), min(seconds, CONNECT_SECONDS)))
             if is_tls:
-                connection = stack.enter_context(ssl.create_default_context().wrap_socket(
+                connection = stack.enter_context(tls_context().wrap_socket(
                     connection, server_hostname=parts.hostname))
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             client.sock = connection
@@ -1270,14 +1276,13 @@ def request_elsewhere(method: str, url: str, body: bytes | None, headers: dict[s
         watched = WatchedConnection(connection, seconds, check)
         watched.send(body or b"")
         stack.callback(watched.file.close)
-        status = 100
-        while 100 <= status < 200:  # hints that come before the answer
-            response = http.client.HTTPResponse(watched, method=method)
-            response.begin()
-            status = response.status
-            if status == 101 or status >= 600:
-                raise http.client.HTTPException(f"status {status}")
-        yield response
+        responses: list[http.client.HTTPResponse] = []  # one that is let go closes the connection
+        while not responses or responses[-1].status < 200:  # 1xx are hints before the answer
+            responses.append(http.client.HTTPResponse(watched, method=method))
+            responses[-1].begin()
+            if responses[-1].status == 101 or responses[-1].status >= 600:
+                raise http.client.HTTPException(f"status {responses[-1].status}")
+        yield responses[-1]
 
 
 class TooLarge(http.client.HTTPException):
@@ -1413,6 +1418,7 @@ def fetch_image(url: str, until: float, limit: int, check: Callable[[], None]) -
 
     try:
         for _ in range(MAX_REDIRECTS + 1):
+            check_both()
             with request_elsewhere("GET", url, None, {"Accept": "image/*", "User-Agent": NAME},
                                    IMAGE_SECONDS, check_both, public_address(url)) as response:
                 location = response.headers.get("Location")
@@ -1505,27 +1511,29 @@ class Models:
                  for name, entry in config.models.items() if entry.model_path}
         wanted = config.default_regular_model
         own = model_name(config.model_path)
-        if config.model_path or wanted == own or not (wanted or config.models):
+        if config.model_path or not (wanted or config.models) or wanted == own and not url:
             local = {own: engine.LocalModel(own, config.model_path, self.load_options(config)),
                      **local}
         self.pool = engine.Pool(
             list(local.values()), stopping, self.scan, HERE / "models",
             max_loaded=config.max_loaded, max_queue=config.max_queue,
             turn_seconds=config.turn_seconds)
-        self.regular, self.fixed = None, {**local, **self.upstreams}
-        self.regular = self.default(wanted, next(iter([*local, *self.upstreams]), None))
-        seers = [model.name for model in self.pool.models().values() if model.options["mmproj"]]
-        self.vision = self.default(config.default_vision_model, next(iter(seers), None))
+        self.fixed = {**local, **self.upstreams}
+        self.regular = None  # no alias means anything yet
+        self.regular = self.default("default_regular_model", next(iter(self.fixed), None))
+        see = [name for name, model in self.pool.models().items() if model.options["mmproj"]]
+        self.vision = self.default("default_vision_model", next(iter(see), None))
         if isinstance(self.regular, engine.LocalModel):
             self.pool.set_default(self.regular)
 
-    def default(self, wanted: str | None, otherwise: str | None):
-        """The model of a setting, or else of a name. Raises ConfigError."""
-        name = wanted or otherwise
+    def default(self, setting: str, otherwise: str | None
+                ) -> "engine.LocalModel | Upstream | None":
+        """The model that a setting names, or else that of another name. Raises ConfigError."""
+        name = getattr(self.config, setting) or otherwise
         try:
             found = self.find(name) if name else None
         except ApiError as error:
-            raise ConfigError(f"a default model: {error.message}") from None
+            raise ConfigError(f"{setting}: {error.message}") from None
         return dataclasses.replace(found, model=name) if found and found is self.others else found
 
     def load_options(self, entry: "Config | ModelEntry") -> dict:
@@ -1534,7 +1542,8 @@ class Models:
                  "flash_attn", "prefill_chunk", "max_queue")
         options = {name: given(getattr(entry, name, None), getattr(self.config, name))
                    for name in names}
-        return options | {"mmproj": entry.mmproj, "chat_template_file": entry.chat_template_file}
+        return options | {"mmproj": entry.mmproj or mmproj_beside(entry.model_path),
+                          "chat_template_file": entry.chat_template_file}
 
     @staticmethod
     def upstream(name: str, entry: ModelEntry) -> Upstream:
@@ -1543,18 +1552,12 @@ class Models:
         return Upstream(name, entry.base_url.rstrip("/"), **{"model": name, **chosen})
 
     def scan(self) -> list[engine.LocalModel]:
-        """The GGUF files in models_dir, by their names without the ending; FILE.mmproj.gguf or
-        mmproj-FILE.gguf is what the model in FILE.gguf sees with."""
-        found, folder = [], Path(os.path.expanduser(self.config.models_dir or ""))
-        for file in engine.model_files(folder) if self.config.models_dir else ():
-            if not re.fullmatch(MODEL_NAME, file.stem):
-                continue
-            projectors = [folder / f"{file.stem}.mmproj.gguf", folder / f"mmproj-{file.name}"]
-            mmproj = next((str(path) for path in projectors if path.is_file()), None)
-            entry = ModelEntry(model_path=str(file), mmproj=mmproj)
-            found.append(engine.LocalModel(file.stem, str(file), self.load_options(entry),
-                                           is_in_folder=True))
-        return found
+        """The GGUF files in models_dir, by their names without the ending."""
+        folder = Path(os.path.expanduser(self.config.models_dir or ""))
+        files = engine.model_files(folder) if self.config.models_dir else []
+        return [engine.LocalModel(file.stem, str(file), self.load_options(ModelEntry(str(file))),
+                                  is_in_folder=True)
+                for file in files if re.fullmatch(MODEL_NAME, file.stem)]
 
     def names(self) -> dict[str, "engine.LocalModel | Upstream"]:
         """Every name that is ours."""
@@ -1571,7 +1574,7 @@ class Models:
                 return self.others
             if name not in known:
                 raise ApiError(404, f"the model {describe(name)} does not exist; this server has "
-                                    f"{', '.join(known)}", "model", "model_not_found")
+                                    f"{', '.join(known) or 'none'}", "model", "model_not_found")
             return known[name]
         default = self.vision if sees else self.regular
         if isinstance(default, engine.LocalModel) and default.is_off:
@@ -1581,6 +1584,13 @@ class Models:
             raise unavailable("No model loaded" if not sees or self.vision else "No vision model "
                               "(set default_vision_model)", "no_model_loaded")
         return default
+
+
+def mmproj_beside(path: str | None) -> str | None:
+    """NAME.mmproj.gguf or mmproj-NAME.gguf beside a file NAME.gguf: what it sees with."""
+    file = Path(os.path.expanduser(path or engine.HUB))
+    projectors = [file.with_name(f"{file.stem}.mmproj.gguf"), file.with_name(f"mmproj-{file.name}")]
+    return next((str(each) for each in projectors if each.is_file()), None)
 
 
 def model_name(path: str | None) -> str:
@@ -1749,6 +1759,7 @@ class Tally:
     cached: int = 0
     generated: int = 0
     first_token: float | None = None  # seconds after the start
+    upstream: str = ""  # the engine elsewhere that was asked
     error: str = ""
 
     def shown_ignored(self) -> str:
@@ -1763,6 +1774,7 @@ class Tally:
         total = time.monotonic() - self.started
         return (f"{self.id} {route} {self.status} prompt={self.prompt} cached={self.cached} "
                 f"generated={self.generated} first={first} total={total:.3f}s"
+                f"{' upstream=' if self.upstream else ''}{self.upstream}"
                 f"{' error=' if self.error else ''}{self.error}")
 
 
@@ -1846,8 +1858,7 @@ class Handler(socketserver.StreamRequestHandler):
     def answer(self) -> None:
         """Each check stands before what costs more. A large body is read last; who is refused
         before that loses the connection: the body would be taken for the next request."""
-        self.is_app = any(route.is_app for (_, path), route in ROUTES.items()
-                          if path == self.head.path.rstrip("/"))
+        self.is_app = self.head.path.rstrip("/") in APP_PATHS
         self.check_origin(self.check_host())
         limit = int(self.server.config.max_body_mb * 2**20)
         size, body = body_size(self.head, limit), None
@@ -2010,8 +2021,9 @@ class Handler(socketserver.StreamRequestHandler):
             defaults = {name: getattr(self.server.config, name) for name in DEFAULTED}
             sent = {**sent, **{name: default for name, default in defaults.items()
                                if sent.get(name) is None}}
+        n_ignored = len(self.tally.ignored)
         request = read_object(cls, sent, "", self.tally.ignored)
-        if self.tally.ignored:
+        if len(self.tally.ignored) > n_ignored:
             log.warning("%s ignored unknown fields: %s", self.tally.id, self.tally.shown_ignored())
         self.streams = bool(getattr(request, "stream", False))
         return request
@@ -2170,6 +2182,9 @@ class Handler(socketserver.StreamRequestHandler):
     def list_elsewhere(self, upstream: Upstream) -> list[dict]:
         """The entries of an engine's own list of models. Raises ApiError."""
         with self.ask(upstream, "GET", "/models", None, seconds=LIST_SECONDS) as response:
+            if response.status != 200:
+                raise ApiError(502, f"{upstream.name} answers {response.status} when asked for its "
+                                    "models")
             try:
                 entries = json.loads(read_all(response, MAX_FAR_BODY))["data"]
                 return [entry for entry in entries if isinstance(entry["id"], str)]
@@ -2270,7 +2285,7 @@ class Handler(socketserver.StreamRequestHandler):
         parts = re.split(f"({'|'.join(map(re.escape, marked))})", prompt)
         self.check_fewest("".join(part for part in parts if part not in marked), "messages", 1)
         tokens, images = self.loaded.model.tokenize_parts(
-            [marked.get(part, part) for part in parts if part])
+            [marked.get(part, part) for part in parts])
         self.check_length(len(tokens) + engine.extra_tokens(images), "messages", 1)
         if tokens[-1] < 0:
             raise invalid("messages", "messages: the prompt ends with an image; add text")
@@ -2385,16 +2400,16 @@ class Handler(socketserver.StreamRequestHandler):
     def post_load(self, request: LoadBody) -> None:
         """Load a model; one elsewhere must just answer."""
         try:
-            target = self.server.models.find(request.model_key)
-            if target is self.server.models.others:
+            target, pool = self.server.models.find(request.model_key), self.server.pool
+            if isinstance(target, Upstream):
                 listed = [entry["id"] for entry in self.list_elsewhere(target)]
-                if request.model_key not in listed:
+                if target is self.server.models.others and request.model_key not in listed:
                     raise ApiError(404, "Model not found")
-            elif isinstance(target, Upstream):
-                self.list_elsewhere(target)
-            else:
-                with engine_errors():
-                    self.server.pool.load(target, request.exclusive, self.check_connection)
+            with engine_errors():
+                if isinstance(target, engine.LocalModel):
+                    pool.load(target, request.exclusive, self.check_connection)
+                elif request.exclusive:
+                    pool.unload(pool.loaded(), self.check_connection)
         except ApiError as error:
             why = "Model not found" if error.code == "model_not_found" else error.message
             return self.send_json({"loaded": False, "error": f"Failed to load model: {why}"},
@@ -2430,6 +2445,7 @@ class Handler(socketserver.StreamRequestHandler):
         name = request.model_key or (target.model if isinstance(target, Upstream) else target.name)
         body = request.openai(name)
         if isinstance(target, Upstream):
+            self.log_messages(body["messages"])
             with self.ask(target, "POST", "/chat/completions", self.for_upstream(target, body)) \
                     as response:
                 return self.write_app_reply(name, streams, read_chunks(response, target))
@@ -2503,6 +2519,7 @@ class Handler(socketserver.StreamRequestHandler):
         via, until = self.head.headers.get("via", ""), time.monotonic() + (seconds or math.inf)
         if self.server.via in via:
             raise ApiError(508, f"{upstream.name} leads back to this server", code="relay_loop")
+        self.tally.upstream = upstream.name
         headers = {"Content-Type": "application/json", **upstream.headers(),
                    "Via": f"{via}, {self.server.via}" if via else self.server.via}
 
@@ -2696,7 +2713,7 @@ class Handler(socketserver.StreamRequestHandler):
 
 
 SEED_STRIDE = 0x9E3779B9  # 2**32 / golden ratio: choice 2 of a seed is not choice 1 of the next
-POLL_SECONDS = 0.1  # how often a silent request looks whether its client is still there
+POLL_SECONDS = engine.POLL_SECONDS
 
 
 UNAVAILABLE = {engine.QueueFull: "queue_full", engine.EngineClosed: "shutting_down",
@@ -2774,6 +2791,7 @@ ROUTES = {
 }
 
 
+APP_PATHS = {path for (_, path), route in ROUTES.items() if route.is_app}
 PUBLIC = {"/", "/health", "/help"}  # without a key, and not counted by the rate limit
 
 
@@ -3372,6 +3390,15 @@ def main(argv: list[str] | None = None) -> int:
     if not server.is_local and not server.key_digests:
         log.warning("warning: %s can be reached from the network, and asks for no key; set "
                     "api_keys", server.url)
+    for upstream in [*server.models.upstreams.values(), server.models.others]:
+        if upstream:
+            print(f"elsewhere: {upstream.name} at {upstream.base_url}", flush=True)
+        if upstream and not urllib.parse.urlsplit(upstream.base_url).path:
+            log.warning("warning: the address of %s has no path; most servers want /v1 behind it",
+                        upstream.name)
+    if server.models.others:
+        print(f"models without a name here are looked for at {server.models.others.base_url}",
+              flush=True)
     server.pool.start()
     for name, loaded in server.pool.engines().items():
         url = server.url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")

@@ -141,7 +141,7 @@ HI = [{"role": "user", "content": "hi"}]
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
      "messages[0].content[0].image_url.url", "required"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-     "messages[0].content[0].image_url", "belongs to"),
+     "messages[0].content[0].image_url", "belong together"),
     ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
      "messages[0].content[0].type", "'image_url'"),
     ({"messages": [{"role": "user", "content": "\ud83d"}]}, "messages[0].content", "surrogate"),

@@ -103,7 +103,7 @@ def image(client: Client, file: Path) -> None:
     """A question about a picture."""
     kind = mimetypes.guess_type(file)[0] or "image/png"
     url = f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
-    reply = client.post("/chat/completions", {"max_tokens": 60, "messages": [{
+    reply = client.post("/chat/completions", {"max_tokens": 60, "temperature": 0, "messages": [{
         "role": "user", "content": [{"type": "image_url", "image_url": {"url": url}},
                                     {"type": "text", "text": "What is the color?"}]}]})
     print(reply["choices"][0]["message"]["content"])
@@ -119,6 +119,8 @@ def app(client: Client) -> None:
         body["model_key"] = client.model
     with local.send("/chat/stream", body) as response:
         for line in map(json.loads, response):
+            if line["type"] == "error":
+                raise RuntimeError(line["detail"])
             if line["type"] == "fragment":
                 print(line["content"], end="", flush=True)
     print(f"\n({line['predicted_tokens']} tokens, {line['stop_reason']})")

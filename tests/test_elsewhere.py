@@ -102,7 +102,7 @@ def delta(text: str, end=None) -> dict:
 def relaying(url, more=None, **entry):
     """A server whose only model, `far`, is elsewhere."""
     far = server.ModelEntry(base_url=url, **entry)
-    with listening(models={"far": far}, drain_seconds=1, **(more or {})) as running:
+    with listening(models={"far": far}, **{"drain_seconds": 1, **(more or {})}) as running:
         yield running
 
 
@@ -438,6 +438,48 @@ def test_chunks_of_an_unknown_shape_end_an_apps_stream_not_the_server(bad, caplo
         last = lines_of(post(running.url, "/chat/stream", body_for("/chat")))[-1]
         assert last["type"] in ("done", "error") and "internal" not in str(last)
     assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("size", [b"-1", b"-5", b"zz"])
+def test_a_chunk_of_a_size_that_is_none_is_the_engines_fault(size, caplog):
+    """Some readers take -1 for all there is."""
+    with Fake(OK + STREAM + b"Transfer-Encoding: chunked\r\n\r\n" + size + b"\r\nabc") as fake, \
+            relaying(fake.url) as running:
+        assert post(running.url, "/chat", body_for("/chat")).status_code == 502
+    assert "Traceback" not in caplog.text
+
+
+def test_hints_before_the_answer_are_left_out():
+    """What counts is the answer, read on from where the hints end."""
+    hints = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"
+    with Fake(hints + hints + reply({"choices": []})) as fake, relaying(fake.url) as running:
+        answer = post(running.url, CHATS[0], body_for("/v1"))
+        assert answer.status_code == 200 and answer.json() == {"choices": []}
+    with Fake(b"HTTP/1.1 101 Switching\r\n\r\n") as fake, relaying(fake.url) as running:
+        refusals(running, 502, "far")
+
+
+def test_an_error_event_that_quotes_the_key_is_told_without_it(caplog):
+    caplog.set_level(0)
+    with Fake(events({"error": {"message": f"bad key {KEY_THERE}"}})) as fake, \
+            relaying(fake.url, api_key=KEY_THERE) as running:
+        assert "bad key ***" in post(running.url, "/chat", body_for("/chat")).text
+    assert KEY_THERE not in caplog.text
+
+
+def test_draining_lets_a_relayed_stream_finish():
+    """It has drain_seconds, like a stream of our own."""
+    pieces = [OK + STREAM + b"\r\n", *[b"data: %d\n\n" % n for n in range(8)]]
+    with Fake(*pieces, pause=0.2) as fake, relaying(fake.url, {"drain_seconds": 9}) as running:
+        raw = send_raw(running, CHATS[0], body_for("/v1", stream=True), read=100)
+        running.drain()
+        assert raw.recv(65536).endswith(b"data: 7\n\n\r\n0\r\n\r\n")
+
+
+def test_a_number_that_no_json_holds_is_not_passed_on():
+    with Fake(reply({})) as fake, relaying(fake.url, model="other") as running:
+        answer = post(running.url, CHATS[0], b'{"model": "far", "temperature": 1e999}')
+        assert answer.status_code == 400 and "1e999" in answer.text and not fake.requests
 
 
 def test_a_reply_without_a_body_leaves_the_connection_clean():

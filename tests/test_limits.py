@@ -350,6 +350,16 @@ def test_an_empty_line_behind_a_body_is_no_request(url):
         assert answer.count(b"x-request-id") == 1
 
 
+@pytest.mark.parametrize("method, path", [("OPTIONS", "/v1/chat/completions"), ("GET", "/health")])
+def test_a_large_body_that_nobody_reads_is_not_kept_in_memory(method, path):
+    """Not even of those who need no key."""
+    with listening(api_keys=[KEY]) as running:
+        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n".encode()
+        assert b" 413 " in send_raw(running, head + b"Content-Length: 70000\r\n\r\n")[:20]
+        chunked = head + b"Transfer-Encoding: chunked\r\n\r\n11171\r\n" + bytes(70_001)
+        assert b" 413 " in send_raw(running, chunked)[:20]
+
+
 def test_an_error_of_the_servers_own_is_not_taken_for_a_client_that_left(monkeypatch):
     """Too many open files is an OSError, too."""
     def fail(handler):

@@ -467,8 +467,8 @@ def test_wrong_models_are_one_sentence_that_names_the_place(tmp_path, text, word
 
 def test_wrong_names_stop_the_server():
     """A default model that there is not, a folder that is none."""
-    for name, words in (("default_regular_model", 'a default model: the model "x" does not exist'),
-                        ("default_vision_model", 'a default model: the model "x" does not exist'),
+    for name, words in (("default_regular_model", 'default_regular_model: the model "x" does not'),
+                        ("default_vision_model", 'default_vision_model: the model "x" does not'),
                         ("models_dir", "models_dir: x is not a folder")):
         with pytest.raises(server.ConfigError, match=words):
             server.Server(server.Config(port=0, **{name: "x"}))
@@ -586,3 +586,19 @@ def test_a_model_that_the_hub_does_not_have_is_one_sentence(hub):
         capture_output=True, text=True, timeout=60, env={**os.environ, **hub})
     assert ended.returncode == 2
     assert re.fullmatch(r"error: cannot fetch hf:o/r/none.gguf: .*404.*\n", ended.stderr)
+
+
+def test_a_models_broken_projector_is_read_again_when_it_is_whole(gguf, tmp_path):
+    """Not only the model's own file counts; and a projector that arrives later is noticed."""
+    (tmp_path / "eyes.gguf").symlink_to(gguf)
+    whole = (conftest.ROOT / "tests" / "tiny-vision.mmproj.gguf").read_bytes()
+    with listening({}, models_dir=str(tmp_path), default_regular_model="eyes") as running:
+        assert not running.pool.models()["eyes"].options["mmproj"]
+        running.pool.unload(running.pool.loaded(), lambda: None)
+        (tmp_path / "eyes.mmproj.gguf").write_bytes(whole[:9000])
+        failed = httpx.post(running.url + "/models/load", json={"model_key": "eyes"}, timeout=30)
+        assert failed.status_code == 503 and "mmproj" in failed.json()["error"]
+        (tmp_path / "eyes.mmproj.gguf").write_bytes(whole)
+        loaded = httpx.post(running.url + "/models/load", json={"model_key": "eyes"}, timeout=30)
+        assert loaded.json() == {"loaded": True, "model": "eyes"}
+        assert running.pool.engines()["eyes"].model.projector
