@@ -2767,7 +2767,7 @@ class Pool:
         self.default: LocalModel | None = None
         self._stopping, self._scan = stopping, scan
         self._download_dir = download_dir
-        self.max_loaded, self._max_queue, self._turn_seconds = max_loaded, max_queue, turn_seconds
+        self._max_loaded, self._max_queue, self._turn_seconds = max_loaded, max_queue, turn_seconds
         self.fatal_error: str | None = None
         self.n_loads = 0
         self.retired = Stats()  # the counts of engines that are gone
@@ -2876,6 +2876,11 @@ class Pool:
             self.check_started()
         if model.is_hopeless():
             raise ModelFailed(model.error)
+        if model.path and not model.path.startswith(HUB):
+            try:
+                find_model_file(model.path, self._download_dir)
+            except ModelError as error:  # known before another model has to go for it
+                raise ModelFailed(str(error)) from None
         if len(self._tickets) >= self._max_queue:
             raise QueueFull(f"{len(self._tickets)} requests are waiting for a model already")
 
@@ -2951,7 +2956,7 @@ class Pool:
         wanted = next((model for model in waiting
                        if not model.engine and not model.is_hopeless()), None)
         goes = None
-        if wanted and len(loaded) >= self.max_loaded:
+        if wanted and len(loaded) >= self._max_loaded:
             best = min(loaded, key=lambda model: (model.n_users > 0, not model.is_leaving,
                                                   model.last_used))
             is_idle = not best.n_users and best not in waiting \
@@ -2959,7 +2964,7 @@ class Pool:
             goes = best if is_idle or now - best.loaded_at >= self._turn_seconds else None
         for model in loaded:  # anew every time: who asked may have gone
             model.is_leaving = model.must_go or model is goes
-        if wanted and len(loaded) < self.max_loaded:
+        if wanted and len(loaded) < self._max_loaded:
             return self._load, wanted
         return (self._unload, goes) if goes and not goes.n_users else (None, None)
 

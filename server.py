@@ -1519,8 +1519,8 @@ class Models:
             max_loaded=config.max_loaded, max_queue=config.max_queue,
             turn_seconds=config.turn_seconds)
         self.fixed = {**local, **self.upstreams}
-        self.regular = None  # no alias means anything yet
         self.regular = self.default("default_regular_model", next(iter(self.fixed), None))
+        self.fixed |= dict.fromkeys(config.model_aliases if self.regular else (), self.regular)
         see = [name for name, model in self.pool.models().items() if model.options["mmproj"]]
         self.vision = self.default("default_vision_model", next(iter(see), None))
         if isinstance(self.regular, engine.LocalModel):
@@ -1561,15 +1561,13 @@ class Models:
 
     def names(self) -> dict[str, "engine.LocalModel | Upstream"]:
         """Every name that is ours."""
-        local = self.pool.models()
-        aliases = dict.fromkeys(self.config.model_aliases, self.regular) if self.regular else {}
-        return {**local, **aliases, **self.upstreams}
+        return {**self.pool.models(), **self.fixed}
 
     def find(self, name: str | None, sees: bool = False) -> "engine.LocalModel | Upstream":
         """What a name stands for; for None the default model (for images, if it `sees`), or in
         place of one that was unloaded by hand any that is loaded. Raises ApiError."""
         if name is not None:
-            known = self.fixed if name in self.fixed else self.names()  # no look at models_dir
+            known = self.fixed if name in self.fixed else self.names()  # which looks at models_dir
             if name not in known and self.others:
                 return self.others
             if name not in known:
