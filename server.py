@@ -1324,14 +1324,14 @@ def read_lines(response: http.client.HTTPResponse, limit: int) -> Iterator[bytes
 
 @dataclasses.dataclass
 class FarDelta:
-    """Of a chunk from an engine elsewhere, what an app's reply is made of."""
+    """What a chunk from an engine elsewhere adds to a choice."""
 
     content: str | None = None
 
 
 @dataclasses.dataclass
 class FarChoice:
-    """The same."""
+    """One choice in such a chunk."""
 
     delta: FarDelta | None = None
     finish_reason: str | None = None
@@ -1339,14 +1339,14 @@ class FarChoice:
 
 @dataclasses.dataclass
 class FarUsage:
-    """The same."""
+    """The token counts of the whole reply."""
 
     completion_tokens: int | None = None
 
 
 @dataclasses.dataclass
 class FarChunk:
-    """The same; all else is left out."""
+    """A chunk of a chat completion; what an app's reply has no place for is left out."""
 
     model: str | None = None
     choices: list[FarChoice] | None = None
@@ -2498,7 +2498,7 @@ class Handler(socketserver.StreamRequestHandler):
             try:
                 for piece in read_pieces(response):
                     self.write_piece(piece)
-            except (http.client.HTTPException, TimeoutError):
+            except (http.client.HTTPException, TimeoutError, ApiError):
                 if self.has_events:
                     self.write_piece(b"\n\n")  # behind half a line: the error is its own event
                 raise
