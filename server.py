@@ -1843,6 +1843,9 @@ class Handler(socketserver.StreamRequestHandler):
         except ConnectionError:  # the client hung up, or does not read
             self.tally.status = STATUS_CLIENT_GONE
             self.closes = True
+        except RecursionError:  # while it is read; what is deeper than that ends in json.loads
+            self.send_api_error(ApiError(400, "the request is nested too deeply",
+                                         code="invalid_json"))
         except Exception as error:
             log.exception("%s failed", self.tally.id)
             self.send_api_error(ApiError(500, f"internal error: {type(error).__name__}"))
@@ -2001,11 +2004,8 @@ class Handler(socketserver.StreamRequestHandler):
         """The object in a body, JSON by RFC 8259 (no NaN, no Infinity)."""
         def refuse_constant(name):
             raise ValueError(f"{name} is not JSON")
-
-        def read_float(text):
-            return float(text) if math.isfinite(float(text)) else refuse_constant(text[:MAX_LINE])
         try:
-            sent = json.loads(body.decode(), parse_constant=refuse_constant, parse_float=read_float)
+            sent = json.loads(body.decode(), parse_constant=refuse_constant)
             if not isinstance(sent, dict):
                 raise ValueError(f"the body must be an object, got {describe(sent)}")
         except (ValueError, RecursionError) as error:
@@ -2506,8 +2506,12 @@ class Handler(socketserver.StreamRequestHandler):
 
     @staticmethod
     def for_upstream(upstream: Upstream, sent: dict) -> bytes:
-        """A body with the model's name there."""
-        return json.dumps({**sent, "model": upstream.model or sent.get("model")}).encode()
+        """A body with the model's name there. Raises ApiError."""
+        named = {**sent, "model": upstream.model or sent.get("model")}
+        try:
+            return json.dumps(named, allow_nan=False).encode()
+        except ValueError:  # such as 1e999
+            raise ApiError(400, "bad JSON: a number is too large", code="invalid_json") from None
 
     @contextlib.contextmanager
     def ask(self, upstream: Upstream, method: str, path: str, body: bytes | None,

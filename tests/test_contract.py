@@ -823,6 +823,16 @@ def test_a_hostile_grammar_or_schema_neither_kills_nor_holds_the_server(http, na
     assert complete(http, HA, max_tokens=2)
 
 
+@pytest.mark.parametrize("path", [CHAT, "/apply-template"])
+def test_a_schema_nested_deeper_than_python_goes_is_refused(http, path):
+    """JSON that can be read may still be too deep for what works on it."""
+    deep = '{"properties": {"a": ' * 450 + "{}" + "}}" * 450
+    tool = '{"type": "function", "function": {"name": "f", "parameters": ' + deep + "}}"
+    body = '{"messages": [{"role": "user", "content": "Hi"}], "tools": [' + tool + "]}"
+    response = http.post(path, content=body)
+    assert response.status_code == 400 and "deep" in response.json()["error"]["message"]
+
+
 def test_template_variables_reach_the_template_or_are_refused(http):
     """What the server sets itself cannot be set beside it; the usual switch can, twice even."""
     for name in ("messages", "tools", "add_generation_prompt", "self", "raise_exception"):

@@ -479,7 +479,7 @@ def test_draining_lets_a_relayed_stream_finish():
 def test_a_number_that_no_json_holds_is_not_passed_on():
     with Fake(reply({})) as fake, relaying(fake.url, model="other") as running:
         answer = post(running.url, CHATS[0], b'{"model": "far", "temperature": 1e999}')
-        assert answer.status_code == 400 and "1e999" in answer.text and not fake.requests
+        assert answer.status_code == 400 and "too large" in answer.text and not fake.requests
 
 
 def test_a_reply_without_a_body_leaves_the_connection_clean():
