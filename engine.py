@@ -2923,11 +2923,9 @@ class Pool:
             self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    def close(self, drain_seconds: float) -> bool:
-        """End every engine, as Engine.close does. The pool's `stopping` must be set."""
-        until = time.monotonic() + drain_seconds
-        return all([engine.close(max(0.0, until - time.monotonic()))
-                    for engine in self.engines().values()])
+    def close(self) -> bool:
+        """End every engine at once, as Engine.close does. The pool's `stopping` must be set."""
+        return all([engine.close(0) for engine in self.engines().values()])
 
     # ---- the loader's thread only ------------------------------------------------------
 

@@ -1348,7 +1348,6 @@ class FarUsage:
 class FarChunk:
     """A chunk of a chat completion; what an app's reply has no place for is left out."""
 
-    model: str | None = None
     choices: list[FarChoice] | None = None
     usage: FarUsage | None = None
 
@@ -1726,7 +1725,7 @@ class Server(http.server.ThreadingHTTPServer):
         with self.changed:
             self.changed.wait_for(lambda: self.in_flight == 0, timeout=self.config.drain_seconds)
         self.is_over = True  # for what runs elsewhere
-        closed = self.pool.close(0)
+        closed = self.pool.close()
         with self.changed:
             self.changed.wait_for(lambda: self.in_flight == 0, timeout=LAST_WRITES_SECONDS)
         self.shutdown()
@@ -2453,11 +2452,10 @@ class Handler(socketserver.StreamRequestHandler):
         with self.lease(target):
             self.post_chat(chat, functools.partial(self.write_app_reply, name, streams))
 
-    def write_app_reply(self, name: str | None, streams: bool, chunks: Iterator[dict]) -> None:
+    def write_app_reply(self, name: str, streams: bool, chunks: Iterator[dict]) -> None:
         """Write a reply from the chunks of a chat completion."""
         reason, told, texts = "stop", None, []
         for chunk in chunks:
-            name = name or chunk.get("model")
             for choice in chunk["choices"] or ():
                 reason = choice.get("finish_reason") or reason
                 if text := (choice.get("delta") or {}).get("content"):
@@ -2753,6 +2751,7 @@ class Route:
 
 
 def app_chat(about: str, **how) -> Route:
+    """A chat in the dialect of local apps; how: the arguments of Handler.answer_app."""
     return Route(functools.partial(Handler.post_app_chat, **how), about, AppBody, True)
 
 
