@@ -2,8 +2,8 @@
 
 This file knows nothing of HTTP, and of JSON only the schemas that a reply may have to follow. It
 turns prompts (arrays of token ids) into events (pieces of text), for many requests at once, with
-one llama.cpp context for each model. Read it from top to bottom; each of its eleven parts uses only
-what stands above it; the tenth is the loop. Parts 4 and 6 can wait for a second reading.
+one llama.cpp context for each model. Read it from top to bottom; each of its twelve parts uses only
+what stands above it; the eleventh is the loop. Parts 4 and 6 can wait for a second reading.
 Words: a *slot* is a lane of the context, a *request* its guest; *prefill* reads a prompt into the
 KV cache, *decode* produces one token per *step*; a *batch* is the rows of one llama_decode.
 
@@ -675,6 +675,11 @@ class Model:
         self.pools = self._metadata(f"{self.architecture}.pooling_type") not in ("", "0")
         self.generates = self._metadata(f"{self.architecture}.attention.causal") != "false"
         self.on_gpu = bool(n_gpu_layers and lib.llama_supports_gpu_offload())
+        # A recurrent state cannot forget its last tokens, as a draft that was wrong must be.
+        self.can_rewind = not (lib.llama_model_is_recurrent(self._model)
+                               or lib.llama_model_is_hybrid(self._model))
+        # Saved states leave out what a sliding window has passed: they are good to their end only.
+        self.can_cut = self.can_rewind and not lib.llama_model_n_swa(self._model)
         description = ctypes.create_string_buffer(MAX_METADATA)
         lib.llama_model_desc(self._model, description, MAX_METADATA)
         # The type of most weights, such as "Q4_1".
@@ -1898,13 +1903,14 @@ FLASH_ATTN = {"auto": lib.LLAMA_FLASH_ATTN_TYPE_AUTO, True: lib.LLAMA_FLASH_ATTN
 
 @dataclasses.dataclass
 class Chunk:
-    """Consecutive tokens of one slot in a batch: one decode row or a piece of a prompt. Rows of an
-    image go in a batch of their own."""
+    """Consecutive tokens of one slot in a batch: a decode row and what is drafted to follow it, or
+    a piece of a prompt. Rows of an image go in a batch of their own."""
 
     slot: "Slot"
     tokens: np.ndarray | list[int]
-    wants_logits: bool  # of its last token
+    wants_logits: bool  # of its last token, and of the one before each drafted one
     wants_all: bool = False  # logits of each token
+    n_draft: int = 0  # how many of the tokens are drafted
     row: int = -1  # the last token's row in the batch, set by Context.decode
     image: Image | None = None  # what `tokens` are a part of, ...
     first_row: int = 0  # ... from which of its rows on
@@ -1952,6 +1958,7 @@ class Context:
             seq_id=_pointer(self._seq_pointers, ctypes.POINTER(lib.llama_seq_id)),
             logits=_pointer(self._wants_logits, ctypes.c_int8))
         self._projector = model.projector
+        self.being_copied: set[int] = set()  # slots whose cells the next decode copies
 
     def close(self) -> None:
         """Free the KV cache and compute buffers."""
@@ -1973,13 +1980,19 @@ class Context:
             self._seq_id[start:end] = chunk.slot.seq_id
             chunk.row = end - 1
             self._wants_logits[start:end] = chunk.wants_all
-            self._wants_logits[chunk.row] |= chunk.wants_logits
+            self._wants_logits[chunk.row - chunk.n_draft : end] |= chunk.wants_logits
         self._batch.n_tokens = end
         if image is None:
-            return lib.llama_decode(self.pointer, self._batch)
+            return self._compute(self._batch)
         batch = lib.llama_batch.from_buffer_copy(self._batch)
         batch.token, batch.embd = None, _pointer(image.rows[chunks[0].first_row:], ctypes.c_float)
-        return lib.llama_decode(self.pointer, batch)
+        return self._compute(batch)
+
+    def _compute(self, batch: lib.llama_batch) -> int:
+        code = lib.llama_decode(self.pointer, batch)
+        if code == DECODE_OK:
+            self.being_copied.clear()
+        return code
 
     def logits(self, row: int) -> np.ndarray:
         """The raw logits of a row, float32 of shape (n_vocab,); valid until the next decode."""
@@ -1998,7 +2011,25 @@ class Context:
     def copy(self, source: int, target: int) -> None:
         """Make slot `target` a copy of slot `source`, which may be running. llama.cpp moves the
         cells of the whole slot, at the start of the next decode."""
+        self.being_copied.add(source)
         lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def state_size(self, seq_id: int) -> int:
+        """Bytes that `save` would give."""
+        return lib.llama_state_seq_get_size(self.pointer, seq_id)
+
+    def save(self, seq_id: int) -> np.ndarray:
+        """A slot's cells as bytes, uint8 of shape (n,)."""
+        state = np.empty(self.state_size(seq_id), dtype=np.uint8)
+        lib.llama_state_seq_get_data(
+            self.pointer, _pointer(state, ctypes.c_uint8), len(state), seq_id)
+        return state
+
+    def restore(self, seq_id: int, state: np.ndarray) -> bool:
+        """Put back what `save` gave, in place of a slot's cells; when False, the slot is empty.
+        subtle: at once, not with the next decode. What is `being_copied` must stay until then."""
+        return bool(lib.llama_state_seq_set_data(
+            self.pointer, _pointer(state, ctypes.c_uint8), len(state), seq_id))
 
     def trim(self, seq_id: int, n_keep: int) -> int:
         """Forget a slot's tokens from `n_keep` on; return how many are left. subtle: models with
@@ -2043,6 +2074,7 @@ class Request:
     reuses: bool = True  # may take a cached prefix
     events: queue.SimpleQueue | None = None  # shared by the choices of a reply; None: its own
     images: dict[int, Image] = dataclasses.field(default_factory=dict)  # by their first position
+    lookup: "PromptLookup | None" = None  # drafts what stood in the text before
 
     def __post_init__(self, stops: list[str]):
         self.events = self.events or queue.SimpleQueue()
@@ -2052,6 +2084,7 @@ class Request:
         self.arrival = 0  # place in the order of arrival, set by submit
         self.n_reused = 0  # prompt tokens that were in the KV cache already
         self.n_generated = 0
+        self.n_accepted = self.n_rejected = 0  # tokens drafted for it
         # time.perf_counter(), seconds
         self.submitted = self.placed = self.first_token = self.last_token = 0.0
         self.prompt_logprobs: list[TokenLogprob] = []  # of its tokens from the second on
@@ -2188,6 +2221,9 @@ class Stats:
     n_prompt: int = 0  # tokens of the prompts that have got a slot
     n_cached: int = 0  # of these, tokens that were in the KV cache already
     n_generated: int = 0
+    n_accepted: int = 0  # of these, tokens that were drafted
+    n_rejected: int = 0  # tokens drafted in vain
+    n_restored: int = 0  # prefixes that came back from host memory
     n_decode_errors: int = 0
     batch: Histogram = dataclasses.field(  # tokens in each batch
         default_factory=functools.partial(Histogram, BATCH_BOUNDS))
@@ -2270,7 +2306,371 @@ class Embedder:
         yield vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), TINY)
 
 
-# ==== 10. The engine =====================================================================
+# ==== 10. Drafts and stored prefixes ====================================================
+
+# A decode of several rows costs less than as many decodes of one. So tokens are drafted: looked up
+# where the text said the same before, or guessed by a smaller model. One batch verifies them: row
+# by row the request's own sampler chooses, for as long as it chooses what was drafted. All that it
+# chooses counts, so a reply is distributed as it would be without drafts (speculative decoding,
+# https://arxiv.org/abs/2211.17192, for drafts that are certain of themselves).
+
+PROMPT_LOOKUP = "prompt-lookup"
+MAX_DRAFT = 32  # tokens for a slot in one step: hardly any gain is left in more
+MAX_SLOWDOWN = 1.03  # what a step may cost those that gain nothing by its drafts
+MIN_GAIN = 1.05  # the gain that one more drafted token must promise, since promises err
+
+
+class Odds:
+    """How often drafted tokens come true, for each level of confidence in them."""
+
+    WEIGHT = 4.0  # how many tokens of one's own count as much as what was known before
+    KEEP = 0.99  # of older counts at each new one
+
+    def __init__(self, before: "tuple[float, ...] | Odds"):
+        """before: what was known, by level; if those are Odds, they learn from these, too."""
+        self._before = before
+        self._true, self._tried = [0.0] * len(before), [0.0] * len(before)
+
+    def __len__(self) -> int:
+        return len(self._before)
+
+    def __getitem__(self, level: int) -> float:
+        return (self.WEIGHT * self._before[level] + self._true[level]) / (
+            self.WEIGHT + self._tried[level])
+
+    def note(self, level: int, came_true: bool) -> None:
+        self._true[level] = self.KEEP * self._true[level] + came_true
+        self._tried[level] = self.KEEP * self._tried[level] + 1
+        if isinstance(self._before, Odds):
+            self._before.note(level, came_true)
+
+    def fade(self) -> None:
+        """Forget a little, so that what has failed is tried again one day."""
+        self._true = [self.KEEP * count for count in self._true]
+        self._tried = [self.KEEP * count for count in self._tried]
+        if isinstance(self._before, Odds):
+            self._before.fade()
+
+
+class PromptLookup:
+    """Drafts for one request: its text goes on as it did where its last two tokens stood before.
+    What is not drafted is compared, too, so the odds cost nothing to learn. After `submit`: engine
+    thread only."""
+
+    MAX_MATCH = 128  # tokens looked back to see how long a match is
+    # By the bits of a match's length.
+    FIRST_ODDS = (0.0, 0.3, 0.6, 0.75, 0.85, 0.95, 0.97, 0.985, 0.99)
+
+    def __init__(self, odds: Odds, prompt: np.ndarray, prediction: np.ndarray | None = None):
+        """odds: of all requests. prompt, prediction: token ids; the reply may be like the
+        prediction."""
+        self._odds, self._tokens = Odds(odds), prompt.tolist()
+        # The text may go on with tokens[_next], because the n_matched tokens before it are those
+        # at the text's end; none: nothing is known.
+        self._next = self.n_matched = 0
+        if prediction is not None and len(prediction):
+            self._next, self.n_matched = len(self._tokens), 1
+            self._tokens += prediction.tolist()
+        # Where each pair of tokens stood last: the index of what followed it.
+        self._behind = dict(zip(itertools.pairwise(self._tokens), itertools.count(2)))
+
+    def feed(self, token: int) -> None:
+        """Take the next token of the reply."""
+        tokens = self._tokens
+        if self.n_matched:
+            came_true = tokens[self._next] == token
+            self._odds.note(self._level(self.n_matched), came_true)
+            self.n_matched = self.n_matched + 1 if came_true else 0
+            self._next += 1
+        pair = (tokens[-1], token)
+        tokens.append(token)
+        if not self.n_matched and pair in self._behind:
+            self._next, n = self._behind[pair], 2
+            while n < min(self.MAX_MATCH, self._next) and tokens[self._next - 1 - n] == tokens[~n]:
+                n += 1
+            self.n_matched = n
+        self._behind[pair] = len(tokens)
+
+    def _level(self, n_matched: int) -> int:
+        return min(n_matched.bit_length(), len(self._odds) - 1)
+
+    def guesses(self) -> Iterator[tuple[int, float]]:
+        """What may come, token by token, each with the odds that it does if those before did."""
+        ahead: list[int] = []
+        while self.n_matched:
+            index = self._next + len(ahead)
+            beyond = index - len(self._tokens)  # where a text repeats itself without end
+            token = self._tokens[index] if beyond < 0 else ahead[beyond]
+            if token < 0:
+                return  # a part of an image
+            ahead.append(token)
+            yield token, self._odds[self._level(self.n_matched + len(ahead) - 1)]
+
+
+class Pace:
+    """The seconds of a decode by its rows: a line through those so far, the latest above all."""
+
+    WEIGHT = 0.05  # of the latest decode
+    ROW = 0.5  # seconds of one more row, as a share of a decode of one, until decodes have told
+    OUTLIER = 4.0  # times what was expected: something else had the processor
+
+    def __init__(self):
+        self._rows = self._seconds = 0.0  # their means, ...
+        self._variance = self._covariance = 0.0
+
+    def note(self, rows: int, seconds: float) -> None:
+        if not self._seconds:
+            self._rows, self._seconds = rows, seconds
+        off_rows = rows - self._rows
+        off_seconds = min(seconds, self.OUTLIER * self.of(rows)) - self._seconds
+        self._rows += self.WEIGHT * off_rows
+        self._seconds += self.WEIGHT * off_seconds
+        rest = 1 - self.WEIGHT
+        self._variance = rest * (self._variance + self.WEIGHT * off_rows**2)
+        self._covariance = rest * (self._covariance + self.WEIGHT * off_rows * off_seconds)
+
+    @property
+    def row(self) -> float:
+        """Seconds of one more row."""
+        assumed = self.ROW * self._seconds / (1 + self.ROW * max(0.0, self._rows - 1))
+        weight = 1.0  # of the assumption: that of a variance of one row
+        return max(0.0, (self._covariance + weight * assumed) / (self._variance + weight))
+
+    def of(self, rows: int) -> float:
+        """Seconds of a decode with so many rows."""
+        return max(self._seconds + self.row * (rows - self._rows), self.row)
+
+
+class Plan:
+    """The drafts of one step, a token for each slot at a time."""
+
+    def __init__(self, pace: Pace, slots: list[Slot], n_prefill: int, room: int):
+        """slots: those that decode. n_prefill: rows of prompts in the same batch. room: rows that
+        drafts may have."""
+        self.drafts: dict[Slot, list[int]] = {slot: [] for slot in slots}
+        self._chance = dict.fromkeys(slots, 1.0)  # that all of a slot's draft comes true
+        self._gain = dict.fromkeys(slots, 1.0)  # tokens expected
+        self._row, self._room, self._is_shared = pace.row, room, n_prefill > 0
+        self.seconds = self._without = pace.of(len(slots) + n_prefill)
+
+    def pays(self, slot: Slot, odds: float, more_seconds: float = 0.0) -> bool:
+        """Whether another token for a slot makes all of them faster together. more_seconds: what
+        it costs to draft it."""
+        request, more = slot.request, self._chance[slot] * odds
+        return len(self.drafts[slot]) < request.max_tokens - request.n_generated - 1 and \
+            more * self.seconds > MIN_GAIN * sum(self._gain.values()) * (self._row + more_seconds)
+
+    def add(self, guesses: dict[Slot, tuple[int, float]]) -> list[Slot]:
+        """Draft what pays of these tokens, with their odds, if the slots that gain least don't
+        become slower by it. Return the slots that may go on."""
+        going = [slot for slot, (_, odds) in guesses.items() if self.pays(slot, odds)]
+        chance = self._chance | {slot: self._chance[slot] * guesses[slot][1] for slot in going}
+        gain = self._gain | {slot: self._gain[slot] + chance[slot] for slot in going}
+        least = 1.0 if self._is_shared else min(gain.values())
+        seconds = self.seconds + self._row * len(going)
+        if len(going) > self._room or seconds > MAX_SLOWDOWN * self._without * least:
+            return []
+        self._chance, self._gain, self.seconds = chance, gain, seconds
+        self._room -= len(going)
+        for slot in going:
+            self.drafts[slot].append(guesses[slot][0])
+        return going
+
+
+class DraftModel:
+    """A smaller model with the same vocabulary, which writes ahead of the slots. Its own context
+    has the same slots; each reads its slot's text when a draft is wanted. Engine thread only."""
+
+    N_LEVELS = 8  # of its own probability for a token; one more level is for tokens of any
+    FIRST_ODDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.95, 0.8)
+    ANY = N_LEVELS
+
+    def __init__(self, model: Model, context: Context, target: Model):
+        """The draft model and its context, which become its own. Raises ModelError when its
+        vocabulary is not that of the target."""
+        for token in range(min(model.n_vocab, target.n_vocab)):
+            texts = [lib.llama_vocab_get_text(each.vocab, token) for each in (model, target)]
+            if texts[0] != texts[1]:
+                raise ModelError(
+                    f"draft_model_path: {model.path} has another vocabulary than {target.path}: "
+                    f"token {token} is {texts[0]!r}, not {texts[1]!r}; take a smaller model of "
+                    "the same family")
+        self._model, self._context, self._n_vocab = model, context, target.n_vocab
+        self._slots = [Slot(i, context.n_ctx) for i in range(context.parallel)]
+        self._odds = Odds(self.FIRST_ODDS)
+        self._odds_of = [self._odds] * context.parallel  # of each slot's guest
+        self._levels: list[list[int]] = [[] for _ in self._slots]  # of the tokens just guessed
+        self.seconds = 0.0  # that one round of guesses takes
+
+    def close(self) -> None:
+        """Free context and weights."""
+        self._context.close()
+        self._model.close()
+
+    def wants(self, plan: Plan, slots: list[Slot]) -> list[Slot]:
+        """The slots for which another guess would pay."""
+        wanted = []
+        for slot in slots:
+            own = self._slots[slot.seq_id]
+            if own.request is not slot.request:  # a new guest
+                same = common_prefix(own.tokens[: own.n_cached], slot.tokens[: slot.n_cached])
+                own.request, own.n_cached = slot.request, self._context.trim(own.seq_id, same)
+                self._odds_of[slot.seq_id] = Odds(self._odds)
+            odds = self._odds_of[slot.seq_id]
+            if plan.pays(slot, odds[self.ANY], self.seconds / len(slots)):
+                wanted.append(slot)
+            elif not plan.drafts[slot]:
+                odds.fade()
+        return wanted
+
+    def guess(self, plan: Plan, slots: list[Slot]) -> dict[Slot, tuple[int, float]]:
+        """The likeliest tokens after the slots' drafts, with their odds. A slot gets none while its
+        text is still being read: a piece in each step."""
+        began, chunks, of = time.perf_counter(), [], {}
+        room = self._context.n_batch
+        for slot in slots:
+            own, ahead = self._slots[slot.seq_id], [slot.next_token, *plan.drafts[slot]]
+            unread = np.append(slot.tokens[own.n_cached : slot.n_cached],
+                               ahead[max(0, own.n_cached - slot.n_cached):]).astype(np.int32)
+            tokens = unread[: room - len(slots) + 1]
+            fits = own.n_cached + len(tokens) <= self._context.n_ctx
+            if fits and 0 <= tokens.min() and tokens.max() < self._model.n_vocab:
+                of[own] = slot
+                chunks.append(Chunk(own, tokens, len(tokens) == len(unread)))
+                room -= len(tokens)
+        if not chunks:
+            return {}
+        if code := self._context.decode(chunks):
+            log.warning("llama_decode returned %s for the draft model", code)
+            for chunk in chunks:
+                chunk.slot.n_cached = self._context.trim(chunk.slot.seq_id, 0)
+            return {}
+        guesses = {}
+        for chunk in chunks:
+            own = chunk.slot
+            start, own.n_cached = own.n_cached, own.n_cached + len(chunk.tokens)
+            own.tokens[start : own.n_cached] = chunk.tokens
+            if chunk.wants_logits and (guess := self._choose(chunk.row)):
+                token, level = guess
+                self._levels[own.seq_id].append(level)
+                guesses[of[own]] = token, self._odds_of[own.seq_id][level]
+        if guesses:
+            self.seconds += Pace.WEIGHT * (time.perf_counter() - began - self.seconds)
+        plan.seconds += self.seconds
+        return guesses
+
+    def _choose(self, row: int) -> tuple[int, int] | None:
+        """The likeliest token of a row, and the level of its probability."""
+        logits = self._context.logits(row)
+        token = int(logits.argmax())
+        probability = 1 / float(np.exp(logits - logits[token]).sum())
+        return (token, min(int(self.N_LEVELS * probability), self.N_LEVELS - 1)) \
+            if token < self._n_vocab else None
+
+    def verified(self, slot: Slot, n_tried: int, n_true: int) -> None:
+        """Learn how many of a slot's drafted tokens were compared, and how many came true; forget
+        those that did not."""
+        own, levels = self._slots[slot.seq_id], self._levels[slot.seq_id]
+        for index, level in enumerate(levels[:n_tried]):
+            for each in (level, self.ANY):
+                self._odds_of[slot.seq_id].note(each, index < n_true)
+        levels.clear()
+        if own.n_cached > slot.n_cached:
+            own.n_cached = self._context.trim(own.seq_id, slot.n_cached)
+
+
+class Drafter:
+    """Drafts as many tokens for a step as make it faster."""
+
+    SURE_MATCH = 8  # tokens: of shorter matches a draft model knows better what follows
+
+    def __init__(self, model: DraftModel | None = None):
+        self.pace, self.model = Pace(), model
+        self.lookup_odds = Odds(PromptLookup.FIRST_ODDS)
+
+    def drafts(self, slots: list[Slot], n_prefill: int, room: int) -> dict[Slot, list[int]]:
+        """Tokens for slots that decode. n_prefill, room: as for Plan."""
+        plan = Plan(self.pace, slots, n_prefill, room)
+        enough = self.SURE_MATCH if self.model else 1
+        lookups = {slot: slot.request.lookup.guesses() for slot in slots
+                   if slot.request.lookup and slot.request.lookup.n_matched >= enough}
+        active = slots
+        for _ in range(MAX_DRAFT if slots else 0):
+            guesses = {slot: guess for slot in active
+                       if slot in lookups and (guess := next(lookups[slot], None))}
+            if self.model:
+                guesses |= self._ask_model(plan, [slot for slot in active if slot not in lookups])
+            active = plan.add(guesses)
+            if not active:
+                break
+        return plan.drafts
+
+    def _ask_model(self, plan: Plan, slots: list[Slot]) -> dict[Slot, tuple[int, float]]:
+        """The draft model's guesses where they would pay. If it fails, go on without it."""
+        try:
+            return self.model.guess(plan, self.model.wants(plan, slots))
+        except Exception:
+            log.exception("the draft model failed; going on without it")
+            failed, self.model = self.model, None
+            failed.close()
+            return {}
+
+    def verified(self, slot: Slot, n_tried: int, n_true: int) -> None:
+        """As for DraftModel."""
+        if self.model:
+            self.model.verified(slot, n_tried, n_true)
+
+    def close(self) -> None:
+        """Free the draft model."""
+        if self.model:
+            self.model.close()
+
+
+class PrefixStore:
+    """Prefixes that have lost their slot, in host memory; the least recently used go first.
+    Engine thread only."""
+
+    def __init__(self, max_bytes: int):
+        self._max_bytes, self.n_bytes = max_bytes, 0
+        self._entries: list[tuple[np.ndarray, np.ndarray]] = []  # (tokens, state), oldest first
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def longest(self, prompt: np.ndarray, whole: bool = False) -> tuple[int, int]:
+        """How many tokens a prompt shares with the best entry, and its index. whole: only entries
+        count that are shared to their end."""
+        shared = [common_prefix(prompt, tokens) for tokens, _ in self._entries]
+        if whole:
+            shared = [n if n == len(tokens) else 0
+                      for n, (tokens, _) in zip(shared, self._entries)]
+        return max(zip(shared, itertools.count()), default=(0, -1))
+
+    def has_room(self, n_bytes: int) -> bool:
+        """Whether a state of this size may come in, if others go."""
+        return n_bytes <= self._max_bytes
+
+    def put(self, tokens: np.ndarray, state: np.ndarray) -> None:
+        """Take what Context.save gave for these tokens; entries that it continues go."""
+        for entry in self._entries[:]:
+            if common_prefix(entry[0], tokens) == len(entry[0]):
+                self._remove(entry)
+        while self.n_bytes + state.nbytes > self._max_bytes:
+            self._remove(self._entries[0])
+        self._entries.append((tokens, state))
+        self.n_bytes += state.nbytes
+
+    def _remove(self, entry: tuple[np.ndarray, np.ndarray]) -> None:
+        self._entries = [each for each in self._entries if each is not entry]
+        self.n_bytes -= entry[1].nbytes
+
+    def get(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens and state of an entry, which is now the latest."""
+        self._entries.append(self._entries.pop(index))
+        return self._entries[-1]
+
+
+# ==== 11. The engine =====================================================================
 
 # Sharing a prefix copies the cells of a whole slot, which costs about as much as prefilling
 # this many tokens: fewer are computed again instead.
@@ -2283,12 +2683,17 @@ class Engine:
     """Runs many requests through one context: continuous batching with prefix reuse."""
 
     def __init__(self, model: Model, context: Context, prefill_chunk: int = 96,
-                 max_queue: int = 128):
+                 max_queue: int = 128, cache_ram_mib: float = 512, looks_up: bool = False,
+                 draft_model: DraftModel | None = None):
         """prefill_chunk: prompt tokens per step while anything decodes. max_queue: requests
-        that may wait for a slot. The context becomes the engine's own; the model does not."""
+        that may wait for a slot. cache_ram_mib: host memory for prefixes without a slot. looks_up:
+        draft from the text of each request. The context and the draft model become the engine's
+        own; the model does not."""
         self.model, self.context, self.n_ctx = model, context, context.n_ctx
         self._prefill_chunk, self._max_queue = prefill_chunk, max_queue
         self._slots = [Slot(i, context.n_ctx) for i in range(context.parallel)]
+        self._looks_up, self._drafter = looks_up, Drafter(draft_model)
+        self._store = PrefixStore(int(cache_ram_mib * 2**20))
         self._counts = Stats()
         self.stats = self._counts.copy(self._slots)
         # Events leave at the end of a step: a handler awake before would take the GIL from it.
@@ -2332,6 +2737,12 @@ class Engine:
                 request.arrival, request.submitted = next(self._arrivals), time.perf_counter()
             self._waiting.extend(requests)
             self.changed.notify()
+
+    def lookup(self, prompt: np.ndarray, prediction: np.ndarray | None) -> PromptLookup | None:
+        """What drafts for a request, if its prompt is to be looked up, or it has a prediction."""
+        if not self.model.can_rewind or not self._looks_up and prediction is None:
+            return None
+        return PromptLookup(self._drafter.lookup_odds, prompt, prediction)
 
     @property
     def n_waiting(self) -> int:
@@ -2385,6 +2796,7 @@ class Engine:
             return False
         with self.model_lock:
             self.context.close()
+            self._drafter.close()
             if self._embedder:
                 self._embedder.close()
         return True
@@ -2499,68 +2911,114 @@ class Engine:
         reusable = prompt if request.reuses and not request.scores_prompt else prompt[:0]
         shared = {s: common_prefix(reusable, s.tokens[: s.n_cached]) for s in self._slots}
         source = max(self._slots, key=lambda slot: (shared[slot], slot.request is None))
+        # A part of what was stored will do only if the cells before it are there, too.
+        n_stored, stored = self._store.longest(reusable, whole=not self.model.can_cut)
         coming = [common_prefix(reusable, s.request.prompt) for s in self._slots if s.is_prefilling]
-        if max(coming, default=0) - shared[source] >= MIN_SHARED_TOKENS:
+        if max(coming, default=0) - max(shared[source], n_stored) >= MIN_SHARED_TOKENS:
             return False
-        # Overwrite the slot with the prefix when this prompt continues it, else the least recently
-        # used, so that a short common beginning costs nobody a long conversation.
-        target = min(idle, key=lambda slot: slot.last_used)
-        if source in idle and shared[source] and 2 * shared[source] >= source.n_cached:
-            target = source
-        if shared[source] - shared[target] >= MIN_SHARED_TOKENS:
-            self.context.copy(source.seq_id, target.seq_id)
-            target.n_cached = source.n_cached
-            target.tokens[: target.n_cached] = source.tokens[: source.n_cached]
-            shared[target] = shared[source]
+        restorable = [slot for slot in idle if slot.seq_id not in self.context.being_copied]
+        if restorable and n_stored - shared[source] >= MIN_SHARED_TOKENS:
+            target = min(restorable, key=lambda slot: slot.last_used)
+            self._restore(target, stored)
+        else:
+            target = self._share(source, shared, idle)
         # The last prompt token is always computed: its logits choose the first new token.
-        keep = min(shared[target], len(prompt) - 1)
+        keep = min(common_prefix(reusable, target.tokens[: target.n_cached]), len(prompt) - 1)
         start, _, image = request.image_at(keep)
         keep = start if image else keep  # an image is kept whole or not at all
+        self._save(target, keep)
         target.n_cached = request.n_reused = self.context.trim(target.seq_id, keep)
         target.request, request.placed = request, time.perf_counter()
         self._counts.n_prompt += request.n_prompt
         self._counts.n_cached += request.n_reused
         return True
 
+    def _share(self, source: Slot, shared: dict[Slot, int], idle: list[Slot]) -> Slot:
+        """Choose an idle slot for a prompt, and let it have the prefix that `source` shares with
+        the prompt, if copying is cheaper than computing. shared: tokens of each slot."""
+        # Overwrite the slot with the prefix when this prompt continues it, else the least recently
+        # used, so that a short common beginning costs nobody a long conversation.
+        target = min(idle, key=lambda slot: slot.last_used)
+        if source in idle and shared[source] and 2 * shared[source] >= source.n_cached:
+            target = source
+        if shared[source] - shared[target] >= MIN_SHARED_TOKENS:
+            self._save(target, 0)
+            self.context.copy(source.seq_id, target.seq_id)
+            target.n_cached = source.n_cached
+            target.tokens[: target.n_cached] = source.tokens[: source.n_cached]
+        return target
+
+    def _save(self, slot: Slot, n_kept: int) -> None:
+        """Put a slot's tokens in the store if more than their first `n_kept` are about to be lost,
+        and nobody else has them."""
+        tokens = slot.tokens[: slot.n_cached]
+        n_safe = max([n_kept, self._store.longest(tokens)[0]] + [
+            common_prefix(tokens, other.tokens[: other.n_cached])
+            for other in self._slots if other is not slot])
+        if len(tokens) - n_safe < MIN_SHARED_TOKENS:
+            return
+        try:
+            if self._store.has_room(self.context.state_size(slot.seq_id)):
+                self._store.put(tokens.copy(), self.context.save(slot.seq_id))
+        except MemoryError:
+            log.warning("no memory left to store a prefix: lower cache_ram_mib")
+
+    def _restore(self, slot: Slot, index: int) -> None:
+        """Put an entry of the store into an idle slot."""
+        self._save(slot, 0)
+        tokens, state = self._store.get(index)
+        is_restored = self.context.restore(slot.seq_id, state)
+        slot.n_cached = len(tokens) if is_restored else 0
+        slot.tokens[: slot.n_cached] = tokens[: slot.n_cached]
+        self._counts.n_restored += is_restored
+
     def _fill(self) -> list[Chunk]:
-        """Choose the rows of the next batch: every decoding slot's token, then prompt tokens in
-        order of arrival; only a few of those while anything decodes, so that no stream stalls."""
-        chunks = [Chunk(slot, [slot.next_token], wants_logits=True)
-                  for slot in self._slots if slot.next_token is not None]
-        room = self.context.n_batch - len(chunks)
-        if chunks:
-            room = min(room, self._prefill_chunk)
+        """Choose the rows of the next batch: every decoding slot's token and what is drafted after
+        it, then prompt tokens in order of arrival; only a few of those while anything decodes, so
+        that no stream stalls."""
+        decoding = [slot for slot in self._slots if slot.next_token is not None]
+        room = self.context.n_batch - len(decoding)
+        prompts, n_left = [], min(room, self._prefill_chunk) if decoding else room
         prefilling = [slot for slot in self._slots if slot.is_prefilling]
         for slot in sorted(prefilling, key=lambda slot: slot.request.arrival):
             prompt = slot.request.prompt
             start, end, image = slot.request.image_at(slot.n_cached)
             if not (image and image.native):
-                end = min(end, slot.n_cached + room)
-            if slot.n_cached < end and room > 0:
+                end = min(end, slot.n_cached + n_left)
+            if slot.n_cached < end and n_left > 0:
                 tokens = prompt[slot.n_cached : end]
-                chunks.append(Chunk(slot, tokens, end == len(prompt), slot.request.scores_prompt,
-                                    image=image, first_row=slot.n_cached - start))
-                room -= len(tokens)
-        return chunks
+                prompts.append(Chunk(slot, tokens, end == len(prompt), slot.request.scores_prompt,
+                                     image=image, first_row=slot.n_cached - start))
+                n_left -= len(tokens)
+        n_prefill = sum(len(chunk.tokens) for chunk in prompts)
+        drafts = self._drafter.drafts(decoding, n_prefill, room - n_prefill)
+        return [Chunk(slot, [slot.next_token, *drafts[slot]], True, n_draft=len(drafts[slot]))
+                for slot in decoding] + prompts
 
     def _decode_and_sample(self, chunks: list[Chunk]) -> None:
         """Compute the chunks in one batch. If that fails, find out whose fault it is: compute
         them one by one, so that only a request that cannot be computed alone fails."""
         if not chunks:
             return
+        n_rows, began = sum(len(chunk.tokens) for chunk in chunks), time.perf_counter()
         try:
             code = self.context.decode(chunks)
         except Exception as error:
             log.exception("llama_decode raised")
             code = describe(error)
         if code == DECODE_OK:
-            self._counts.batch.add(sum(len(chunk.tokens) for chunk in chunks))
+            self._counts.batch.add(n_rows)
+            if all(chunk.slot.next_token is not None for chunk in chunks):  # nothing is prefilled
+                self._drafter.pace.note(n_rows, time.perf_counter() - began)
             for chunk in chunks:
                 self._take_logits(chunk)
             return
         self._counts.n_decode_errors += 1
         for chunk in chunks:  # drop what part of the batch may have reached the cache
             slot = chunk.slot
+            if chunk.n_draft:
+                self._drafter.verified(slot, 0, 0)
+                chunk.tokens, chunk.n_draft = chunk.tokens[:1], 0
             if self.context.trim(slot.seq_id, slot.n_cached) < slot.n_cached:
                 self._fail(slot, EngineFault(f"llama_decode failed with {code}; state lost"))
         chunks = [chunk for chunk in chunks if chunk.slot.request is not None]
@@ -2580,13 +3038,16 @@ class Engine:
     def _take_logits(self, chunk: Chunk) -> None:
         """Note that a chunk is computed, and use its logits; an error ends this request only."""
         slot, start = chunk.slot, chunk.slot.n_cached
-        slot.n_cached += len(chunk.tokens)
-        slot.tokens[start : slot.n_cached] = chunk.tokens
+        end = start + len(chunk.tokens)
+        slot.tokens[start:end] = chunk.tokens
+        slot.n_cached = end - chunk.n_draft
         try:
             if chunk.wants_all:
                 self._score(chunk, start)
             if chunk.wants_logits:
-                self._sample(chunk)
+                self._verify(chunk)
+            if slot.n_cached < end:  # drafted in vain
+                self.context.trim(slot.seq_id, slot.n_cached)
         except GrammarError as error:  # the client's own
             self._fail(slot, error)
         except Exception as error:
@@ -2601,9 +3062,26 @@ class Engine:
             token_logprob(self.context.logits(row), token, request.n_top_logprobs or 0)
             for row, token in enumerate(following, start=first_row)]
 
-    def _sample(self, chunk: Chunk) -> None:
-        """Choose the next token of one slot and send its text."""
-        slot, request = chunk.slot, chunk.slot.request
+    def _verify(self, chunk: Chunk) -> None:
+        """Choose tokens for one slot, row by row, for as long as they are what was drafted."""
+        slot, request, n_draft = chunk.slot, chunk.slot.request, chunk.n_draft
+        drafted, first_row, n_true = chunk.tokens[-n_draft:], chunk.row - n_draft, 0
+        while True:
+            self._sample(slot, first_row + n_true)
+            if slot.request is None or n_true == n_draft or slot.next_token != drafted[n_true]:
+                break
+            slot.n_cached, n_true = slot.n_cached + 1, n_true + 1
+        if n_draft:
+            n_tried = n_true + (slot.request is not None and n_true < n_draft)
+            request.n_accepted += n_true
+            request.n_rejected += n_draft - n_true
+            self._counts.n_accepted += n_true
+            self._counts.n_rejected += n_draft - n_true
+            self._drafter.verified(slot, n_tried, n_true)
+
+    def _sample(self, slot: Slot, row: int) -> None:
+        """Choose the next token of one slot from a row, and send its text."""
+        request = slot.request
         if request.n_generated == 0:
             request.first_token = request.last_token = time.perf_counter()
             self._counts.first_token.add(request.first_token - request.submitted)
@@ -2611,11 +3089,10 @@ class Engine:
             self._outbox.append(Event(request, finish_reason="length"))
             self._release(slot)
             return
-        token = request.sampler.sample(self.context, chunk.row)
+        token = request.sampler.sample(self.context, row)
         logprob = None
         if request.n_top_logprobs is not None and token != NO_TOKEN:
-            logits = self.context.logits(chunk.row)
-            logprob = token_logprob(logits, token, request.n_top_logprobs)
+            logprob = token_logprob(self.context.logits(row), token, request.n_top_logprobs)
         is_end = token in self.model.end_tokens or token == NO_TOKEN
         before = request.last_token
         event = request.push(b"" if is_end else self.model.piece(token), is_end, logprob)
@@ -2627,6 +3104,8 @@ class Engine:
         slot.next_token = token
         if event.finish_reason:
             self._release(slot)
+        elif request.lookup:
+            request.lookup.feed(token)
 
     def _release(self, slot: Slot) -> None:
         """Make a slot idle. Its KV cache stays, as the prefix of some later prompt."""
@@ -2663,11 +3142,14 @@ def describe(error: Exception) -> str:
 
 
 def load_engine(path: Path, *, n_ctx: int, parallel: int, n_gpu_layers: int, prefill_chunk: int,
-                max_queue: int, chat_template_file: str | None = None, mmproj: str | None = None,
-                on_progress=lambda fraction: True, **context_options) -> Engine:
+                max_queue: int, cache_ram_mib: float = 0, chat_template_file: str | None = None,
+                mmproj: str | None = None, draft: str | None = None,
+                draft_model_path: str | None = None, draft_n_ctx: int = 0,
+                draft_n_gpu_layers: int = -1, on_progress=lambda fraction: True,
+                **context_options) -> Engine:
     """Load a model and start an engine on it. n_ctx: tokens per request, 0 for as many as the
-    model was trained for. `context_options` are those of Context. Raises ModelError; BrokenModel
-    when another file in its place could do better."""
+    model was trained for. draft: "prompt-lookup" or None. `context_options` are those of Context.
+    Raises ModelError; BrokenModel when another file in its place could do better."""
     size = file_size(path)
     projector = find_model_file(mmproj, path.parent, setting="mmproj") if mmproj else None
     model = Model(path, n_gpu_layers, on_progress, chat_template_file, projector,
@@ -2681,10 +3163,38 @@ def load_engine(path: Path, *, n_ctx: int, parallel: int, n_gpu_layers: int, pre
         if (now := file_size(path)) < size:
             raise BrokenModel(f"{path} shrank from {size} to {now} bytes while it was loaded")
         context = Context(model, n_ctx or model.n_ctx_train, parallel, **context_options)
+        try:
+            draft_model = load_draft_model(
+                find_model_file(draft_model_path, path.parent, setting="draft_model_path"), model,
+                draft_n_gpu_layers, draft_n_ctx or context.n_ctx, parallel, **context_options
+            ) if draft_model_path else None
+        except ModelError:
+            context.close()
+            raise
     except ModelError:
         model.close()
         raise
-    return Engine(model, context, prefill_chunk, max_queue).start()
+    return Engine(model, context, prefill_chunk, max_queue, cache_ram_mib,
+                  draft == PROMPT_LOOKUP, draft_model).start()
+
+
+def load_draft_model(path: Path, target: Model, n_gpu_layers: int, n_ctx: int, parallel: int,
+                     **context_options) -> DraftModel | None:
+    """The model that drafts for another. Raises ModelError."""
+    if not target.can_rewind:
+        log.warning("no drafts for %s: its recurrent state cannot be rewound", target.name)
+        return None
+    model = Model(path, n_gpu_layers)
+    try:
+        context = Context(model, min(n_ctx, model.n_ctx_train), parallel, **context_options)
+        try:
+            return DraftModel(model, context, target)
+        except ModelError:
+            context.close()
+            raise
+    except ModelError:
+        model.close()
+        raise
 
 
 def file_size(path: Path) -> int:
@@ -2695,7 +3205,7 @@ def file_size(path: Path) -> int:
         raise BrokenModel(f"the model file {path} has vanished: {error.strerror}") from error
 
 
-# ==== 11. The pool: which models are loaded ==============================================
+# ==== 12. The pool: which models are loaded ==============================================
 
 POLL_SECONDS = 0.1  # how often who waits for a model looks whether its client is still there
 IDLE_GRACE_SECONDS = 0.2  # a client that sends one request after the other is back within this
@@ -2705,6 +3215,8 @@ RELOAD_SECONDS = 2.0  # between looks whether a model file that could not be loa
 @dataclasses.dataclass(eq=False)
 class LocalModel:
     """A model that can be loaded, and how it stands. What follows `options` is the Pool's."""
+
+    FILES = ("mmproj", "chat_template_file", "draft_model_path")  # besides, in the options
 
     name: str
     path: str | None  # as find_model_file takes it
@@ -2726,7 +3238,7 @@ class LocalModel:
     def look(self) -> tuple:
         """What changes when one of its files does."""
         seen = []
-        for file in (self.path, self.options["mmproj"], self.options["chat_template_file"]):
+        for file in (self.path, *map(self.options.get, self.FILES)):
             with contextlib.suppress(OSError, TypeError):  # gone, or None
                 stat = os.stat(os.path.expanduser(file))
                 seen.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))

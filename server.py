@@ -99,6 +99,7 @@ class ModelEntry:
     n_ctx: int | None = option(low=0, high=MAX_N_CTX)
     parallel: int | None = option(low=1, high=256)
     n_gpu_layers: int | None = option(low=-1, high=INT32_MAX)
+    draft_model_path: str | None = None
     base_url: str | None = None
     api_key: str | None = option(secret=True)
     model: str | None = None  # its name there
@@ -108,7 +109,8 @@ class ModelEntry:
         """Refuse what is neither here nor there, or both."""
         if (self.model_path is None) == (self.base_url is None):
             raise invalid(at, f"{at}: name either a model_path or a base_url")
-        here = {"mmproj", "chat_template_file", "n_ctx", "parallel", "n_gpu_layers"}
+        here = {"mmproj", "chat_template_file", "n_ctx", "parallel", "n_gpu_layers",
+                "draft_model_path"}
         there = {"api_key", "model", "timeout"}
         for name in here if self.base_url else there:
             if getattr(self, name) is not None:
@@ -169,7 +171,11 @@ class Config:
     n_threads: int = setting("model", 0, low=0, high=512)  # ggml's GGML_MAX_N_THREADS
     n_gpu_layers: int = setting("model", -1, low=-1, high=INT32_MAX)
     flash_attn: bool | Literal["auto"] = setting("model", "auto")
-
+    cache_ram_mib: float = setting("model", 512.0, low=0, high=2**20)
+    draft: Literal["prompt-lookup"] | None = setting("model", engine.PROMPT_LOOKUP)
+    draft_model_path: str | None = setting("model", None)
+    draft_n_ctx: int = setting("model", 0, low=0, high=MAX_N_CTX)
+    draft_n_gpu_layers: int = setting("model", -1, low=-1, high=INT32_MAX)
     chat_template_file: str | None = setting("model", None)
     models_dir: str | None = setting("model", None)
     max_loaded: int = setting("model", 1, low=1, high=64)
@@ -222,7 +228,7 @@ class ConfigError(Exception):
 
 
 ALIASES = {"MODEL_ID": "model_path", "BATCH_MAX": "parallel"}  # variables of local apps
-PATHS = ("model_path", "mmproj", "chat_template_file", "models_dir")
+PATHS = ("model_path", "mmproj", "chat_template_file", "draft_model_path", "models_dir")
 NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: 2024-13-45 is no date
 
 
@@ -617,6 +623,22 @@ class ResponseFormat:
 
 
 @dataclasses.dataclass
+class Prediction:
+    """A text that the reply may be like in many places: what it shares with it comes faster."""
+
+    type: Literal["content"]
+    content: str | list[Part]
+
+    def check(self, at: str) -> None:
+        """Refuse images."""
+        if any(part.image_url for part in self.content if isinstance(part, Part)):
+            raise invalid(f"{at}.content", f"{at}.content: only text can be predicted")
+
+    def text(self) -> str:
+        return text_of(dataclasses.asdict(self)["content"])
+
+
+@dataclasses.dataclass
 class StreamOptions:
     """What a stream carries besides the text."""
 
@@ -699,7 +721,7 @@ class ChatBody(GenerationBody):
     store: Any = option(refused="replies are not stored")
     modalities: Any = option(refused="only text is supported", harmless=(["text"],))
     audio: Any = option(refused="only text is supported")
-    prediction: Any = option(refused="predicted outputs are not supported")
+    prediction: Prediction | None = None
     web_search_options: Any = option(refused="web search is not supported")
 
     def image_parts(self) -> Iterator[tuple[str, Part]]:
@@ -1538,11 +1560,13 @@ class Models:
     def load_options(self, entry: "Config | ModelEntry") -> dict:
         """For engine.load_engine: the settings, unless the entry has its own."""
         names = ("n_ctx", "parallel", "n_batch", "n_ubatch", "n_threads", "n_gpu_layers",
-                 "flash_attn", "prefill_chunk", "max_queue")
+                 "flash_attn", "prefill_chunk", "max_queue", "cache_ram_mib", "draft",
+                 "draft_n_ctx", "draft_n_gpu_layers")
         options = {name: given(getattr(entry, name, None), getattr(self.config, name))
                    for name in names}
         return options | {"mmproj": entry.mmproj or mmproj_beside(entry.model_path),
-                          "chat_template_file": entry.chat_template_file}
+                          "chat_template_file": entry.chat_template_file,
+                          "draft_model_path": entry.draft_model_path}
 
     @staticmethod
     def upstream(name: str, entry: ModelEntry) -> Upstream:
@@ -2620,6 +2644,7 @@ class Handler(socketserver.StreamRequestHandler):
         if gbnf:
             with engine_errors(body.constrained_by()):
                 process = engine.GrammarProcess(model, gbnf, triggers, must_trigger)
+        prediction = self.read_prediction(body)
         for index in range(n_choices):
             prompt = prompts[index // n_each]
             if body.seed is not None:
@@ -2630,8 +2655,19 @@ class Handler(socketserver.StreamRequestHandler):
             choices.append(engine.Request(
                 prompt, sampler, limit, stops, 0 if n_each > body.n and n_top is None else n_top,
                 index, scores_prompt=body.scores_prompt() and index % n_each == 0,
-                reuses=body.cache_prompt, events=events))
+                reuses=body.cache_prompt, events=events,
+                lookup=loaded.lookup(prompt, prediction)))
         return choices
+
+    def read_prediction(self, body: GenerationBody) -> np.ndarray | None:
+        """The tokens of what a chat's reply may be like."""
+        predicted = body.prediction.text() if getattr(body, "prediction", None) else ""
+        if not predicted:
+            return None
+        self.check_fewest(predicted, "prediction", 0)
+        tokens = self.loaded.model.tokenize(predicted, bos=False, special=False)
+        self.check_length(len(tokens), "prediction", 0)
+        return tokens
 
     def read_prompts(self, prompts: Prompts, param: str, n_reply: int = 1) -> list[np.ndarray]:
         """The tokens of a text or a list of tokens, or of each in a list. n_reply: tokens of the
@@ -2835,6 +2871,12 @@ def metrics(server: Server) -> str:
             ("cached_tokens_total", "counter", "of these, tokens that the KV cache held already",
              stats.n_cached),
             ("generated_tokens_total", "counter", "tokens generated", stats.n_generated),
+            ("accepted_draft_tokens_total", "counter", "of these, tokens that were drafted",
+             stats.n_accepted),
+            ("rejected_draft_tokens_total", "counter", "tokens that were drafted in vain",
+             stats.n_rejected),
+            ("restored_prefixes_total", "counter", "prefixes that came back from host memory",
+             stats.n_restored),
             ("steps_total", "counter", "turns of the engine's loop", stats.n_steps),
             ("decode_errors_total", "counter", "batches that llama_decode refused",
              stats.n_decode_errors),
@@ -3209,7 +3251,11 @@ class Renderer:
         n_generated = sum(choice.n_generated for choice in self.choices)
         return {"prompt_tokens": n_prompt, "completion_tokens": n_generated,
                 "total_tokens": n_prompt + n_generated, "prompt_tokens_details": {
-                    "cached_tokens": sum(choice.n_reused for choice in prompts)}}
+                    "cached_tokens": sum(choice.n_reused for choice in prompts)},
+                "completion_tokens_details": {
+                    f"{outcome}_prediction_tokens": sum(
+                        getattr(choice, f"n_{outcome}") for choice in self.choices)
+                    for outcome in ("accepted", "rejected")}}
 
     def timings(self) -> dict:
         """What the first choice's prompt and the slowest reply took, in llama-server's names."""

@@ -210,6 +210,7 @@ def reply_to(prompt: bytes, n: int) -> str:
 
 class FakeModel:
     n_vocab = 257
+    can_rewind = can_cut = True
     end_tokens = frozenset([END])
 
     def piece(self, token):
@@ -224,6 +225,7 @@ class FakeContext:
         self.cells = [[] for _ in range(parallel)]
         self.batches = []  # of each decode: [(seq_id, n_tokens, wants_logits)]
         self.copies = []
+        self.being_copied = set()
         self.code_for = lambda chunks: 0  # a test's way to make decodes fail
 
     def decode(self, chunks):
@@ -237,13 +239,27 @@ class FakeContext:
             assert len(cells) == chunk.slot.n_cached, "positions must be consecutive"
             cells += map(int, chunk.tokens)
             assert len(cells) <= self.n_ctx
-            chunk.row = len(self.rows)
-            self.rows.append(tuple(cells))
+            n_rows = 1 + chunk.n_draft
+            self.rows += [tuple(cells[: len(cells) - n_rows + i + 1]) for i in range(n_rows)]
+            chunk.row = len(self.rows) - 1
+        self.being_copied = set()
         return 0
 
     def copy(self, source, target):
         self.copies.append((source, target))
+        self.being_copied.add(source)
         self.cells[target] = list(self.cells[source])
+
+    def state_size(self, seq_id):
+        return len(self.cells[seq_id])
+
+    def save(self, seq_id):
+        return np.array(self.cells[seq_id], dtype=np.uint8)
+
+    def restore(self, seq_id, state):
+        assert seq_id not in self.being_copied
+        self.cells[seq_id] = state.tolist()
+        return True
 
     def trim(self, seq_id, n_keep):
         if not self.can_trim and 0 < n_keep < len(self.cells[seq_id]):
