@@ -537,7 +537,7 @@ GROUPS = (
     Group((drafts,), 4, 1024, {
         "ours": {"": ["DRAFT=null"], "draft": ["DRAFT=null", "DRAFT_MODEL_PATH={model}"],
                  "poor draft": ["DRAFT=null", "DRAFT_MODEL_PATH={made}/degraded.gguf"]},
-        "llama-server": {  # which uses a draft model only if told so twice
+        "llama-server": {  # -md alone loads the model and never asks it
             "": [], "draft": [*LLAMA_DRAFT, "{model}"],
             "poor draft": [*LLAMA_DRAFT, "{made}/degraded.gguf"]}}, made="deep.gguf"),
 )

@@ -2418,6 +2418,13 @@ class Pace:
         self._rows = self._seconds = 0.0  # their means, ...
         self._variance = self._covariance = 0.0
 
+    def measure(self, context: Context) -> None:
+        """Learn from decodes of one row and of several. Raises ModelError."""
+        few, many = 1, min(8, context.n_batch, context.n_ctx - 1)
+        seconds = {rows: trial(context, rows) for rows in (few, many)}
+        for rows in (few, few, few, many, few, few, few, many):  # mostly few, as in practice
+            self.note(rows, seconds[rows])
+
     def note(self, rows: int, seconds: float) -> None:
         if not self._seconds:
             self._rows, self._seconds = rows, seconds
@@ -2477,6 +2484,21 @@ class Plan:
         return going
 
 
+def trial(context: Context, n_rows: int) -> float:
+    """Seconds of a decode of so many rows in an empty slot. Raises ModelError."""
+    token = 0
+    chunk = Chunk(Slot(0, context.n_ctx), [token] * n_rows, True, n_draft=n_rows - 1)
+    best = math.inf
+    for _ in range(3):  # the first reads the weights from the disk
+        began = time.perf_counter()
+        if code := context.decode([chunk]):
+            raise ModelError(f"llama_decode failed with {code}")
+        context.logits(chunk.row)
+        best = min(best, time.perf_counter() - began)
+        context.trim(0, 0)
+    return best
+
+
 class DraftModel:
     """A smaller model with the same vocabulary, which writes ahead of the slots. Its own context
     has the same slots; each reads its slot's text when a draft is wanted. Engine thread only."""
@@ -2500,7 +2522,8 @@ class DraftModel:
         self._odds = Odds(self.FIRST_ODDS)
         self._odds_of = [self._odds] * context.parallel  # of each slot's guest
         self._levels: list[list[int]] = [[] for _ in self._slots]  # of the tokens just guessed
-        self.seconds = 0.0  # that one round of guesses takes
+
+        self.seconds = trial(context, 1)  # that one round of guesses takes
 
     def close(self) -> None:
         """Free context and weights."""
@@ -2554,8 +2577,9 @@ class DraftModel:
                 token, level = guess
                 self._levels[own.seq_id].append(level)
                 guesses[of[own]] = token, self._odds_of[own.seq_id][level]
-        if guesses:
-            self.seconds += Pace.WEIGHT * (time.perf_counter() - began - self.seconds)
+        if room >= self._context.n_batch - 2 * len(slots):  # nobody had more to read than usual
+            seconds = min(time.perf_counter() - began, Pace.OUTLIER * self.seconds)
+            self.seconds += Pace.WEIGHT * (seconds - self.seconds)
         plan.seconds += self.seconds
         return guesses
 
@@ -2584,9 +2608,12 @@ class Drafter:
 
     SURE_MATCH = 8  # tokens: of shorter matches a draft model knows better what follows
 
-    def __init__(self, model: DraftModel | None = None):
+    def __init__(self, context: Context, model: DraftModel | None = None):
+        """context: of the model that verifies the drafts."""
         self.pace, self.model = Pace(), model
         self.lookup_odds = Odds(PromptLookup.FIRST_ODDS)
+        if model:  # drafts cost too much to learn from them when they pay
+            self.pace.measure(context)
 
     def drafts(self, slots: list[Slot], n_prefill: int, room: int) -> dict[Slot, list[int]]:
         """Tokens for slots that decode. n_prefill, room: as for Plan."""
@@ -2692,7 +2719,7 @@ class Engine:
         self.model, self.context, self.n_ctx = model, context, context.n_ctx
         self._prefill_chunk, self._max_queue = prefill_chunk, max_queue
         self._slots = [Slot(i, context.n_ctx) for i in range(context.parallel)]
-        self._looks_up, self._drafter = looks_up, Drafter(draft_model)
+        self._looks_up, self._drafter = looks_up, Drafter(context, draft_model)
         self._store = PrefixStore(int(cache_ram_mib * 2**20))
         self._counts = Stats()
         self.stats = self._counts.copy(self._slots)
@@ -2965,8 +2992,8 @@ class Engine:
 
     def _restore(self, slot: Slot, index: int) -> None:
         """Put an entry of the store into an idle slot."""
-        self._save(slot, 0)
         tokens, state = self._store.get(index)
+        self._save(slot, 0)
         is_restored = self.context.restore(slot.seq_id, state)
         slot.n_cached = len(tokens) if is_restored else 0
         slot.tokens[: slot.n_cached] = tokens[: slot.n_cached]

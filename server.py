@@ -474,7 +474,9 @@ def read_object(cls, value: dict, at: str, ignored: list[str]):
         required = field.default is field.default_factory is dataclasses.MISSING
         if required and field.name not in value:
             raise invalid(name, f"{name} is required", "missing_field")
-        if sent is None and not required:  # null means "not given"
+        if sent is None and not required:  # null means "not given"; in the settings also "none"
+            if "section" in field.metadata and type(None) in typing.get_args(hints[field.name]):
+                given[field.name] = None
             continue
         refused = field.metadata.get("refused")
         nothing = (False, "", [], {}, *field.metadata.get("harmless", ()))
