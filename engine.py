@@ -2344,13 +2344,6 @@ class Odds:
         if isinstance(self._before, Odds):
             self._before.note(level, came_true)
 
-    def fade(self) -> None:
-        """Forget a little, so that what has failed is tried again one day."""
-        self._true = [self.KEEP * count for count in self._true]
-        self._tried = [self.KEEP * count for count in self._tried]
-        if isinstance(self._before, Odds):
-            self._before.fade()
-
 
 class PromptLookup:
     """Drafts for one request: its text goes on as it did where its last two tokens stood before.
@@ -2411,19 +2404,19 @@ class Pace:
     """The seconds of a decode by its rows: a line through those so far, the latest above all."""
 
     WEIGHT = 0.05  # of the latest decode
-    ROW = 0.5  # seconds of one more row, as a share of a decode of one, until decodes have told
+    FIRST_SHARE = 0.5  # what one more row costs, in decodes of one row, until decodes have told
     OUTLIER = 4.0  # times what was expected: something else had the processor
 
     def __init__(self):
         self._rows = self._seconds = 0.0  # their means, ...
         self._variance = self._covariance = 0.0
+        self._share = self.FIRST_SHARE  # remembered while all decodes have the same rows
 
     def measure(self, context: Context) -> None:
         """Learn from decodes of one row and of several. Raises ModelError."""
-        few, many = 1, min(8, context.n_batch, context.n_ctx - 1)
-        seconds = {rows: trial(context, rows) for rows in (few, many)}
-        for rows in (few, few, few, many, few, few, few, many):  # mostly few, as in practice
-            self.note(rows, seconds[rows])
+        one, more = trial(context, 1), 7  # rows
+        self._share = (trial(context, 1 + more) - one) / one / more
+        self.note(1, one)
 
     def note(self, rows: int, seconds: float) -> None:
         if not self._seconds:
@@ -2435,13 +2428,16 @@ class Pace:
         rest = 1 - self.WEIGHT
         self._variance = rest * (self._variance + self.WEIGHT * off_rows**2)
         self._covariance = rest * (self._covariance + self.WEIGHT * off_rows * off_seconds)
+        if self._variance > 1:
+            share = min(max(self.row / self.of(1), 0.0), 1.0)
+            self._share += self.WEIGHT * (share - self._share)
 
     @property
     def row(self) -> float:
         """Seconds of one more row."""
-        assumed = self.ROW * self._seconds / (1 + self.ROW * max(0.0, self._rows - 1))
-        weight = 1.0  # of the assumption: that of a variance of one row
-        return max(0.0, (self._covariance + weight * assumed) / (self._variance + weight))
+        known = self._share * self._seconds / (1 + self._share * max(0.0, self._rows - 1))
+        weight = 1.0  # of what is known: that of a variance of one row
+        return max(0.0, (self._covariance + weight * known) / (self._variance + weight))
 
     def of(self, rows: int) -> float:
         """Seconds of a decode with so many rows."""
@@ -2486,10 +2482,11 @@ class Plan:
 
 def trial(context: Context, n_rows: int) -> float:
     """Seconds of a decode of so many rows in an empty slot. Raises ModelError."""
-    token = 0
-    chunk = Chunk(Slot(0, context.n_ctx), [token] * n_rows, True, n_draft=n_rows - 1)
+    any_token = 0
+    n_rows = min(n_rows, context.n_batch, context.n_ctx)
+    chunk = Chunk(Slot(0, context.n_ctx), [any_token] * n_rows, True, n_draft=n_rows - 1)
     best = math.inf
-    for _ in range(3):  # the first reads the weights from the disk
+    for _ in range(2):  # the first reads the weights from the disk
         began = time.perf_counter()
         if code := context.decode([chunk]):
             raise ModelError(f"llama_decode failed with {code}")
@@ -2506,6 +2503,11 @@ class DraftModel:
     N_LEVELS = 8  # of its own probability for a token; one more level is for tokens of any
     FIRST_ODDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.95, 0.8)
     ANY = N_LEVELS
+    MAX_READ = 96  # tokens of a slot's text read in one step
+    LIKELY_TOKENS = 64  # that a reply goes on for, besides as many as it has already
+    LIKELY_GAIN = 0.3  # of the seconds of a token, by good drafts
+    TRIAL_SHARE = 0.02  # of all seconds, for drafts that do not promise to pay, ...
+    MAX_TRIAL = 16.0  # ... saved up for so many steps
 
     def __init__(self, model: Model, context: Context, target: Model):
         """The draft model and its context, which become its own. Raises ModelError when its
@@ -2523,7 +2525,13 @@ class DraftModel:
         self._odds_of = [self._odds] * context.parallel  # of each slot's guest
         self._levels: list[list[int]] = [[] for _ in self._slots]  # of the tokens just guessed
 
-        self.seconds = trial(context, 1)  # that one round of guesses takes
+        self.seconds = self._read_seconds = 0.0  # of one round of guesses; to read one token
+        self._credit = 0.0  # seconds that trials may take
+
+    def measure(self) -> None:
+        """Learn what guesses cost. Raises ModelError."""
+        self.seconds = trial(self._context, 1)
+        self._read_seconds = trial(self._context, self.MAX_READ) / self.MAX_READ
 
     def close(self) -> None:
         """Free context and weights."""
@@ -2531,26 +2539,34 @@ class DraftModel:
         self._model.close()
 
     def wants(self, plan: Plan, slots: list[Slot]) -> list[Slot]:
-        """The slots for which another guess would pay."""
+        """The slots for which another guess would pay. A guess may also be wanted to find out."""
         wanted = []
+        self._credit += self.TRIAL_SHARE * plan.seconds
+        self._credit = min(self._credit, self.MAX_TRIAL * plan.seconds)
         for slot in slots:
-            own = self._slots[slot.seq_id]
-            if own.request is not slot.request:  # a new guest
+            own, request = self._slots[slot.seq_id], slot.request
+            if own.request is not request:  # a new guest
                 same = common_prefix(own.tokens[: own.n_cached], slot.tokens[: slot.n_cached])
-                own.request, own.n_cached = slot.request, self._context.trim(own.seq_id, same)
+                own.request, own.n_cached = request, self._context.trim(own.seq_id, same)
                 self._odds_of[slot.seq_id] = Odds(self._odds)
-            odds = self._odds_of[slot.seq_id]
-            if plan.pays(slot, odds[self.ANY], self.seconds / len(slots)):
+            round_seconds = self.seconds / len(slots)
+            reading = max(0, slot.n_cached - own.n_cached - 1) * self._read_seconds
+            n_left = min(request.max_tokens - request.n_generated,
+                         request.n_generated + self.LIKELY_TOKENS)
+            is_worth_reading = reading < self.LIKELY_GAIN * n_left * plan.seconds
+            if is_worth_reading and plan.pays(
+                    slot, self._odds_of[slot.seq_id][self.ANY], round_seconds):
                 wanted.append(slot)
-            elif not plan.drafts[slot]:
-                odds.fade()
+            elif self._credit > (cost := reading + round_seconds) and not plan.drafts[slot]:
+                self._credit -= cost
+                wanted.append(slot)
         return wanted
 
     def guess(self, plan: Plan, slots: list[Slot]) -> dict[Slot, tuple[int, float]]:
         """The likeliest tokens after the slots' drafts, with their odds. A slot gets none while its
         text is still being read: a piece in each step."""
         began, chunks, of = time.perf_counter(), [], {}
-        room = self._context.n_batch
+        room = min(self._context.n_batch, self.MAX_READ + len(slots))
         for slot in slots:
             own, ahead = self._slots[slot.seq_id], [slot.next_token, *plan.drafts[slot]]
             unread = np.append(slot.tokens[own.n_cached : slot.n_cached],
@@ -2577,7 +2593,7 @@ class DraftModel:
                 token, level = guess
                 self._levels[own.seq_id].append(level)
                 guesses[of[own]] = token, self._odds_of[own.seq_id][level]
-        if room >= self._context.n_batch - 2 * len(slots):  # nobody had more to read than usual
+        if len(guesses) == len(chunks):  # nobody has much to read
             seconds = min(time.perf_counter() - began, Pace.OUTLIER * self.seconds)
             self.seconds += Pace.WEIGHT * (seconds - self.seconds)
         plan.seconds += self.seconds
@@ -2608,12 +2624,16 @@ class Drafter:
 
     SURE_MATCH = 8  # tokens: of shorter matches a draft model knows better what follows
 
-    def __init__(self, context: Context, model: DraftModel | None = None):
-        """context: of the model that verifies the drafts."""
+    def __init__(self, model: DraftModel | None = None):
         self.pace, self.model = Pace(), model
         self.lookup_odds = Odds(PromptLookup.FIRST_ODDS)
-        if model:  # drafts cost too much to learn from them when they pay
+
+    def measure(self, context: Context) -> None:
+        """Learn what drafts cost, if a model makes them: too much to find out by drafting. context:
+        of the model that verifies them. Raises ModelError."""
+        if self.model:
             self.pace.measure(context)
+            self.model.measure()
 
     def drafts(self, slots: list[Slot], n_prefill: int, room: int) -> dict[Slot, list[int]]:
         """Tokens for slots that decode. n_prefill, room: as for Plan."""
@@ -2719,7 +2739,7 @@ class Engine:
         self.model, self.context, self.n_ctx = model, context, context.n_ctx
         self._prefill_chunk, self._max_queue = prefill_chunk, max_queue
         self._slots = [Slot(i, context.n_ctx) for i in range(context.parallel)]
-        self._looks_up, self._drafter = looks_up, Drafter(context, draft_model)
+        self._looks_up, self._drafter = looks_up, Drafter(draft_model)
         self._store = PrefixStore(int(cache_ram_mib * 2**20))
         self._counts = Stats()
         self.stats = self._counts.copy(self._slots)
@@ -2742,8 +2762,11 @@ class Engine:
     # ---- any thread ------------------------------------------------------------------
 
     def start(self) -> "Engine":
-        """Start the engine thread."""
+        """Start the engine thread. Raises ModelError."""
         self._thread.start()
+        # subtle: decodes belong on one thread. GNU's OpenMP keeps workers for each that has made
+        # any, and where those outnumber the processors, a barrier sleeps: a step takes 1.4 times.
+        self.between_steps(functools.partial(self._drafter.measure, self.context))
         return self
 
     def submit(self, requests: list[Request]) -> None:
@@ -3179,30 +3202,33 @@ def load_engine(path: Path, *, n_ctx: int, parallel: int, n_gpu_layers: int, pre
     Raises ModelError; BrokenModel when another file in its place could do better."""
     size = file_size(path)
     projector = find_model_file(mmproj, path.parent, setting="mmproj") if mmproj else None
-    model = Model(path, n_gpu_layers, on_progress, chat_template_file, projector,
-                  context_options.get("n_threads", 0))
-    if n_ctx > model.n_ctx_train:
-        log.warning("n_ctx is %d, but %s was trained for %d tokens: text beyond that may be poor",
-                    n_ctx, model.name, model.n_ctx_train)
-    try:
+    with contextlib.ExitStack() as undo:
+        model = Model(path, n_gpu_layers, on_progress, chat_template_file, projector,
+                      context_options.get("n_threads", 0))
+        undo.callback(model.close)
+        if n_ctx > model.n_ctx_train:
+            log.warning("n_ctx is %d, but %s was trained for %d tokens: text beyond that may be "
+                        "poor", n_ctx, model.name, model.n_ctx_train)
         # The weights are read from the file as they are used. Where its end is missing, the first
         # token would kill the process.
         if (now := file_size(path)) < size:
             raise BrokenModel(f"{path} shrank from {size} to {now} bytes while it was loaded")
         context = Context(model, n_ctx or model.n_ctx_train, parallel, **context_options)
-        try:
-            draft_model = load_draft_model(
-                find_model_file(draft_model_path, path.parent, setting="draft_model_path"), model,
-                draft_n_gpu_layers, draft_n_ctx or context.n_ctx, parallel, **context_options
-            ) if draft_model_path else None
-        except ModelError:
-            context.close()
-            raise
-    except ModelError:
-        model.close()
-        raise
-    return Engine(model, context, prefill_chunk, max_queue, cache_ram_mib,
-                  draft == PROMPT_LOOKUP, draft_model).start()
+        draft_model = None
+        with contextlib.ExitStack() as undo_parts:
+            undo_parts.callback(context.close)
+            if draft_model_path:
+                file = find_model_file(draft_model_path, path.parent, setting="draft_model_path")
+                draft_model = load_draft_model(
+                    file, model, draft_n_gpu_layers, draft_n_ctx or context.n_ctx, parallel,
+                    **context_options)
+            undo_parts.pop_all()
+        loaded = Engine(model, context, prefill_chunk, max_queue, cache_ram_mib,
+                        draft == PROMPT_LOOKUP, draft_model)
+        undo.callback(loaded.close)
+        loaded.start()
+        undo.pop_all()
+    return loaded
 
 
 def load_draft_model(path: Path, target: Model, n_gpu_layers: int, n_ctx: int, parallel: int,
@@ -3211,17 +3237,14 @@ def load_draft_model(path: Path, target: Model, n_gpu_layers: int, n_ctx: int, p
     if not target.can_rewind:
         log.warning("no drafts for %s: its recurrent state cannot be rewound", target.name)
         return None
-    model = Model(path, n_gpu_layers)
-    try:
+    with contextlib.ExitStack() as undo:
+        model = Model(path, n_gpu_layers)
+        undo.callback(model.close)
         context = Context(model, min(n_ctx, model.n_ctx_train), parallel, **context_options)
-        try:
-            return DraftModel(model, context, target)
-        except ModelError:
-            context.close()
-            raise
-    except ModelError:
-        model.close()
-        raise
+        undo.callback(context.close)
+        drafter = DraftModel(model, context, target)
+        undo.pop_all()
+    return drafter
 
 
 def file_size(path: Path) -> int:
