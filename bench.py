@@ -447,26 +447,36 @@ def constrained(server: Server, rng: random.Random, eos: list[int]) -> dict[str,
             "constrained/free": seconds["constrained"] / seconds["free"]}
 
 
-# Prose that a model of 135 million parameters copies nearly word for word.
-LETTER = (
-    "Last summer a {} from the old {} came to our town. It had a {}, a {} and seven small {}s in "
-    "its bag. Nobody knew why the {} was so important, but the {} of the {} wrote about it every "
-    "week. In the evening we met at the {} near the river, and my sister Anna told us what she had "
-    "seen: a {} as large as a {}, made of {} and green glass.\n\nIn the morning the {} was gone. "
-    "Peter looked for it behind the {}, under the {} and even inside the {}, where he found only "
-    "twelve coins and a letter about the {}. The letter said that every {} needs a {}, and that no "
-    "{} can wait for a {} for longer than ten days. We read it twice, drank our tea, and decided "
-    "to ask the {} of the {} on Monday.")
+# Texts that a model of 135 million parameters really repeats.
+STORY = (
+    "The harbor at {} was quiet in the early morning. Old {} carried {} baskets of herring to the "
+    "market, where Mrs. Finch weighed them and wrote each number in her red book. By noon the "
+    "square was full of people from the hills, and the baker sold {} loaves before the bell rang. "
+    "When the rain came, everybody ran under the arches, and somebody began to sing a song about "
+    "the sea. {} counted his coins twice, bought a ribbon for his daughter, and walked home along "
+    "the river.")
+CODE = """def get_{0}(self, {1}):
+    value = self._{0}.get({1})
+    if value is None:
+        raise KeyError({1})
+    return value
+"""
 
 
 def repetitive(server: Server, rng: random.Random, _: list[int]) -> dict[str, float]:
-    """Replies that repeat most of the prompt (free to end): copying and correcting a text."""
-    speeds = []
-    for task in ("Copy this text exactly, without any changes:",
-                 "Correct the punctuation of this text and change nothing else:"):
-        letter = LETTER.format(*rng.sample(WORDS, LETTER.count("{}")))
-        speeds.append(Stream(server.url, user(f"{task}\n\n{letter}"), 160, []).run().speed)
-    return {"tokens/s": statistics.harmonic_mean(speeds)}
+    """Replies that repeat the prompt (free to end): a text, a text with errors, and code."""
+    names = [name.capitalize() for name in rng.sample(WORDS, 3)]
+    story = STORY.format(names[0], names[1], rng.randrange(3, 99), rng.randrange(3, 99), names[1])
+    code = "\n".join(CODE.format(*rng.sample(WORDS, 2)) for _ in range(5))
+    speeds = {}
+    for task, words in (
+            ("copy", f"Repeat the following text exactly, word for word:\n\n{story}"),
+            ("correct", "Fix the spelling in this text and write it again. Change nothing else."
+                        f"\n\n{story.replace('morning', 'mornning').replace('coins', 'cions')}"),
+            ("code", f"Repeat this code exactly:\n\n```python\n{code}```")):
+        speeds[task] = Stream(server.url, user(words), 240, []).run().speed
+    return {"tokens/s": statistics.harmonic_mean(speeds.values()),
+            **{f"{task}: tokens/s": speed for task, speed in speeds.items()}}
 
 
 def plain(server: Server, rng: random.Random, eos: list[int]) -> dict[str, float]:

@@ -678,8 +678,9 @@ class Model:
         # A recurrent state cannot forget its last tokens, as a draft that was wrong must be.
         self.can_rewind = not (lib.llama_model_is_recurrent(self._model)
                                or lib.llama_model_is_hybrid(self._model))
-        # Saved states leave out what a sliding window has passed: they are good to their end only.
-        self.can_cut = self.can_rewind and not lib.llama_model_n_swa(self._model)
+        self.n_swa: int = lib.llama_model_n_swa(self._model)  # tokens of a sliding window, or 0
+        # Saved states leave out what the window has passed: they are good to their end only.
+        self.can_cut = self.can_rewind and not self.n_swa
         description = ctypes.create_string_buffer(MAX_METADATA)
         lib.llama_model_desc(self._model, description, MAX_METADATA)
         # The type of most weights, such as "Q4_1".
@@ -1957,7 +1958,7 @@ class Context:
             n_seq_id=_pointer(self._n_seq_id, ctypes.c_int32),
             seq_id=_pointer(self._seq_pointers, ctypes.POINTER(lib.llama_seq_id)),
             logits=_pointer(self._wants_logits, ctypes.c_int8))
-        self._projector = model.projector
+        self._projector, self._n_swa = model.projector, model.n_swa
         self.being_copied: set[int] = set()  # slots whose cells the next decode copies
 
     def close(self) -> None:
@@ -2033,8 +2034,11 @@ class Context:
 
     def trim(self, seq_id: int, n_keep: int) -> int:
         """Forget a slot's tokens from `n_keep` on; return how many are left. subtle: models with
-        recurrent state cannot forget a part; then everything goes, and 0 is left."""
-        if lib.llama_memory_seq_rm(self._memory, seq_id, n_keep, -1):
+        recurrent state cannot forget a part, and where a window slides over the text, a restored
+        slot lacks what it had passed; then everything goes, and 0 is left."""
+        lacks_cells = self._n_swa and lib.llama_memory_seq_pos_min(
+            self._memory, seq_id) > max(0, n_keep - self._n_swa + 1)
+        if lib.llama_memory_seq_rm(self._memory, seq_id, n_keep, -1) and not lacks_cells:
             return n_keep
         lib.llama_memory_seq_rm(self._memory, seq_id, -1, -1)
         return 0
@@ -2323,7 +2327,7 @@ MIN_GAIN = 1.05  # the gain that one more drafted token must promise, since prom
 class Odds:
     """How often drafted tokens come true, for each level of confidence in them."""
 
-    WEIGHT = 4.0  # how many tokens of one's own count as much as what was known before
+    WEIGHT = 8.0  # how many tokens of one's own count as much as what was known before
     KEEP = 0.99  # of older counts at each new one
 
     def __init__(self, before: "tuple[float, ...] | Odds"):
@@ -2523,7 +2527,8 @@ class DraftModel:
         self._slots = [Slot(i, context.n_ctx) for i in range(context.parallel)]
         self._odds = Odds(self.FIRST_ODDS)
         self._odds_of = [self._odds] * context.parallel  # of each slot's guest
-        self._levels: list[list[int]] = [[] for _ in self._slots]  # of the tokens just guessed
+        # Tokens just guessed for each slot, and their levels.
+        self._guesses: list[list[tuple[int, int]]] = [[] for _ in self._slots]
 
         self.seconds = self._read_seconds = 0.0  # of one round of guesses; to read one token
         self._credit = 0.0  # seconds that trials may take
@@ -2549,6 +2554,7 @@ class DraftModel:
                 same = common_prefix(own.tokens[: own.n_cached], slot.tokens[: slot.n_cached])
                 own.request, own.n_cached = request, self._context.trim(own.seq_id, same)
                 self._odds_of[slot.seq_id] = Odds(self._odds)
+                self._guesses[slot.seq_id].clear()
             round_seconds = self.seconds / len(slots)
             reading = max(0, slot.n_cached - own.n_cached - 1) * self._read_seconds
             n_left = min(request.max_tokens - request.n_generated,
@@ -2567,11 +2573,11 @@ class DraftModel:
         text is still being read: a piece in each step."""
         began, chunks, of = time.perf_counter(), [], {}
         room = min(self._context.n_batch, self.MAX_READ + len(slots))
-        for slot in slots:
+        for n_before, slot in enumerate(slots):
             own, ahead = self._slots[slot.seq_id], [slot.next_token, *plan.drafts[slot]]
             unread = np.append(slot.tokens[own.n_cached : slot.n_cached],
                                ahead[max(0, own.n_cached - slot.n_cached):]).astype(np.int32)
-            tokens = unread[: room - len(slots) + 1]
+            tokens = unread[: room - (len(slots) - n_before - 1)]  # a row for each that follows
             fits = own.n_cached + len(tokens) <= self._context.n_ctx
             if fits and 0 <= tokens.min() and tokens.max() < self._model.n_vocab:
                 of[own] = slot
@@ -2591,7 +2597,7 @@ class DraftModel:
             own.tokens[start : own.n_cached] = chunk.tokens
             if chunk.wants_logits and (guess := self._choose(chunk.row)):
                 token, level = guess
-                self._levels[own.seq_id].append(level)
+                self._guesses[own.seq_id].append(guess)
                 guesses[of[own]] = token, self._odds_of[own.seq_id][level]
         if len(guesses) == len(chunks):  # nobody has much to read
             seconds = min(time.perf_counter() - began, Pace.OUTLIER * self.seconds)
@@ -2607,14 +2613,16 @@ class DraftModel:
         return (token, min(int(self.N_LEVELS * probability), self.N_LEVELS - 1)) \
             if token < self._n_vocab else None
 
-    def verified(self, slot: Slot, n_tried: int, n_true: int) -> None:
-        """Learn how many of a slot's drafted tokens were compared, and how many came true; forget
-        those that did not."""
-        own, levels = self._slots[slot.seq_id], self._levels[slot.seq_id]
-        for index, level in enumerate(levels[:n_tried]):
+    def verified(self, slot: Slot, chosen: list[int]) -> None:
+        """Learn from the tokens that a step has chosen for a slot, also where a guess was not
+        drafted; forget what was drafted in vain."""
+        own, guesses = self._slots[slot.seq_id], self._guesses[slot.seq_id]
+        for (guess, level), token in zip(guesses, chosen):
             for each in (level, self.ANY):
-                self._odds_of[slot.seq_id].note(each, index < n_true)
-        levels.clear()
+                self._odds_of[slot.seq_id].note(each, guess == token)
+            if guess != token:
+                break
+        guesses.clear()
         if own.n_cached > slot.n_cached:
             own.n_cached = self._context.trim(own.seq_id, slot.n_cached)
 
@@ -2662,10 +2670,10 @@ class Drafter:
             failed.close()
             return {}
 
-    def verified(self, slot: Slot, n_tried: int, n_true: int) -> None:
+    def verified(self, slot: Slot, chosen: list[int]) -> None:
         """As for DraftModel."""
         if self.model:
-            self.model.verified(slot, n_tried, n_true)
+            self.model.verified(slot, chosen)
 
     def close(self) -> None:
         """Free the draft model."""
@@ -3017,6 +3025,7 @@ class Engine:
         """Put an entry of the store into an idle slot."""
         tokens, state = self._store.get(index)
         self._save(slot, 0)
+        slot.n_cached = 0  # whatever happens now
         is_restored = self.context.restore(slot.seq_id, state)
         slot.n_cached = len(tokens) if is_restored else 0
         slot.tokens[: slot.n_cached] = tokens[: slot.n_cached]
@@ -3064,15 +3073,16 @@ class Engine:
                 self._take_logits(chunk)
             return
         self._counts.n_decode_errors += 1
+        has_drafts = any(chunk.n_draft for chunk in chunks)
         for chunk in chunks:  # drop what part of the batch may have reached the cache
             slot = chunk.slot
             if chunk.n_draft:
-                self._drafter.verified(slot, 0, 0)
+                self._drafter.verified(slot, [])
                 chunk.tokens, chunk.n_draft = chunk.tokens[:1], 0
             if self.context.trim(slot.seq_id, slot.n_cached) < slot.n_cached:
                 self._fail(slot, EngineFault(f"llama_decode failed with {code}; state lost"))
         chunks = [chunk for chunk in chunks if chunk.slot.request is not None]
-        if len(chunks) > 1:
+        if len(chunks) > 1 or chunks and has_drafts:
             log.warning("llama_decode returned %s for %d requests: one by one", code, len(chunks))
             for chunk in chunks:
                 self._decode_and_sample([chunk])
@@ -3115,22 +3125,21 @@ class Engine:
     def _verify(self, chunk: Chunk) -> None:
         """Choose tokens for one slot, row by row, for as long as they are what was drafted."""
         slot, request, n_draft = chunk.slot, chunk.slot.request, chunk.n_draft
-        drafted, first_row, n_true = chunk.tokens[-n_draft:], chunk.row - n_draft, 0
-        while True:
-            self._sample(slot, first_row + n_true)
-            if slot.request is None or n_true == n_draft or slot.next_token != drafted[n_true]:
+        drafted, chosen = chunk.tokens[len(chunk.tokens) - n_draft:], []
+        for row, draft in enumerate([*drafted, NO_TOKEN], start=chunk.row - n_draft):
+            chosen.append(self._sample(slot, row))
+            if slot.request is None or chosen[-1] != draft:
                 break
-            slot.n_cached, n_true = slot.n_cached + 1, n_true + 1
-        if n_draft:
-            n_tried = n_true + (slot.request is not None and n_true < n_draft)
-            request.n_accepted += n_true
-            request.n_rejected += n_draft - n_true
-            self._counts.n_accepted += n_true
-            self._counts.n_rejected += n_draft - n_true
-            self._drafter.verified(slot, n_tried, n_true)
+            slot.n_cached += 1
+        n_true = len(chosen) - 1
+        request.n_accepted += n_true
+        request.n_rejected += n_draft - n_true
+        self._counts.n_accepted += n_true
+        self._counts.n_rejected += n_draft - n_true
+        self._drafter.verified(slot, chosen)
 
-    def _sample(self, slot: Slot, row: int) -> None:
-        """Choose the next token of one slot from a row, and send its text."""
+    def _sample(self, slot: Slot, row: int) -> int:
+        """Choose the next token of one slot from a row, send its text, and return it."""
         request = slot.request
         if request.n_generated == 0:
             request.first_token = request.last_token = time.perf_counter()
@@ -3138,7 +3147,7 @@ class Engine:
         if request.max_tokens == 0:
             self._outbox.append(Event(request, finish_reason="length"))
             self._release(slot)
-            return
+            return NO_TOKEN
         token = request.sampler.sample(self.context, row)
         logprob = None
         if request.n_top_logprobs is not None and token != NO_TOKEN:
@@ -3156,6 +3165,7 @@ class Engine:
             self._release(slot)
         elif request.lookup:
             request.lookup.feed(token)
+        return token
 
     def _release(self, slot: Slot) -> None:
         """Make a slot idle. Its KV cache stays, as the prefix of some later prompt."""

@@ -475,7 +475,8 @@ def read_object(cls, value: dict, at: str, ignored: list[str]):
         if required and field.name not in value:
             raise invalid(name, f"{name} is required", "missing_field")
         if sent is None and not required:  # null means "not given"; in the settings also "none"
-            if "section" in field.metadata and type(None) in typing.get_args(hints[field.name]):
+            if name in value and "section" in field.metadata and type(None) in typing.get_args(
+                    hints[field.name]):
                 given[field.name] = None
             continue
         refused = field.metadata.get("refused")

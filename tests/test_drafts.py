@@ -1,0 +1,1012 @@
+"""Speculative decoding: drafts may change how fast a reply comes, and nothing else.
+
+    1  any text          random conversations on a fake context, with and without drafts
+    2  the odds          Odds, Pace and Plan, and what drafts in vain cost, by a clock of our own
+    3  the real model    by HTTP: the same text, log-probabilities and stream
+    4  predictions       the `prediction` of a chat
+    5  draft models      the default model, drafted for by itself and by a poor copy
+    6  settings          null, and what is refused
+
+On exactness. On a CPU llama.cpp's flash attention adds in another order where a batch has 64 rows
+of a slot or more, and for a single row beyond 256 tokens of context; then logits differ by 0.1, and
+greedy near-ties flip. So here the real model's prompts and replies have fewer than 250 tokens
+together, and its batches 32 rows at most.
+"""
+
+import concurrent.futures
+import contextlib
+import json
+import random
+import re
+import sys
+import threading
+import time
+import types
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import engine  # noqa: E402
+import make_deep_model  # noqa: E402
+import server  # noqa: E402
+from test_embeddings_gguf import POOLING, write_bert  # noqa: E402
+from test_models import CHAT, get, post  # noqa: E402
+from test_server import END, FakeContext, FakeModel, FakeSampler, result, start  # noqa: E402
+
+PROPERTY = settings(database=None, deadline=None, print_blob=True, max_examples=25,
+                    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+# ==== 1. Any text =========================================================================
+
+
+def repeating(seed: int, order: int, n_letters: int, whim: int):
+    """A text that mostly depends on its last tokens, so it repeats itself; sometimes, on all of
+    them, so a wrong cell shows, and sometimes it ends."""
+    def choose(prefix):
+        by_all = hash((seed, prefix))
+        if by_all % 61 == 0:
+            return END
+        part = prefix if by_all % whim == 0 else prefix[-order:]
+        return ord("a") + hash((seed, part)) % n_letters
+    return choose
+
+
+class RandomSampler:
+    """Chooses by chance, from the row it is given; each call uses up one random number."""
+
+    def __init__(self, seed, choose):
+        self.random, self.choose = random.Random(seed), choose
+
+    def sample(self, context, row):
+        token = self.choose(context.rows[row])
+        return token if self.random.random() < 0.8 else ord("a") + self.random.randrange(2)
+
+
+class RowContext(FakeContext):
+    """Counts the drafted rows, and fakes logits for a draft model: `choose` is what it thinks."""
+
+    def __init__(self, choose=lambda prefix: (0, 0.0), **options):
+        super().__init__(**options)
+        self.n_drafted, self.most_drafted, self.choose = 0, 0, choose
+
+    def decode(self, chunks):
+        for chunk in chunks:
+            assert min(chunk.tokens[len(chunk.tokens) - chunk.n_draft:], default=0) >= 0
+        if code := super().decode(chunks):
+            return code
+        self.n_drafted += sum(chunk.n_draft for chunk in chunks)
+        self.most_drafted = max(self.most_drafted, *(chunk.n_draft for chunk in chunks))
+        return 0
+
+    def logits(self, row):
+        token, certainty = self.choose(self.rows[row])
+        logits = np.zeros(FakeModel.n_vocab, np.float32)
+        logits[token] = certainty
+        return logits
+
+
+class SetPace(engine.Pace):
+    """Rows have the price that a test sets, in decodes of one row."""
+
+    def __init__(self, row):
+        super().__init__()
+        self.price = row
+
+    def note(self, rows, seconds):
+        pass
+
+    @property
+    def row(self):
+        return self.price
+
+    def of(self, rows):
+        return 1 + self.price * (rows - 1)
+
+
+class SmallModel(FakeModel):
+    vocab = None
+
+    def close(self):
+        pass
+
+
+def fake_draft_model(choose, **options) -> engine.DraftModel:
+    with mock.patch.object(engine.lib, "llama_vocab_get_text", lambda vocab, token: token):
+        return engine.DraftModel(SmallModel(), RowContext(choose, **options), SmallModel())
+
+
+def drafting_engine(price, draft_model=None, looks_up=True, prefill_chunk=32, **options):
+    """An engine on a RowContext, on which a row more costs `price` decodes."""
+    context = RowContext(**options)
+    fake = engine.Engine(FakeModel(), context, prefill_chunk, 99, 0.01, looks_up, draft_model)
+    fake._drafter.pace = SetPace(price)
+    context.n_drafted, context.batches = 0, []  # without those of Pace.measure
+    return fake
+
+
+def ask(fake, prompt: bytes, n, sampler, stops=(), prediction=b"") -> engine.Request:
+    tokens = np.frombuffer(prompt, np.uint8).astype(np.int32)
+    expected = np.frombuffer(prediction, np.uint8).astype(np.int32)
+    return engine.Request(tokens, sampler, n, list(stops),
+                          lookup=fake.lookup(tokens, expected if prediction else None))
+
+
+def check_cells(context, slots):
+    """What slots say of their caches is true."""
+    for slot in slots:
+        assert context.cells[slot.seq_id] == slot.tokens[: slot.n_cached].tolist()
+
+
+def text_so_far(request) -> str:
+    text = ""
+    while not request.events.empty():
+        event = request.events.get()
+        assert event.error is None
+        text += event.text
+    return text
+
+
+def play(fake, guests, make_sampler):
+    """Let guests come and go at their steps, and check each step; return their requests."""
+    requests = [ask(fake, guest["prompt"], guest["n"], make_sampler(guest), guest["stops"],
+                    guest["prediction"]) for guest in guests]
+    for step in range(1000):
+        for guest, request in zip(guests, requests):
+            if guest["comes"] == step:
+                fake.submit([request])
+            if guest["goes"] == step:
+                request.cancel()
+        if step > 20 and not fake._waiting and not fake._busy():
+            break
+        fake.step()
+        check_cells(fake.context, fake._slots)
+        if model := fake._drafter.model:
+            check_cells(model._context, model._slots)
+    else:
+        raise AssertionError("the engine does not come to an end")
+    counts = fake._counts
+    assert counts.n_accepted + counts.n_rejected == fake.context.n_drafted
+    assert counts.n_accepted == sum(request.n_accepted for request in requests)
+    assert counts.n_rejected == sum(request.n_rejected for request in requests)
+    assert counts.n_generated == sum(request.n_generated for request in requests)
+    for request in requests:
+        assert request.n_accepted <= request.n_generated <= request.max_tokens
+    return requests
+
+
+def alone(guest, sampler, n_ctx):
+    """The reply without drafts, company or cache."""
+    context = FakeContext(parallel=1, n_ctx=n_ctx, n_batch=512)
+    plain = engine.Engine(FakeModel(), context, 512, 9, 0)
+    tokens = np.frombuffer(guest["prompt"], np.uint8).astype(np.int32)
+    request = engine.Request(tokens, sampler, guest["n"], guest["stops"])
+    plain.submit([request])
+    while plain._waiting or plain._busy():
+        plain.step()
+    return *result(request), request.n_generated
+
+
+def check_replies(guests, requests, make_sampler, n_ctx):
+    for guest, request in zip(guests, requests):
+        text, reason, n_generated = alone(guest, make_sampler(guest), n_ctx)
+        if guest["goes"] >= 0:  # cancelled somewhere, or too late
+            assert text.startswith(text_so_far(request))
+        else:
+            assert (*result(request), request.n_generated) == (text, reason, n_generated)
+
+
+few_letters = st.text("ab", min_size=1, max_size=50).map(str.encode)
+guest_lists = st.lists(st.fixed_dictionaries({
+    "prompt": few_letters, "n": st.integers(0, 60), "seed": st.none() | st.integers(0, 99),
+    "stops": st.lists(st.text("abc", min_size=1, max_size=5), max_size=2),
+    "prediction": st.just(b"") | few_letters, "comes": st.integers(0, 15),
+    "goes": st.just(-1) | st.integers(0, 30)}), min_size=1, max_size=5)
+texts = st.builds(repeating, st.integers(0, 99), st.integers(1, 4), st.integers(1, 4),
+                  st.sampled_from([5, 11, 50]))
+engines = st.fixed_dictionaries({
+    "parallel": st.integers(1, 4), "n_batch": st.sampled_from([4, 7, 16, 64]),
+    "n_ctx": st.sampled_from([52, 64, 128]), "prefill_chunk": st.integers(1, 32),
+    "price": st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0])})
+
+
+def sampler_maker(choose):
+    return lambda guest: FakeSampler(choose) if guest["seed"] is None else RandomSampler(
+        guest["seed"], choose)
+
+
+@PROPERTY
+@given(guests=guest_lists, choose=texts, options=engines)
+def test_looked_up_drafts_change_no_reply(guests, choose, options):
+    """Whatever the sampler, the stops and the company: text, end and counts are those without
+    drafts; the cache holds what the slots say, and nothing exceeds batch, context or limit."""
+    fake = drafting_engine(**options)
+    requests = play(fake, guests, sampler_maker(choose))
+    check_replies(guests, requests, sampler_maker(choose), options["n_ctx"])
+
+
+@PROPERTY
+@given(guests=guest_lists, choose=texts, options=engines, quality=st.integers(0, 100),
+       certainty=st.sampled_from([0.1, 3.0, 6.0, 20.0]), looks_up=st.booleans(),
+       n_ctx=st.sampled_from([20, 64, 128]))
+def test_the_drafts_of_a_model_change_no_reply(guests, choose, options, quality, certainty,
+                                               looks_up, n_ctx):
+    """Nor do those of a draft model: good or bad, sure of itself or not, with a context like
+    the target's or a smaller one. It never fails, and its cache stays what its slots say."""
+    def guess(prefix):
+        luck = hash((prefix, "luck")) % 100
+        return (choose(prefix) if luck < quality else ord("a") + luck % 5), certainty
+    draft = fake_draft_model(guess, parallel=options["parallel"], n_batch=options["n_batch"],
+                             n_ctx=n_ctx)
+    fake = drafting_engine(draft_model=draft, looks_up=looks_up, **options)
+    draft.seconds = 0.0
+    requests = play(fake, guests, sampler_maker(choose))
+    assert fake._drafter.model is draft, "the draft model failed, and was left"
+    check_replies(guests, requests, sampler_maker(choose), options["n_ctx"])
+
+
+@PROPERTY
+@given(guests=guest_lists, choose=texts, options=engines, code=st.sampled_from([1, -1]),
+       every=st.integers(1, 4))
+def test_a_batch_that_fails_for_its_drafts_costs_no_request(guests, choose, options, code, every):
+    """If llama_decode refuses batches with drafts, they are computed without: the same replies."""
+    fake, asked = drafting_engine(**options), [0]
+
+    def refuse(chunks):
+        asked[0] += 1
+        return code if any(chunk.n_draft for chunk in chunks) and asked[0] % every == 0 else 0
+    fake.context.code_for = refuse
+    requests = play(fake, guests, sampler_maker(choose))
+    check_replies(guests, requests, sampler_maker(choose), options["n_ctx"])
+
+
+@pytest.mark.parametrize("code", [1, -1])
+def test_a_single_stream_survives_a_refused_draft(code):
+    """The same with one request, whose row alone would be computed."""
+    fake = drafting_engine(0.0, parallel=1)
+    fake.context.code_for = lambda chunks: code if any(chunk.n_draft for chunk in chunks) else 0
+    request = ask(fake, b"abcabcabc", 12, FakeSampler(lambda prefix: prefix[-3]))
+    fake.submit([request])
+    while fake._waiting or fake._busy():
+        fake.step()
+    assert result(request) == ("abc" * 4, "length") and fake._counts.n_decode_errors > 0
+
+
+def test_a_text_that_repeats_itself_comes_in_few_steps():
+    """Free rows are used: up to MAX_DRAFT tokens in one step."""
+    fake = drafting_engine(0.0)
+    request = ask(fake, b"abcabcabc", 300, FakeSampler(lambda prefix: prefix[-3]))
+    fake.submit([request])
+    while fake._waiting or fake._busy():
+        fake.step()
+    assert result(request) == ("abc" * 100, "length")
+    assert fake.context.most_drafted == engine.MAX_DRAFT and fake._counts.n_steps < 20
+    assert request.n_accepted > 270 and request.n_rejected == 0
+
+
+def test_without_lookup_and_prediction_nothing_is_drafted():
+    """Also for a model that cannot forget a wrong draft, whatever was predicted."""
+    for can_rewind, looks_up, prediction in ((True, False, b""), (False, True, b"abcabc")):
+        fake = drafting_engine(0.0, looks_up=looks_up)
+        fake.model.can_rewind = can_rewind
+        request = ask(fake, b"abcabcabc", 30, FakeSampler(lambda prefix: prefix[-3]),
+                      prediction=prediction)
+        fake.submit([request])
+        while fake._waiting or fake._busy():
+            fake.step()
+        assert result(request) == ("abc" * 10, "length") and fake.context.n_drafted == 0
+
+
+def test_an_image_is_never_drafted():
+    """Its ids are negative; the text before one stood there before, and ends the draft."""
+    ids = np.array([-5, -6, -7], np.int32)
+    text = np.frombuffer(b"see this:", np.uint8).astype(np.int32)
+    prompt = np.concatenate([text, ids, text])[:-1]
+    lookup = engine.PromptLookup(engine.Odds(engine.PromptLookup.FIRST_ODDS), prompt)
+    for token in b":":
+        lookup.feed(token)
+    assert lookup.n_matched and list(lookup.guesses()) == []
+    fake = drafting_engine(0.0)
+    fake._store = engine.PrefixStore(0)  # which holds bytes only, on a fake context
+    request = ask(fake, b"x", 40, FakeSampler(lambda prefix: b"see this:"[len(prefix) % 9]))
+    request.prompt, request.lookup = prompt, fake.lookup(prompt, None)
+    request.images = {9: engine.Image(ids, 3, np.zeros((3, 1), np.float32), None, False)}
+    fake.submit([request])
+    while fake._waiting or fake._busy():  # RowContext looks at each draft
+        fake.step()
+    assert result(request)[1] == "length" and request.n_accepted > 0
+
+
+def test_long_prompts_at_once_do_not_end_the_draft_model():
+    """The draft model reads them in pieces, as many together as its batch holds."""
+    def choose(prefix):
+        return ord("a") + hash(prefix) % 3
+    draft = fake_draft_model(lambda prefix: (choose(prefix), 20.0), parallel=3, n_batch=16)
+    fake = drafting_engine(0.0, draft, looks_up=False, parallel=3, n_batch=256)
+    draft.seconds = 0.0
+    asked = [ask(fake, bytes([letter]) * 60, 40, FakeSampler(choose)) for letter in b"xyz"]
+    for request in asked:
+        fake.submit([request])
+    while fake._waiting or fake._busy():
+        fake.step()
+    assert fake._drafter.model is draft
+    assert all(request.n_accepted > 20 for request in asked)
+
+
+def test_what_a_draft_model_was_sure_of_is_what_its_odds_learn(monkeypatch):
+    """Of its guesses those that it is sure of come true, the others never; each counts for its
+    own level, also where a guess before it was not worth a row."""
+    note, noted = engine.Odds.note, set()
+
+    def spy(odds, level, came_true):
+        noted.add((level, came_true))
+        note(odds, level, came_true)
+    monkeypatch.setattr(engine.Odds, "note", spy)
+
+    def choose(prefix):
+        return ord("a") + hash(prefix) % 9
+
+    def guess(prefix):
+        is_sure = hash((prefix, "sure")) % 2
+        return (choose(prefix), 20.0) if is_sure else (ord("z"), 0.1)
+    draft = fake_draft_model(guess, parallel=1)
+    fake = drafting_engine(0.1, draft, looks_up=False, parallel=1)
+    draft.seconds = 0.0
+    request = ask(fake, b"A story", 400, FakeSampler(choose))
+    fake.submit([request])
+    while fake._waiting or fake._busy():
+        fake.step()
+    assert request.n_accepted > 50
+    sure, unsure = draft.N_LEVELS - 1, 0
+    assert (sure, True) in noted and (sure, False) not in noted and (unsure, True) not in noted
+
+
+# ==== 2. The odds =========================================================================
+
+
+def test_odds_begin_with_what_was_known_and_follow_what_happens():
+    odds = engine.Odds((0.2, 0.9))
+    assert len(odds) == 2 and (odds[0], odds[1]) == (pytest.approx(0.2), pytest.approx(0.9))
+    for _ in range(400):
+        odds.note(0, True)
+        odds.note(1, False)
+    assert odds[0] > 0.9 and odds[1] < 0.1
+    for _ in range(400):  # the world may change
+        odds.note(0, False)
+    assert odds[0] < 0.1
+
+
+def test_odds_of_a_request_begin_with_those_of_all_and_teach_them():
+    everyone = engine.Odds((0.5,))
+    one = engine.Odds(everyone)
+    for _ in range(50):
+        one.note(0, True)
+    assert everyone[0] > 0.9 and one[0] > everyone[0] - 0.05
+    assert engine.Odds(everyone)[0] == everyone[0]
+
+
+@given(outcomes=st.lists(st.booleans(), max_size=60))
+@settings(database=None, deadline=None)
+def test_odds_are_always_a_probability(outcomes):
+    everyone = engine.Odds((0.0, 0.99))
+    odds = engine.Odds(everyone)
+    for outcome in outcomes:
+        odds.note(1, outcome)
+        assert 0 <= odds[1] <= 1 and 0 <= everyone[1] <= 1 and odds[0] == 0
+
+
+def noisy_pace(seed=1, n=400, base=0.010, row=0.005):
+    """A Pace that has seen decodes of mostly one row, with 10 % of noise."""
+    noise, pace = random.Random(seed), engine.Pace()
+    for _ in range(n):
+        rows = noise.choice([1, 1, 1, 2, 3, 5, 8])
+        pace.note(rows, (base + row * rows) * noise.uniform(0.9, 1.1))
+    return pace
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_pace_finds_the_line_through_noisy_decodes(seed):
+    pace = noisy_pace(seed)
+    assert pace.row == pytest.approx(0.005, rel=0.3)
+    assert pace.of(1) == pytest.approx(0.015, rel=0.15)
+    assert pace.of(8) == pytest.approx(0.050, rel=0.15)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_pace_survives_a_decode_that_took_a_thousand_times_as_long(rows):
+    """The machine slept; the line is hardly moved, and soon back."""
+    pace = noisy_pace()
+    pace.note(rows, 1000 * (0.010 + 0.005 * rows))
+    assert pace.row < 0.015 and pace.of(1) < 0.030
+    for _ in range(60):
+        for each in (1, 1, 4):
+            pace.note(each, 0.010 + 0.005 * each)
+    assert pace.row == pytest.approx(0.005, rel=0.3)
+
+
+@given(decodes=st.lists(st.tuples(st.integers(1, 300), st.floats(0, 100)), min_size=1))
+@settings(database=None, deadline=None)
+def test_a_pace_is_never_negative(decodes):
+    pace = engine.Pace()
+    for rows, seconds in decodes:
+        pace.note(rows, seconds)
+        assert pace.row >= 0 and all(pace.of(n) >= pace.row for n in (1, 8, 300))
+
+
+def test_a_pace_without_decodes_drafts_nothing():
+    fake = engine.Engine(FakeModel(), FakeContext(), looks_up=True)
+    slots = decoding_slots(1)
+    plan = engine.Plan(fake._drafter.pace, slots, 0, 100)
+    assert plan.add({slots[0]: (1, 0.99)}) == []
+
+
+def decoding_slots(n):
+    slots = [engine.Slot(i, 64) for i in range(n)]
+    for slot in slots:
+        slot.request = engine.Request(np.array([1], np.int32), None, 1000)
+        slot.request.n_generated, slot.next_token = 1, 7
+    return slots
+
+
+def planned(price, n_slots, odds, n_prefill=0, room=200, n_drafting=None):
+    """The plan after as many rounds as pay."""
+    slots = decoding_slots(n_slots)
+    plan = engine.Plan(SetPace(price), slots, n_prefill, room)
+    going = slots[:n_drafting]
+    while going and len(plan.drafts[slots[0]]) < 100:
+        going = plan.add({slot: (5, odds) for slot in going})
+    return plan, slots
+
+
+def test_a_plan_drafts_what_its_odds_and_rows_are_worth():
+    """Nothing at bad odds; all that there is room for where rows are free; the better the odds,
+    the more."""
+    def length(*arguments, **options):
+        plan, slots = planned(*arguments, **options)
+        return len(plan.drafts[slots[0]])
+    assert length(0.5, 1, 0.3) == 0
+    assert length(1.0, 1, 0.99) == 0  # a row costs a decode
+    assert length(0.0, 1, 0.9) == 100 and length(0.0, 1, 0.9, room=9) == 9
+    lengths = [length(0.1, 1, odds) for odds in (0.1, 0.5, 0.8, 0.9, 0.99)]
+    assert lengths == sorted(lengths) and lengths[0] == 0 < lengths[1] and lengths[-1] > 6
+    assert length(0.1, 1, 0.9, n_prefill=8) == 0  # whose slots would wait, and gain nothing
+
+
+@pytest.mark.parametrize("price", [0.02, 0.1, 0.5])
+@pytest.mark.parametrize("n_others", [1, 3, 8])
+def test_a_plan_slows_those_without_drafts_by_at_most_three_percent(price, n_others):
+    plan, slots = planned(price, n_others + 1, 0.95, n_drafting=1)
+    pace, n_drafted = SetPace(price), len(plan.drafts[slots[0]])
+    without = pace.of(n_others + 1)
+    assert pace.of(n_others + 1 + n_drafted) <= engine.MAX_SLOWDOWN * without + 1e-9
+    assert plan.seconds == pytest.approx(pace.of(n_others + 1 + n_drafted))
+
+
+def test_a_plan_stops_before_the_last_token_of_a_reply():
+    """The last one needs no draft behind it."""
+    slots = decoding_slots(1)
+    slots[0].request.max_tokens = 5  # of which one is there
+    plan = engine.Plan(SetPace(0.0), slots, 0, 100)
+    for token in range(9):
+        plan.add({slots[0]: (token, 0.9)})
+    assert plan.drafts[slots[0]] == [0, 1, 2]
+
+
+class Clock:
+    """The engine's seconds, which pass in decodes only."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(engine, "time", types.SimpleNamespace(
+            perf_counter=lambda: self.now, monotonic=time.monotonic, sleep=time.sleep))
+
+    def times(self, context, base, row):
+        """Let the decodes of a context take base + row * rows seconds."""
+        decode = context.decode
+
+        def timed(chunks):
+            self.now += base + row * sum(len(chunk.tokens) for chunk in chunks)
+            return decode(chunks)
+        context.decode = timed
+
+
+def seconds_of(clock, fake, requests):
+    """What the steps take from the first step in which nobody prefills."""
+    for request in requests:
+        fake.submit([request])
+    while fake._waiting or any(slot.is_prefilling for slot in fake._slots):
+        fake.step()
+    began = clock.now
+    while fake._busy():
+        fake.step()
+    return clock.now - began
+
+
+def contrary(lookup_of, n_letters=3):
+    """A text in which every pair has stood before, and never goes on as it did."""
+    def choose(prefix):
+        guess = next(lookup_of().guesses(), (0, 0))[0]
+        letters = [letter for letter in range(97, 97 + n_letters) if letter != guess]
+        return letters[hash(prefix) % len(letters)]
+    return choose
+
+
+@pytest.mark.parametrize("row", [0.0001, 0.001, 0.005, 0.02])
+@pytest.mark.parametrize("n_slots", [1, 4])
+def test_lookups_that_never_come_true_cost_three_percent_at_most(monkeypatch, row, n_slots):
+    """Over 500 tokens, whatever a row costs beside a decode's 10 ms."""
+    clock = Clock(monkeypatch)
+    fake = engine.Engine(FakeModel(), RowContext(n_ctx=600), looks_up=True)
+    clock.times(fake.context, 0.010, row)
+    asked = []
+    for number in range(n_slots):
+        request = ask(fake, b"%d: " % number + b"abcacbbca" * 4, 501, None)
+        request.sampler = FakeSampler(contrary(lambda request=request: request.lookup))
+        asked.append(request)
+    seconds = seconds_of(clock, fake, asked)
+    assert fake._counts.n_accepted == 0
+    assert seconds <= engine.MAX_SLOWDOWN * 500 * (0.010 + row * n_slots)
+
+
+@pytest.mark.parametrize("row, faster", [(0.0001, 4), (0.001, 2.5), (0.005, 1.3)])
+def test_a_text_that_repeats_itself_takes_less_time(monkeypatch, row, faster):
+    """By the clock: the pace is learned from the decodes alone."""
+    clock = Clock(monkeypatch)
+    fake = engine.Engine(FakeModel(), RowContext(n_ctx=600), looks_up=True)
+    clock.times(fake.context, 0.010, row)
+    sentence = b"The same sentence comes again and again. "
+    request = ask(fake, sentence * 2, 401, FakeSampler(lambda prefix: prefix[-len(sentence)]))
+    seconds = seconds_of(clock, fake, [request])
+    assert 400 * (0.010 + row) / seconds > faster
+
+
+@pytest.mark.parametrize("certainty", [0.1, 20.0])
+def test_a_draft_model_that_is_always_wrong_is_left_alone(monkeypatch, certainty):
+    """Its own time counts too: over 500 tokens three percent are lost, and what the first of them
+    took, from which it was learned."""
+    clock = Clock(monkeypatch)
+    draft = fake_draft_model(lambda prefix: (ord("?"), certainty), parallel=1, n_ctx=600)
+    context = RowContext(parallel=1, n_ctx=600)
+    clock.times(context, 0.010, 0.001)
+    clock.times(draft._context, 0.001, 0.0)
+    draft.seconds = 0.001
+    fake = engine.Engine(FakeModel(), context, draft_model=draft)
+    request = ask(fake, b"Once", 1001, FakeSampler(lambda prefix: 97 + hash(prefix) % 26))
+    fake.submit([request])
+    marks = []
+    while fake._waiting or fake._busy():
+        fake.step()
+        marks.append((request.n_generated, clock.now))
+    assert fake._counts.n_accepted == 0
+    [middle] = [now for n, now in marks if n == 501]
+    assert marks[-1][1] - middle <= engine.MAX_SLOWDOWN * 500 * 0.011
+
+
+def test_a_draft_model_that_failed_is_tried_again(monkeypatch):
+    """A text may come to what the draft model knows: then it drafts again, though whatever it was
+    sure of has been wrong for long."""
+    clock = Clock(monkeypatch)
+    draft = fake_draft_model(lambda prefix: (97, 20.0), parallel=1, n_ctx=1400)
+    context = RowContext(parallel=1, n_ctx=1400)
+    clock.times(context, 0.010, 0.001)
+    clock.times(draft._context, 0.001, 0.0)
+    draft.seconds = 0.001
+    fake = engine.Engine(FakeModel(), context, draft_model=draft)
+    request = ask(fake, b"Once", 1300, FakeSampler(
+        lambda prefix: 98 + hash(prefix) % 20 if len(prefix) < 300 else 97))
+    seconds_of(clock, fake, [request])
+    assert request.n_accepted > 500
+
+
+def test_a_good_draft_model_makes_a_reply_faster(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def choose(prefix):
+        return 97 + hash(prefix) % 26
+    draft = fake_draft_model(lambda prefix: (choose(prefix), 20.0), parallel=1, n_ctx=600)
+    context = RowContext(parallel=1, n_ctx=600)
+    clock.times(context, 0.010, 0.001)
+    clock.times(draft._context, 0.001, 0.0)
+    draft.seconds = 0.001
+    fake = engine.Engine(FakeModel(), context, draft_model=draft)
+    request = ask(fake, b"Once", 301, FakeSampler(choose))
+    assert 300 * 0.011 / seconds_of(clock, fake, [request]) > 2
+
+
+# ==== 3. The real model ===================================================================
+
+PARAGRAPH = ("The river rises in the hills above the old mill, and on its way to the sea it passes "
+             "three small towns. In the first of them a baker sells dark bread to the boatmen.")
+STORY = [{"role": "user", "content": "Tell me a story of a fox."}]
+COPY = [{"role": "user",
+         "content": f"Repeat the following text exactly, word for word:\n\n{PARAGRAPH}"}]
+NAMED = {"type": "json_schema", "json_schema": {"name": "towns", "schema": {
+    "type": "object", "additionalProperties": False, "required": ["towns"],
+    "properties": {"towns": {"type": "array", "minItems": 4, "maxItems": 4,
+                             "items": {"const": "three small towns"}}}}}}
+
+
+@contextlib.contextmanager
+def serving(**options):
+    """A server in this process with its default model; a row costs a tenth of a decode, whatever
+    else the machine does."""
+    running = server.Server(server.Config(**{
+        "port": 0, "n_ctx": 512, "parallel": 4, "n_batch": 32, "n_threads": 1, **options}))
+    threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
+    running.pool.start()
+    try:
+        running.engine = running.pool.loaded()[0].engine
+        running.engine._drafter.pace = SetPace(0.1)
+        yield running
+    finally:
+        assert running.drain()
+
+
+@pytest.fixture(scope="module")
+def with_drafts():
+    with serving() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def without_drafts():
+    with serving(draft=None) as running:
+        yield running
+
+
+def chat(running, messages=COPY, **body):
+    """The reply to a chat, or the chunks of its stream; greedy."""
+    body = {"messages": messages, "temperature": 0, "max_tokens": 45, **body}
+    response = post(running, CHAT, **body)
+    assert response.status_code == 200, response.text
+    if not body.get("stream"):
+        reply = response.json()
+        assert reply["usage"]["total_tokens"] < 250, "too long for exact results"
+        return reply
+    lines = [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+def accepted(usage) -> int:
+    return usage["completion_tokens_details"]["accepted_prediction_tokens"]
+
+
+def flattened(value, path=()) -> dict:
+    """The leaves of a JSON value by their paths."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(
+        value, list) else None
+    if items is None:
+        return {path: value}
+    return {leaf: inner for key, part in items
+            for leaf, inner in flattened(part, (*path, key)).items()}
+
+
+def same(one, other):
+    """Whether replies have the same choices: log-probabilities as good as equal, all else equal."""
+    ones, others = flattened(one), flattened(other)
+    assert ones.keys() == others.keys()
+    for path, value in ones.items():
+        if path[-1] == "logprob":
+            assert value == pytest.approx(others[path], abs=1e-4), path
+        else:
+            assert value == others[path], path
+
+
+WAYS = {
+    "plain": {},
+    "a limit within a draft": {"max_tokens": 23},
+    "stop at a word's end": {"stop": [" three"]},
+    "stop within a token": {"stop": ["ree sm", "zzz"], "logprobs": True},
+    "logprobs": {"logprobs": True, "top_logprobs": 3, "max_tokens": 20},
+    "two choices": {"n": 2, "max_tokens": 20},
+    "seeded": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.1, "seed": 3},
+    "seeded, two choices": {"temperature": 0.7, "top_p": 0.9, "n": 2, "seed": 5,
+                            "max_tokens": 20},
+    "grammar": {"grammar": 'root ::= "The river rises in the hills" [^\\n]{0,90} "."',
+                "max_tokens": 25},
+    "schema": {"response_format": NAMED, "max_tokens": 32},
+    "bias": {"logit_bias": {"28": -100, "282": -3}, "max_tokens": 20},
+    "no end before": {"min_tokens": 44, "max_tokens": 46},
+    "penalties": {"frequency_penalty": 0.1, "presence_penalty": 0.1, "repeat_penalty": 1.02,
+                  "max_tokens": 20},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_copied_text_is_the_same_with_and_without_drafts(with_drafts, without_drafts, way):
+    """Text, finish_reason and log-probabilities. (Fewer than 250 tokens: see "On exactness".)"""
+    one, other = (chat(running, **WAYS[way]) for running in (with_drafts, without_drafts))
+    same(one["choices"], other["choices"])
+    assert one["usage"]["completion_tokens"] == other["usage"]["completion_tokens"]
+    assert accepted(one["usage"]) > 0 == accepted(other["usage"]), "nothing was tested"
+    assert other["usage"]["completion_tokens_details"]["rejected_prediction_tokens"] == 0
+
+
+@pytest.mark.parametrize("way", ["stop within a token", "two choices"])
+def test_a_stream_is_cut_into_the_same_pieces_with_and_without_drafts(with_drafts, without_drafts,
+                                                                      way):
+    """A drafted run arrives token by token, as the others do. (Fewer than 250 tokens.)"""
+    streams = []
+    for running in (with_drafts, without_drafts):
+        chunks = chat(running, stream=True, stream_options={"include_usage": True}, **WAYS[way])
+        by_choice = {}
+        for chunk in chunks:
+            for choice in chunk["choices"]:
+                by_choice.setdefault(choice["index"], []).append(choice)
+        streams.append((by_choice, accepted(chunks[-1]["usage"])))
+    (one, n_one), (other, n_other) = streams
+    assert n_one > 0 == n_other
+    for index in other:
+        same(one[index], other[index])
+
+
+def test_most_of_a_copy_is_drafted_and_the_metrics_say_so(with_drafts):
+    """More than half of the reply."""
+    def count(outcome):
+        text = get(with_drafts, "/metrics").text
+        return int(float(re.search(rf"(?m)^\w*{outcome}_draft_tokens_total (\S+)$", text)[1]))
+    before = count("accepted"), count("rejected")
+    usage = chat(with_drafts)["usage"]
+    assert accepted(usage) > usage["completion_tokens"] / 2
+    assert count("accepted") - before[0] == accepted(usage)
+    assert count("rejected") - before[1] == \
+        usage["completion_tokens_details"]["rejected_prediction_tokens"]
+
+
+def test_copies_in_company_are_drafted_and_the_same(with_drafts):
+    """Four at once, of which two are no copies: all as they are alone."""
+    asked = [{"max_tokens": 30}, {"messages": STORY, "max_tokens": 20}, {"max_tokens": 25},
+             {"messages": STORY, "max_tokens": 20, "temperature": 1.0, "seed": 2}]
+    apart = [chat(with_drafts, **body)["choices"] for body in asked]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda body: chat(with_drafts, **body)["choices"], asked))
+    same(together, apart)
+
+
+# ==== 4. Predictions ======================================================================
+
+def predicted(content) -> dict:
+    return {"prediction": {"type": "content", "content": content}}
+
+
+@pytest.fixture(scope="module")
+def story(without_drafts) -> str:
+    reply = chat(without_drafts, STORY, max_tokens=40)
+    return reply["choices"][0]["message"]["content"]
+
+
+def test_a_predicted_reply_comes_from_its_prediction_up_to_the_change_and_after(
+        without_drafts, story):
+    """Also where nothing is looked up (draft: null). As a text or as parts."""
+    words = story.split(" ")
+    changed = " ".join([*words[:9], "SOMETHING", "ELSE", *words[11:]])
+    for content in (changed, [{"type": "text", "text": changed[:50]},
+                              {"type": "text", "text": changed[50:]}]):
+        reply = chat(without_drafts, STORY, max_tokens=40, **predicted(content))
+        assert reply["choices"][0]["message"]["content"] == story
+        assert accepted(reply["usage"]) > 20
+        assert reply["usage"]["completion_tokens"] == 40
+
+
+@pytest.mark.parametrize("content", ["", " ", [], "Something that has nothing to do with it. " * 9,
+                                     "<|im_end|><|im_end|>", "🦊漢字\0", None])
+def test_a_prediction_never_changes_the_reply(with_drafts, without_drafts, story, content):
+    """Empty, wrong, odd or the reply itself."""
+    content = story if content is None else content
+    running = with_drafts if content == story else without_drafts
+    reply = chat(running, STORY, max_tokens=40, **predicted(content))
+    assert reply["choices"][0]["message"]["content"] == story
+
+
+@pytest.mark.parametrize("prediction, param", [
+    ("a text", "prediction"), (["a"], "prediction"), ({}, "prediction"),
+    ({"type": "content"}, "prediction.content"), ({"content": "a"}, "prediction.type"),
+    ({"type": "text", "content": "a"}, "prediction.type"),
+    ({"type": "content", "content": 7}, "prediction.content"),
+    ({"type": "content", "content": ["a"]}, "prediction.content[0]"),
+    ({"type": "content", "content": [{"type": "text", "text": 7}]}, "prediction.content[0].text"),
+    ({"type": "content", "content": [{"type": "image_url", "image_url": {
+        "url": "data:image/png;base64,AAAA"}}]}, "prediction.content"),
+    ({"type": "content", "content": "word " * 600}, "prediction"),
+    ({"type": "content", "content": "x" * 500_000}, "prediction"),
+])
+def test_a_wrong_prediction_is_400_and_named(without_drafts, prediction, param):
+    response = post(without_drafts, CHAT, messages=STORY, prediction=prediction, max_tokens=1)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"].startswith("prediction") and "prediction" in error["message"]
+    assert error["param"] == param or param == "prediction"
+
+
+# ==== 5. Draft models =====================================================================
+
+
+@pytest.fixture(scope="module")
+def gguf():
+    return engine.find_model_file(None, ROOT / "models")
+
+
+@pytest.fixture(scope="module")
+def degraded(gguf, tmp_path_factory):
+    path = tmp_path_factory.mktemp("draft") / "degraded.gguf"
+    make_deep_model.make_degraded(gguf, path)
+    return path
+
+
+@contextlib.contextmanager
+def loaded(gguf, **options):
+    """An engine for which rows and the draft model's time cost nearly nothing."""
+    running = engine.load_engine(gguf, n_ctx=512, parallel=2, n_gpu_layers=0, prefill_chunk=32,
+                                 max_queue=9, n_batch=32, n_threads=1, **options)
+    running._drafter.pace = SetPace(0.05)
+    if running._drafter.model:
+        running._drafter.model.seconds = 0.0
+    try:
+        yield running
+    finally:
+        assert running.close()
+        running.model.close()
+
+
+def write(running, text, n=24, **params) -> tuple[str, engine.Request]:
+    tokens = running.model.tokenize(running.model.render_chat([{"role": "user", "content": text}]))
+    sampler = engine.Sampler(running.model, engine.SamplingParams(**{"temperature": 0, **params}),
+                             running.n_ctx, tokens)
+    request = engine.Request(tokens, sampler, n)
+    running.submit([request])
+    text = ""
+    while not (event := request.events.get(timeout=60)).finish_reason:
+        assert not event.error, event.error
+        text += event.text
+    assert len(tokens) + request.n_generated < 250
+    return text + event.text, request
+
+
+@pytest.fixture(scope="module")
+def plain_replies(gguf):
+    with loaded(gguf) as running:
+        return [write(running, "Tell me a story of a fox.")[0],
+                write(running, "Tell me a story of a fox.", temperature=1.0, seed=4)[0]]
+
+
+@pytest.mark.parametrize("draft", ["itself", "degraded"])
+def test_a_draft_model_changes_no_reply(gguf, degraded, plain_replies, draft):
+    """Greedy and seeded; what drafts for itself is nearly always right."""
+    with loaded(gguf, draft_model_path=str(gguf if draft == "itself" else degraded)) as running:
+        replies = [write(running, "Tell me a story of a fox."),
+                   write(running, "Tell me a story of a fox.", temperature=1.0, seed=4)]
+        assert [text for text, _ in replies] == plain_replies
+        greedy = replies[0][1]
+        share = greedy.n_accepted / (greedy.n_accepted + greedy.n_rejected)
+        assert share > (0.9 if draft == "itself" else 0.2) and greedy.n_accepted > 2
+        assert running._drafter.model, "it has failed"
+
+
+def test_a_draft_model_with_a_small_context_stops_drafting_at_its_end(gguf, degraded,
+                                                                      plain_replies):
+    with loaded(gguf, draft_model_path=str(degraded), draft_n_ctx=50) as running:
+        text, request = write(running, "Tell me a story of a fox.")
+        assert text == plain_replies[0] and running._drafter.model
+        assert 0 < request.n_accepted and request.n_prompt < 45
+        most = running._drafter.model._slots[0].n_cached
+        assert most <= 50 < request.n_prompt + request.n_generated
+
+
+def test_a_draft_model_with_another_vocabulary_is_refused_by_its_token(gguf, tmp_path):
+    """One token's text differs: the message names the files and that token."""
+    token, content = 28000, gguf.read_bytes()
+    model = engine.Model(gguf, n_gpu_layers=0)
+    text = engine.lib.llama_vocab_get_text(model.vocab, token)
+    where = content.index(len(text).to_bytes(8, "little") + text) + 8
+    other = bytes([text[0] ^ 1]) + text[1:]
+    path = tmp_path / "other.gguf"
+    path.write_bytes(content[:where] + other + content[where + len(text):])
+    try:
+        with pytest.raises(engine.ModelError) as caught:
+            engine.load_draft_model(path, model, 0, 64, 1, n_batch=64)
+        for part in (str(path), str(gguf), f"token {token}", repr(text), repr(other)):
+            assert part in str(caught.value)
+    finally:
+        model.close()
+
+
+def test_a_server_refuses_an_unusable_draft_model_in_one_sentence(gguf, tmp_path):
+    """Missing, no model, or with another vocabulary: exit code 2, and the file's name."""
+    bert = write_bert(tmp_path / "bert.gguf", POOLING["mean"])
+    text = tmp_path / "text.gguf"
+    text.write_text("This is not a model")
+    words = {str(tmp_path / "missing.gguf"): ["draft_model_path", "not found"],
+             str(text): ["not a GGUF file"],
+             str(bert): ["draft_model_path", str(gguf), "vocabulary", "token 0 is", "[PAD]"]}
+    processes = [start(DRAFT_MODEL_PATH=path, N_CTX="256") for path in words]
+    for process, (path, parts) in zip(processes, words.items()):
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert stderr.startswith("error: ") and stderr.count("\n") == 1
+        assert all(part in stderr for part in [path, *parts]), stderr
+
+
+def test_a_models_entry_has_a_draft_model_of_its_own(gguf, degraded):
+    """It drafts for that one only; the reply is the same."""
+    entries = {"fast": server.ModelEntry(model_path=str(gguf), draft_model_path=str(degraded)),
+               "slow": server.ModelEntry(model_path=str(gguf))}
+    with serving(models=entries, n_ctx=256, max_loaded=2, draft=None) as running:
+        replies = []
+        for name in entries:
+            assert chat(running, STORY, model=name, max_tokens=1)
+            by_name = {model.name: model.engine for model in running.pool.loaded()}
+            drafter = by_name[name]._drafter
+            assert bool(drafter.model) == (name == "fast")
+            drafter.pace = SetPace(0.02)
+            if drafter.model:
+                drafter.model.seconds = 0.0
+            replies.append(chat(running, STORY, model=name, max_tokens=20))
+        same(replies[0]["choices"], replies[1]["choices"])
+        assert accepted(replies[0]["usage"]) > 2 and accepted(replies[1]["usage"]) == 0
+
+
+# ==== 6. Settings =========================================================================
+
+
+def read(tmp_path, text="", **environ) -> server.Config:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    return server.load_config(["--config", str(file)], environ)
+
+
+def test_drafts_are_looked_up_unless_null_is_said(tmp_path):
+    assert read(tmp_path).draft == engine.PROMPT_LOOKUP
+    assert read(tmp_path, "draft: prompt-lookup").draft == engine.PROMPT_LOOKUP
+    assert read(tmp_path, "model:\n  draft: null").draft is None
+    assert read(tmp_path, DRAFT="null").draft is None
+    assert read(tmp_path, "draft: null", DRAFT="prompt-lookup").draft == engine.PROMPT_LOOKUP
+    assert read(tmp_path, DRAFT="").draft == engine.PROMPT_LOOKUP
+
+
+def test_null_in_the_file_is_no_limit_of_a_reply(tmp_path):
+    """It is not the default, which has one."""
+    assert read(tmp_path).max_tokens == 1024
+    assert read(tmp_path, "generation:\n  max_tokens: null").max_tokens is None
+    assert read(tmp_path, MAX_TOKENS="null").max_tokens is None
+    with serving(max_tokens=None, n_ctx=128, parallel=1) as running:
+        body = {"messages": STORY, "temperature": 0, "ignore_eos": True}
+        usage = post(running, CHAT, **body).json()["usage"]
+        assert usage["total_tokens"] == 128
+
+
+@pytest.mark.parametrize("text, words", [
+    ("draft: lookup", "draft: expected 'prompt-lookup', got \"lookup\""),
+    ("draft: true", "draft: expected 'prompt-lookup'"),
+    ("draft: 5", "draft: expected 'prompt-lookup'"),
+    ("draft_n_ctx: -1", "draft_n_ctx must be between 0"),
+    ("draft_n_gpu_layers: -2", "draft_n_gpu_layers must be between -1"),
+    ("draft_model_path: 7", "draft_model_path: expected a string"),
+    ("cache_ram_mib: -1", "cache_ram_mib must be between 0"),
+    ("cache_ram_mib: lots", "cache_ram_mib: expected a number"),
+    ("models: {a: {base_url: 'http://b/v1', draft_model_path: d.gguf}}",
+     "models.a: draft_model_path means nothing beside a base_url"),
+])
+def test_a_wrong_draft_setting_is_one_sentence(tmp_path, text, words):
+    with pytest.raises(server.ConfigError) as caught:
+        read(tmp_path, text)
+    assert words in str(caught.value) and str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_draft_in_the_environment_names_its_variable(tmp_path):
+    with pytest.raises(server.ConfigError, match="environment variable DRAFT: draft: expected"):
+        read(tmp_path, DRAFT="yes please")
+
+
+def test_paths_of_draft_models_are_relative_to_the_file(tmp_path):
+    config = read(tmp_path, "draft_model_path: d.gguf\n"
+                            "models: {a: {model_path: m.gguf, draft_model_path: e.gguf}}")
+    assert config.draft_model_path == str(tmp_path / "d.gguf")
+    assert config.models["a"].draft_model_path == str(tmp_path / "e.gguf")
