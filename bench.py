@@ -14,7 +14,7 @@ so every reply has the length asked for, unless a scenario says otherwise. Promp
 round and the same for every server. The last line is JSON.
 
 `--write` keeps the results in docs/bench.json, beside those of scenarios measured before, and draws
-plots and the README's table from it; `--from-json` only draws.
+plots and the README's table from it; `--from-json` does so without measuring, plots beside FILE.
 """
 
 import argparse
@@ -649,17 +649,17 @@ ROWS = (
     Row("12 conversations on 4 slots: the same, ms", "conversations", "turns 2-4 ttft p50 ms", 1.0),
     Row("after 7,900 words, ms/token", "context", "7900 tokens: ms/token"),
     Row("repeating the prompt, no drafts, tokens/s", "repetitive", "tokens/s"),
-    Row("the same, prompt-lookup against none, tokens/s", "repetitive", "tokens/s", 1.5, None,
+    Row("the same, prompt-lookup here, none there, tokens/s", "repetitive", "tokens/s", 1.5, None,
         LOOKUP),
-    Row("the same, prompt-lookup against ngram-simple, tokens/s", "repetitive", "tokens/s",
+    Row("the same, prompt-lookup here, ngram-simple there, tokens/s", "repetitive", "tokens/s",
         variants=NGRAM),
     Row("new text, no drafts, tokens/s", "plain", "tokens/s"),
-    Row("the same, prompt-lookup against none, tokens/s", "plain", "tokens/s", variants=LOOKUP),
-    Row("the same, prompt-lookup against ngram-simple, tokens/s", "plain", "tokens/s",
+    Row("the same, prompt-lookup here, none there, tokens/s", "plain", "tokens/s", variants=LOOKUP),
+    Row("the same, prompt-lookup here, ngram-simple there, tokens/s", "plain", "tokens/s",
         variants=NGRAM),
     Row("large model, no drafts, tokens/s", "drafts", "1 stream: tokens/s"),
-    Row("large model, perfect drafts against none, tokens/s", "drafts", "1 stream: tokens/s", 1.5,
-        variants=("draft", "")),
+    Row("large model, perfect drafts here, none there, tokens/s", "drafts", "1 stream: tokens/s",
+        1.5, variants=("draft", "")),
     Row("large model, perfect drafts, tokens/s", "drafts", "1 stream: tokens/s", variants=DRAFT),
     Row("large model, poor drafts, tokens/s", "drafts", "1 stream: tokens/s", variants=POOR_DRAFT),
     Row("large model, perfect drafts, 4 streams, tokens/s", "drafts", "4 streams: tokens/s",
@@ -807,7 +807,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--write", action="store_true",
                         help="keep the results in docs/, draw the plots and the README's table")
     parser.add_argument("--from-json", type=Path, metavar="FILE",
-                        help="measure nothing, only draw what --write draws")
+                        help="measure nothing: plots beside FILE, and the README's table")
     options = parser.parse_args()
     if unknown := set(options.scenarios) - set(SCENARIOS):
         parser.error(f"no such scenario: {', '.join(sorted(unknown))}")

@@ -5,7 +5,8 @@ turns prompts (arrays of token ids) into events (pieces of text), for many reque
 one llama.cpp context for each model. Read it from top to bottom; each of its twelve parts uses only
 what stands above it; the eleventh is the loop. Parts 4 and 6 can wait for a second reading.
 Words: a *slot* is a lane of the context, a *request* its guest; *prefill* reads a prompt into the
-KV cache, *decode* produces one token per *step*; a *batch* is the rows of one llama_decode.
+KV cache, *decode* produces one token per *step*, or several where *drafted* ones come true; a
+*batch* is the rows of one llama_decode.
 
 Threads: each loaded model has an engine thread, which runs `Engine.step` until it is unloaded; one
 loader thread loads and unloads. Handler threads prepare requests (tokenize, build the sampler),
@@ -1991,6 +1992,7 @@ class Context:
 
     def _compute(self, batch: lib.llama_batch) -> int:
         code = lib.llama_decode(self.pointer, batch)
+        lib.llama_synchronize(self.pointer)  # a GPU goes on by itself, and decodes are timed
         if code == DECODE_OK:
             self.being_copied.clear()
         return code
@@ -2315,17 +2317,17 @@ class Embedder:
 # A decode of several rows costs less than as many decodes of one. So tokens are drafted: looked up
 # where the text said the same before, or guessed by a smaller model. One batch verifies them: row
 # by row the request's own sampler chooses, for as long as it chooses what was drafted. All that it
-# chooses counts, so a reply is distributed as it would be without drafts (speculative decoding,
-# https://arxiv.org/abs/2211.17192, for drafts that are certain of themselves).
+# chooses counts; a drafted token only decides whether the next row may be used. So a reply is
+# distributed as it would be without drafts (speculative decoding, https://arxiv.org/abs/2211.17192).
 
 PROMPT_LOOKUP = "prompt-lookup"
 MAX_DRAFT = 32  # tokens for a slot in one step: hardly any gain is left in more
 MAX_SLOWDOWN = 1.03  # what a step may cost those that gain nothing by its drafts
-MIN_GAIN = 1.05  # the gain that one more drafted token must promise, since promises err
+MIN_GAIN = 1.05  # tokens by seconds that one more row must promise, over those so far: odds err
 
 
 class Odds:
-    """How often drafted tokens come true, for each level of confidence in them."""
+    """How often drafted tokens come true (0 to 1), for each level of confidence in them."""
 
     WEIGHT = 8.0  # how many tokens of one's own count as much as what was known before
     KEEP = 0.99  # of older counts at each new one
@@ -2409,6 +2411,7 @@ class Pace:
 
     WEIGHT = 0.05  # of the latest decode
     FIRST_SHARE = 0.5  # what one more row costs, in decodes of one row, until decodes have told
+    KNOWN = 0.1  # what is known of a row weighs as much as decodes whose rows vary by so much
     OUTLIER = 4.0  # times what was expected: something else had the processor
 
     def __init__(self):
@@ -2418,34 +2421,34 @@ class Pace:
 
     def measure(self, context: Context) -> None:
         """Learn from decodes of one row and of several. Raises ModelError."""
-        one, more = trial(context, 1), 7  # rows
-        self._share = (trial(context, 1 + more) - one) / one / more
+        more = 7  # rows
+        one = time_decode(context, 1)
+        self._share = (time_decode(context, 1 + more) - one) / one / more
         self.note(1, one)
 
     def note(self, rows: int, seconds: float) -> None:
         if not self._seconds:
             self._rows, self._seconds = rows, seconds
         off_rows = rows - self._rows
-        off_seconds = min(seconds, self.OUTLIER * self.of(rows)) - self._seconds
+        off_seconds = min(seconds, self.OUTLIER * self.seconds_of(rows)) - self._seconds
         self._rows += self.WEIGHT * off_rows
         self._seconds += self.WEIGHT * off_seconds
         rest = 1 - self.WEIGHT
         self._variance = rest * (self._variance + self.WEIGHT * off_rows**2)
         self._covariance = rest * (self._covariance + self.WEIGHT * off_rows * off_seconds)
-        if self._variance > 1:
-            share = min(max(self.row / self.of(1), 0.0), 1.0)
+        if self._variance > self.KNOWN:
+            share = min(max(self.row_seconds / self.seconds_of(1), 0.0), 1.0)
             self._share += self.WEIGHT * (share - self._share)
 
     @property
-    def row(self) -> float:
+    def row_seconds(self) -> float:
         """Seconds of one more row."""
         known = self._share * self._seconds / (1 + self._share * max(0.0, self._rows - 1))
-        weight = 1.0  # of what is known: that of a variance of one row
-        return max(0.0, (self._covariance + weight * known) / (self._variance + weight))
+        return max(0.0, (self._covariance + self.KNOWN * known) / (self._variance + self.KNOWN))
 
-    def of(self, rows: int) -> float:
+    def seconds_of(self, rows: int) -> float:
         """Seconds of a decode with so many rows."""
-        return max(self._seconds + self.row * (rows - self._rows), self.row)
+        return max(self._seconds + self.row_seconds * (rows - self._rows), self.row_seconds)
 
 
 class Plan:
@@ -2457,12 +2460,12 @@ class Plan:
         self.drafts: dict[Slot, list[int]] = {slot: [] for slot in slots}
         self._chance = dict.fromkeys(slots, 1.0)  # that all of a slot's draft comes true
         self._gain = dict.fromkeys(slots, 1.0)  # tokens expected
-        self._row, self._room, self._is_shared = pace.row, room, n_prefill > 0
-        self.seconds = self._without = pace.of(len(slots) + n_prefill)
+        self._row, self._room, self._is_shared = pace.row_seconds, room, n_prefill > 0
+        self.seconds = self._without = pace.seconds_of(len(slots) + n_prefill)
 
     def pays(self, slot: Slot, odds: float, more_seconds: float = 0.0) -> bool:
-        """Whether another token for a slot makes all of them faster together. more_seconds: what
-        it costs to draft it."""
+        """Whether another token for a slot makes all of them faster together: whether tokens by
+        seconds grow, by MIN_GAIN at that place. more_seconds: what it costs to draft it."""
         request, more = slot.request, self._chance[slot] * odds
         return len(self.drafts[slot]) < request.max_tokens - request.n_generated - 1 and \
             more * self.seconds > MIN_GAIN * sum(self._gain.values()) * (self._row + more_seconds)
@@ -2484,7 +2487,7 @@ class Plan:
         return going
 
 
-def trial(context: Context, n_rows: int) -> float:
+def time_decode(context: Context, n_rows: int) -> float:
     """Seconds of a decode of so many rows in an empty slot. Raises ModelError."""
     any_token = 0
     n_rows = min(n_rows, context.n_batch, context.n_ctx)
@@ -2511,7 +2514,7 @@ class DraftModel:
     LIKELY_TOKENS = 64  # that a reply goes on for, besides as many as it has already
     LIKELY_GAIN = 0.3  # of the seconds of a token, by good drafts
     TRIAL_SHARE = 0.02  # of all seconds, for drafts that do not promise to pay, ...
-    MAX_TRIAL = 16.0  # ... saved up for so many steps
+    MAX_TRIAL = 16.0  # ... saved up to the seconds of so many steps
 
     def __init__(self, model: Model, context: Context, target: Model):
         """The draft model and its context, which become its own. Raises ModelError when its
@@ -2535,8 +2538,8 @@ class DraftModel:
 
     def measure(self) -> None:
         """Learn what guesses cost. Raises ModelError."""
-        self.seconds = trial(self._context, 1)
-        self._read_seconds = trial(self._context, self.MAX_READ) / self.MAX_READ
+        self.seconds = time_decode(self._context, 1)
+        self._read_seconds = time_decode(self._context, self.MAX_READ) / self.MAX_READ
 
     def close(self) -> None:
         """Free context and weights."""
@@ -2544,10 +2547,9 @@ class DraftModel:
         self._model.close()
 
     def wants(self, plan: Plan, slots: list[Slot]) -> list[Slot]:
-        """The slots for which another guess would pay. A guess may also be wanted to find out."""
+        """The slots for which another guess would pay. A guess may also be wanted to find out, as
+        long as there is credit for it."""
         wanted = []
-        self._credit += self.TRIAL_SHARE * plan.seconds
-        self._credit = min(self._credit, self.MAX_TRIAL * plan.seconds)
         for slot in slots:
             own, request = self._slots[slot.seq_id], slot.request
             if own.request is not request:  # a new guest
@@ -2560,18 +2562,24 @@ class DraftModel:
             n_left = min(request.max_tokens - request.n_generated,
                          request.n_generated + self.LIKELY_TOKENS)
             is_worth_reading = reading < self.LIKELY_GAIN * n_left * plan.seconds
+            if slot.n_cached + len(plan.drafts[slot]) >= self._context.n_ctx:
+                continue
             if is_worth_reading and plan.pays(
                     slot, self._odds_of[slot.seq_id][self.ANY], round_seconds):
                 wanted.append(slot)
-            elif self._credit > (cost := reading + round_seconds) and not plan.drafts[slot]:
-                self._credit -= cost
+            elif self._credit > reading + round_seconds and not plan.drafts[slot]:
+                self._credit -= min(reading, self.MAX_READ * self._read_seconds) + round_seconds
                 wanted.append(slot)
         return wanted
+
+    def earn(self, seconds: float) -> None:
+        """Credit for trials, with each step that takes so long."""
+        self._credit = min(self._credit + self.TRIAL_SHARE * seconds, self.MAX_TRIAL * seconds)
 
     def guess(self, plan: Plan, slots: list[Slot]) -> dict[Slot, tuple[int, float]]:
         """The likeliest tokens after the slots' drafts, with their odds. A slot gets none while its
         text is still being read: a piece in each step."""
-        began, chunks, of = time.perf_counter(), [], {}
+        began, chunks, target_of = time.perf_counter(), [], {}
         room = min(self._context.n_batch, self.MAX_READ + len(slots))
         for n_before, slot in enumerate(slots):
             own, ahead = self._slots[slot.seq_id], [slot.next_token, *plan.drafts[slot]]
@@ -2580,7 +2588,7 @@ class DraftModel:
             tokens = unread[: room - (len(slots) - n_before - 1)]  # a row for each that follows
             fits = own.n_cached + len(tokens) <= self._context.n_ctx
             if fits and 0 <= tokens.min() and tokens.max() < self._model.n_vocab:
-                of[own] = slot
+                target_of[own] = slot
                 chunks.append(Chunk(own, tokens, len(tokens) == len(unread)))
                 room -= len(tokens)
         if not chunks:
@@ -2598,7 +2606,7 @@ class DraftModel:
             if chunk.wants_logits and (guess := self._choose(chunk.row)):
                 token, level = guess
                 self._guesses[own.seq_id].append(guess)
-                guesses[of[own]] = token, self._odds_of[own.seq_id][level]
+                guesses[target_of[own]] = token, self._odds_of[own.seq_id][level]
         if len(guesses) == len(chunks):  # nobody has much to read
             seconds = min(time.perf_counter() - began, Pace.OUTLIER * self.seconds)
             self.seconds += Pace.WEIGHT * (seconds - self.seconds)
@@ -2650,6 +2658,8 @@ class Drafter:
         lookups = {slot: slot.request.lookup.guesses() for slot in slots
                    if slot.request.lookup and slot.request.lookup.n_matched >= enough}
         active = slots
+        if self.model and slots:
+            self.model.earn(plan.seconds)
         for _ in range(MAX_DRAFT if slots else 0):
             guesses = {slot: guess for slot in active
                        if slot in lookups and (guess := next(lookups[slot], None))}
@@ -3228,10 +3238,9 @@ def load_engine(path: Path, *, n_ctx: int, parallel: int, n_gpu_layers: int, pre
         with contextlib.ExitStack() as undo_parts:
             undo_parts.callback(context.close)
             if draft_model_path:
-                file = find_model_file(draft_model_path, path.parent, setting="draft_model_path")
                 draft_model = load_draft_model(
-                    file, model, draft_n_gpu_layers, draft_n_ctx or context.n_ctx, parallel,
-                    **context_options)
+                    draft_model_path, model, draft_n_gpu_layers, draft_n_ctx or context.n_ctx,
+                    parallel, **context_options)
             undo_parts.pop_all()
         loaded = Engine(model, context, prefill_chunk, max_queue, cache_ram_mib,
                         draft == PROMPT_LOOKUP, draft_model)
@@ -3241,19 +3250,24 @@ def load_engine(path: Path, *, n_ctx: int, parallel: int, n_gpu_layers: int, pre
     return loaded
 
 
-def load_draft_model(path: Path, target: Model, n_gpu_layers: int, n_ctx: int, parallel: int,
+def load_draft_model(file: str, target: Model, n_gpu_layers: int, n_ctx: int, parallel: int,
                      **context_options) -> DraftModel | None:
     """The model that drafts for another. Raises ModelError."""
     if not target.can_rewind:
         log.warning("no drafts for %s: its recurrent state cannot be rewound", target.name)
         return None
     with contextlib.ExitStack() as undo:
-        model = Model(path, n_gpu_layers)
+        path = find_model_file(file, target.path.parent, setting="draft_model_path")
+        try:
+            model = Model(path, n_gpu_layers)
+        except ModelError as error:
+            raise type(error)(f"draft_model_path: {error}") from None
         undo.callback(model.close)
         context = Context(model, min(n_ctx, model.n_ctx_train), parallel, **context_options)
         undo.callback(context.close)
         drafter = DraftModel(model, context, target)
         undo.pop_all()
+    log.info("%s drafts for %s", model.name, target.name)
     return drafter
 
 
@@ -3448,11 +3462,14 @@ class Pool:
             self.check_started()
         if model.is_hopeless():
             raise ModelFailed(model.error)
-        if model.path and not model.path.startswith(HUB):
-            try:
+        try:  # known before another model has to go for it
+            if model.path and not model.path.startswith(HUB):
                 find_model_file(model.path, self._download_dir)
-            except ModelError as error:  # known before another model has to go for it
-                raise ModelFailed(str(error)) from None
+            draft = model.options.get("draft_model_path")
+            if draft and not draft.startswith(HUB):
+                find_model_file(draft, self._download_dir, setting="draft_model_path")
+        except ModelError as error:
+            raise ModelFailed(str(error)) from None
         if len(self._tickets) >= self._max_queue:
             raise QueueFull(f"{len(self._tickets)} requests are waiting for a model already")
 

@@ -40,6 +40,8 @@ NOTES = {
     "completions logprobs": "the legacy shape",
     "top_logprobs": "needs `logprobs: true`",
     "response_format": "see Structured output",
+    "prediction": "see Drafts",
+    "prediction.content": "a string or text parts",
     "tools": "functions; see Tools",
     "tool_choice": "or a named function, or `allowed_tools`",
     "parallel_tool_calls": "false: one call at most; default: true",
@@ -74,8 +76,9 @@ NOTES = {
     "cache_prompt": f"{LOCAL}: false reads the prompt anew; default: true",
     "grammar": f"{LOCAL}: GBNF that the reply follows",
     "json_schema": f"{LOCAL}: a JSON Schema that the reply satisfies",
-    "seed": "the same seed and request give the same reply, but for rounding when other requests "
-            "run beside it; default: a new one each time",
+    "seed": "the same seed and request give the same reply, but for rounding: when other requests "
+            "run beside it, when more of its prompt is cached, and from 256 tokens of context on "
+            "with drafts (`draft: null`); default: a new one each time",
     "temperature": f"0 takes the likeliest token; {SETTING}",
     "top_p": SETTING,
     "top_k": f"{LOCAL}: 0 and -1 keep all tokens; {SETTING}",

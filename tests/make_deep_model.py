@@ -99,4 +99,6 @@ def main(directory: str):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if len(sys.argv) != 2:
+        sys.exit("usage: make_deep_model.py DIRECTORY")
+    main(sys.argv[1])

@@ -565,7 +565,6 @@ def test_reasoning_effort_is_accepted(http, effort):
     ("audio", {"voice": "alloy", "format": "wav"}),
     ("modalities", ["text", "audio"]),
     ("web_search_options", {"search_context_size": "low"}),
-    ("prediction", {"type": "content", "content": "Hello"}),
 ])
 def test_what_a_text_model_cannot_do_is_refused_by_name(http, name, value):
     assert name in refused(http, CHAT, {"messages": HI, name: value}, name)

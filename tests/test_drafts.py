@@ -103,10 +103,10 @@ class SetPace(engine.Pace):
         pass
 
     @property
-    def row(self):
+    def row_seconds(self):
         return self.price
 
-    def of(self, rows):
+    def seconds_of(self, rows):
         return 1 + self.price * (rows - 1)
 
 
@@ -413,9 +413,9 @@ def noisy_pace(seed=1, n=400, base=0.010, row=0.005):
 @pytest.mark.parametrize("seed", range(5))
 def test_a_pace_finds_the_line_through_noisy_decodes(seed):
     pace = noisy_pace(seed)
-    assert pace.row == pytest.approx(0.005, rel=0.3)
-    assert pace.of(1) == pytest.approx(0.015, rel=0.15)
-    assert pace.of(8) == pytest.approx(0.050, rel=0.15)
+    assert pace.row_seconds == pytest.approx(0.005, rel=0.3)
+    assert pace.seconds_of(1) == pytest.approx(0.015, rel=0.15)
+    assert pace.seconds_of(8) == pytest.approx(0.050, rel=0.15)
 
 
 @pytest.mark.parametrize("rows", [1, 8])
@@ -423,11 +423,11 @@ def test_a_pace_survives_a_decode_that_took_a_thousand_times_as_long(rows):
     """The machine slept; the line is hardly moved, and soon back."""
     pace = noisy_pace()
     pace.note(rows, 1000 * (0.010 + 0.005 * rows))
-    assert pace.row < 0.015 and pace.of(1) < 0.030
+    assert pace.row_seconds < 0.015 and pace.seconds_of(1) < 0.030
     for _ in range(60):
         for each in (1, 1, 4):
             pace.note(each, 0.010 + 0.005 * each)
-    assert pace.row == pytest.approx(0.005, rel=0.3)
+    assert pace.row_seconds == pytest.approx(0.005, rel=0.3)
 
 
 @given(decodes=st.lists(st.tuples(st.integers(1, 300), st.floats(0, 100)), min_size=1))
@@ -436,7 +436,7 @@ def test_a_pace_is_never_negative(decodes):
     pace = engine.Pace()
     for rows, seconds in decodes:
         pace.note(rows, seconds)
-        assert pace.row >= 0 and all(pace.of(n) >= pace.row for n in (1, 8, 300))
+        assert pace.row_seconds >= 0 and all(pace.seconds_of(n) >= pace.row_seconds for n in (1, 8, 300))
 
 
 def test_a_pace_without_decodes_drafts_nothing():
@@ -483,9 +483,9 @@ def test_a_plan_drafts_what_its_odds_and_rows_are_worth():
 def test_a_plan_slows_those_without_drafts_by_at_most_three_percent(price, n_others):
     plan, slots = planned(price, n_others + 1, 0.95, n_drafting=1)
     pace, n_drafted = SetPace(price), len(plan.drafts[slots[0]])
-    without = pace.of(n_others + 1)
-    assert pace.of(n_others + 1 + n_drafted) <= engine.MAX_SLOWDOWN * without + 1e-9
-    assert plan.seconds == pytest.approx(pace.of(n_others + 1 + n_drafted))
+    without = pace.seconds_of(n_others + 1)
+    assert pace.seconds_of(n_others + 1 + n_drafted) <= engine.MAX_SLOWDOWN * without + 1e-9
+    assert plan.seconds == pytest.approx(pace.seconds_of(n_others + 1 + n_drafted))
 
 
 def test_a_plan_stops_before_the_last_token_of_a_reply():
@@ -910,7 +910,7 @@ def test_a_draft_model_with_another_vocabulary_is_refused_by_its_token(gguf, tmp
     path.write_bytes(content[:where] + other + content[where + len(text):])
     try:
         with pytest.raises(engine.ModelError) as caught:
-            engine.load_draft_model(path, model, 0, 64, 1, n_batch=64)
+            engine.load_draft_model(str(path), model, 0, 64, 1, n_batch=64)
         for part in (str(path), str(gguf), f"token {token}", repr(text), repr(other)):
             assert part in str(caught.value)
     finally:
