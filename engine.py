@@ -666,6 +666,9 @@ class Model:
                 raise ModelError(f"cannot load {path}: loading was interrupted")
             raise BrokenModel(f"cannot load {path}: {native_errors[0]}")
         self.vocab = lib.llama_model_get_vocab(self._model)
+        if lib.llama_vocab_type(self.vocab) == lib.LLAMA_VOCAB_TYPE_NONE:
+            lib.llama_model_free(self._model)
+            raise BrokenModel(f"cannot load {path}: it has no vocabulary")
         self.n_vocab: int = lib.llama_vocab_n_tokens(self.vocab)
         self.n_ctx_train: int = lib.llama_model_n_ctx_train(self._model)
         self.n_params: int = lib.llama_model_n_params(self._model)
@@ -2370,8 +2373,16 @@ class PromptLookup:
         if prediction is not None and len(prediction):
             self._next, self.n_matched = len(self._tokens), 1
             self._tokens += prediction.tolist()
-        # Where each pair of tokens stood last: the index of what followed it.
-        self._behind = dict(zip(itertools.pairwise(self._tokens), itertools.count(2)))
+        # Where each pair of tokens stood last: the index of what followed it. Before the reply,
+        # which choices share, and in the reply.
+        self._before = dict(zip(itertools.pairwise(self._tokens), itertools.count(2)))
+        self._behind: dict[tuple[int, int], int] = {}
+
+    def again(self, odds: Odds) -> "PromptLookup":
+        """The same for another choice, before either has begun. odds: of all requests."""
+        other = copy.copy(self)
+        other._odds, other._tokens, other._behind = Odds(odds), self._tokens.copy(), {}
+        return other
 
     def feed(self, token: int) -> None:
         """Take the next token of the reply."""
@@ -2383,8 +2394,9 @@ class PromptLookup:
             self._next += 1
         pair = (tokens[-1], token)
         tokens.append(token)
-        if not self.n_matched and pair in self._behind:
-            self._next, n = self._behind[pair], 2
+        found = self._behind.get(pair) or self._before.get(pair)
+        if not self.n_matched and found:
+            self._next, n = found, 2
             while n < min(self.MAX_MATCH, self._next) and tokens[self._next - 1 - n] == tokens[~n]:
                 n += 1
             self.n_matched = n
@@ -2421,9 +2433,9 @@ class Pace:
 
     def measure(self, context: Context) -> None:
         """Learn from decodes of one row and of several. Raises ModelError."""
-        more = 7  # rows
-        one = time_decode(context, 1)
-        self._share = (time_decode(context, 1 + more) - one) / one / more
+        (_, one), (rows, more) = time_decode(context, 1), time_decode(context, 8)
+        if rows > 1:
+            self._share = min(max((more - one) / one / (rows - 1), 0.0), 1.0)
         self.note(1, one)
 
     def note(self, rows: int, seconds: float) -> None:
@@ -2487,8 +2499,9 @@ class Plan:
         return going
 
 
-def time_decode(context: Context, n_rows: int) -> float:
-    """Seconds of a decode of so many rows in an empty slot. Raises ModelError."""
+def time_decode(context: Context, n_rows: int) -> tuple[int, float]:
+    """Decode so many rows in an empty slot, or as many as it takes; return how many, and the
+    seconds. Raises ModelError."""
     any_token = 0
     n_rows = min(n_rows, context.n_batch, context.n_ctx)
     chunk = Chunk(Slot(0, context.n_ctx), [any_token] * n_rows, True, n_draft=n_rows - 1)
@@ -2497,10 +2510,9 @@ def time_decode(context: Context, n_rows: int) -> float:
         began = time.perf_counter()
         if code := context.decode([chunk]):
             raise ModelError(f"llama_decode failed with {code}")
-        context.logits(chunk.row)
         best = min(best, time.perf_counter() - began)
         context.trim(0, 0)
-    return best
+    return n_rows, best
 
 
 class DraftModel:
@@ -2533,13 +2545,15 @@ class DraftModel:
         # Tokens just guessed for each slot, and their levels.
         self._guesses: list[list[tuple[int, int]]] = [[] for _ in self._slots]
 
-        self.seconds = self._read_seconds = 0.0  # of one round of guesses; to read one token
+        self._guests = [0] * context.parallel  # arrivals of the requests that the slots follow
+        self._pace, self._read_seconds = Pace(), 0.0  # of guesses; to read one token
         self._credit = 0.0  # seconds that trials may take
 
     def measure(self) -> None:
         """Learn what guesses cost. Raises ModelError."""
-        self.seconds = time_decode(self._context, 1)
-        self._read_seconds = time_decode(self._context, self.MAX_READ) / self.MAX_READ
+        self._pace.measure(self._context)
+        n_rows, seconds = time_decode(self._context, self.MAX_READ)
+        self._read_seconds = seconds / n_rows
 
     def close(self) -> None:
         """Free context and weights."""
@@ -2552,12 +2566,13 @@ class DraftModel:
         wanted = []
         for slot in slots:
             own, request = self._slots[slot.seq_id], slot.request
-            if own.request is not request:  # a new guest
+            if self._guests[slot.seq_id] != request.arrival:  # a new guest
                 same = common_prefix(own.tokens[: own.n_cached], slot.tokens[: slot.n_cached])
-                own.request, own.n_cached = request, self._context.trim(own.seq_id, same)
+                own.n_cached = self._context.trim(own.seq_id, same)
+                self._guests[slot.seq_id] = request.arrival
                 self._odds_of[slot.seq_id] = Odds(self._odds)
                 self._guesses[slot.seq_id].clear()
-            round_seconds = self.seconds / len(slots)
+            guess_seconds = self._pace.seconds_of(len(slots)) / len(slots)
             reading = max(0, slot.n_cached - own.n_cached - 1) * self._read_seconds
             n_left = min(request.max_tokens - request.n_generated,
                          request.n_generated + self.LIKELY_TOKENS)
@@ -2565,10 +2580,10 @@ class DraftModel:
             if slot.n_cached + len(plan.drafts[slot]) >= self._context.n_ctx:
                 continue
             if is_worth_reading and plan.pays(
-                    slot, self._odds_of[slot.seq_id][self.ANY], round_seconds):
+                    slot, self._odds_of[slot.seq_id][self.ANY], guess_seconds):
                 wanted.append(slot)
-            elif self._credit > reading + round_seconds and not plan.drafts[slot]:
-                self._credit -= min(reading, self.MAX_READ * self._read_seconds) + round_seconds
+            elif self._credit > reading + guess_seconds and not plan.drafts[slot]:
+                self._credit -= min(reading, self.MAX_READ * self._read_seconds) + guess_seconds
                 wanted.append(slot)
         return wanted
 
@@ -2608,9 +2623,9 @@ class DraftModel:
                 self._guesses[own.seq_id].append(guess)
                 guesses[target_of[own]] = token, self._odds_of[own.seq_id][level]
         if len(guesses) == len(chunks):  # nobody has much to read
-            seconds = min(time.perf_counter() - began, Pace.OUTLIER * self.seconds)
-            self.seconds += Pace.WEIGHT * (seconds - self.seconds)
-        plan.seconds += self.seconds
+            self._pace.note(sum(len(chunk.tokens) for chunk in chunks),
+                            time.perf_counter() - began)
+        plan.seconds += self._pace.seconds_of(len(chunks))
         return guesses
 
     def _choose(self, row: int) -> tuple[int, int] | None:
@@ -2695,6 +2710,8 @@ class PrefixStore:
     """Prefixes that have lost their slot, in host memory; the least recently used go first.
     Engine thread only."""
 
+    MAX_ENTRIES = 256  # all are compared with each prompt that wants a slot: a millisecond or so
+
     def __init__(self, max_bytes: int):
         self._max_bytes, self.n_bytes = max_bytes, 0
         self._entries: list[tuple[np.ndarray, np.ndarray]] = []  # (tokens, state), oldest first
@@ -2720,7 +2737,7 @@ class PrefixStore:
         for entry in self._entries[:]:
             if common_prefix(entry[0], tokens) == len(entry[0]):
                 self._remove(entry)
-        while self.n_bytes + state.nbytes > self._max_bytes:
+        while len(self) >= self.MAX_ENTRIES or self.n_bytes + state.nbytes > self._max_bytes:
             self._remove(self._entries[0])
         self._entries.append((tokens, state))
         self.n_bytes += state.nbytes
@@ -2806,11 +2823,13 @@ class Engine:
             self._waiting.extend(requests)
             self.changed.notify()
 
-    def lookup(self, prompt: np.ndarray, prediction: np.ndarray | None) -> PromptLookup | None:
-        """What drafts for a request, if its prompt is to be looked up, or it has a prediction."""
+    def lookups(self, prompt: np.ndarray, prediction: np.ndarray | None, n_choices: int
+                ) -> list[PromptLookup | None]:
+        """What drafts for each choice, if prompts are looked up, or there is a prediction."""
         if not self.model.can_rewind or not self._looks_up and prediction is None:
-            return None
-        return PromptLookup(self._drafter.lookup_odds, prompt, prediction)
+            return [None] * n_choices
+        first = PromptLookup(self._drafter.lookup_odds, prompt, prediction)
+        return [first] + [first.again(self._drafter.lookup_odds) for _ in range(n_choices - 1)]
 
     @property
     def n_waiting(self) -> int:
@@ -2954,9 +2973,13 @@ class Engine:
                 changed = True
         with self.changed:
             waiting = list(self._waiting)
+        held = set()  # prompts that wait for others; the choices of a reply share theirs
         for request in waiting:
             try:
-                leaves = request.cancelled or self._place(request)
+                leaves = request.cancelled or id(request.prompt) not in held and (
+                    self._place(request))
+                if not leaves:
+                    held.add(id(request.prompt))
             except Exception as error:
                 log.exception("cannot admit a request")
                 fault = EngineFault(f"cannot start the request: {describe(error)}")
@@ -3117,7 +3140,10 @@ class Engine:
             if chunk.wants_logits:
                 self._verify(chunk)
             if slot.n_cached < end:  # drafted in vain
-                self.context.trim(slot.seq_id, slot.n_cached)
+                n_left = self.context.trim(slot.seq_id, slot.n_cached)
+                if n_left < slot.n_cached and slot.request:
+                    raise EngineFault("the KV cache cannot forget what was drafted")
+                slot.n_cached = n_left
         except GrammarError as error:  # the client's own
             self._fail(slot, error)
         except Exception as error:
@@ -3253,8 +3279,9 @@ def load_engine(path: Path, *, n_ctx: int, parallel: int, n_gpu_layers: int, pre
 def load_draft_model(file: str, target: Model, n_gpu_layers: int, n_ctx: int, parallel: int,
                      **context_options) -> DraftModel | None:
     """The model that drafts for another. Raises ModelError."""
-    if not target.can_rewind:
-        log.warning("no drafts for %s: its recurrent state cannot be rewound", target.name)
+    if not (target.can_rewind and target.generates):
+        log.warning("no drafts for %s: it makes embeddings only, or its recurrent state cannot be "
+                    "rewound", target.name)
         return None
     with contextlib.ExitStack() as undo:
         path = find_model_file(file, target.path.parent, setting="draft_model_path")
@@ -3263,6 +3290,9 @@ def load_draft_model(file: str, target: Model, n_gpu_layers: int, n_ctx: int, pa
         except ModelError as error:
             raise type(error)(f"draft_model_path: {error}") from None
         undo.callback(model.close)
+        if not (model.can_rewind and model.generates):
+            raise ModelError(f"draft_model_path: {path} cannot draft: it makes embeddings only, or "
+                             "its recurrent state cannot be rewound")
         context = Context(model, min(n_ctx, model.n_ctx_train), parallel, **context_options)
         undo.callback(context.close)
         drafter = DraftModel(model, context, target)

@@ -2643,11 +2643,12 @@ class Handler(socketserver.StreamRequestHandler):
             param = "n" if n_each > 1 else "prompt"
             raise invalid(param, f"{param}: {len(prompts)} prompts with {n_each} replies each were "
                                  f"asked for; the limit is {MAX_CHOICES} replies in one request")
-        process = None
+        prediction, process = self.read_prediction(body), None
         if gbnf:
             with engine_errors(body.constrained_by()):
                 process = engine.GrammarProcess(model, gbnf, triggers, must_trigger)
-        prediction = self.read_prediction(body)
+        lookups = [lookup for prompt in prompts
+                   for lookup in loaded.lookups(prompt, prediction, n_each)]
         for index in range(n_choices):
             prompt = prompts[index // n_each]
             if body.seed is not None:
@@ -2659,7 +2660,7 @@ class Handler(socketserver.StreamRequestHandler):
                 prompt, sampler, limit, stops, 0 if n_each > body.n and n_top is None else n_top,
                 index, scores_prompt=body.scores_prompt() and index % n_each == 0,
                 reuses=body.cache_prompt, events=events,
-                lookup=loaded.lookup(prompt, prediction)))
+                lookup=lookups[index]))
         return choices
 
     def read_prediction(self, body: GenerationBody) -> np.ndarray | None:
