@@ -483,7 +483,7 @@ def plain(server: Server, rng: random.Random, eos: list[int]) -> dict[str, float
 
 def drafts(server: Server, rng: random.Random, eos: list[int]) -> dict[str, float]:
     """A large model for which a small one drafts: one stream, and four at once."""
-    stream = Stream(server.url, user("Tell a story about: " + text_of(20, rng)), 64, eos).run()
+    stream = Stream(server.url, user("Tell a story about: " + text_of(20, rng)), 128, eos).run()
     four = stories(server, rng, eos, 4, 48)
     return {"1 stream: tokens/s": stream.speed, "4 streams: tokens/s": four["tokens/s"]}
 

@@ -2423,7 +2423,7 @@ class Pace:
 
     WEIGHT = 0.05  # of the latest decode
     FIRST_SHARE = 0.5  # what one more row costs, in decodes of one row, until decodes have told
-    KNOWN = 0.1  # what is known of a row weighs as much as decodes whose rows vary by so much
+    KNOWN = 1.0  # what is known of a row weighs as much as decodes whose rows vary by so much
     OUTLIER = 4.0  # times what was expected: something else had the processor
 
     def __init__(self):
