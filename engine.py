@@ -2522,6 +2522,7 @@ class DraftModel:
     N_LEVELS = 8  # of its own probability for a token; one more level is for tokens of any
     FIRST_ODDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.95, 0.8)
     ANY = N_LEVELS
+    CAUTION = 0.85  # of the odds: reading and switching between models have costs, too
     MAX_READ = 96  # tokens of a slot's text read in one step
     LIKELY_TOKENS = 64  # that a reply goes on for, besides as many as it has already
     LIKELY_GAIN = 0.3  # of the seconds of a token, by good drafts
@@ -2579,8 +2580,8 @@ class DraftModel:
             is_worth_reading = reading < self.LIKELY_GAIN * n_left * plan.seconds
             if slot.n_cached + len(plan.drafts[slot]) >= self._context.n_ctx:
                 continue
-            if is_worth_reading and plan.pays(
-                    slot, self._odds_of[slot.seq_id][self.ANY], guess_seconds):
+            odds = self.CAUTION * self._odds_of[slot.seq_id][self.ANY]
+            if is_worth_reading and plan.pays(slot, odds, guess_seconds):
                 wanted.append(slot)
             elif self._credit > reading + guess_seconds and not plan.drafts[slot]:
                 self._credit -= min(reading, self.MAX_READ * self._read_seconds) + guess_seconds
