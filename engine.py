@@ -689,6 +689,17 @@ class Model:
         lib.llama_model_desc(self._model, description, MAX_METADATA)
         # The type of most weights, such as "Q4_1".
         self.quantization = description.value.decode("utf-8", "replace").split()[-1]
+        self._read_vocabulary()
+        try:
+            self._template, self.tool_format = self._load_chat_template(chat_template_file)
+            self.projector = Projector(
+                self._model, mmproj, self.on_gpu, n_threads or physical_cores()) if mmproj else None
+        except ModelError:
+            lib.llama_model_free(self._model)
+            raise
+
+    def _read_vocabulary(self) -> None:
+        """What has to be known of its tokens again and again."""
         self._bos = lib.llama_vocab_bos(self.vocab)
         self._add_bos = bool(lib.llama_vocab_get_add_bos(self.vocab))
         # What an embedding model was trained to see at the end of a text: SEP, EOS or nothing.
@@ -703,13 +714,6 @@ class Model:
         self._specials = {text: token for text, token in specials.items() if text}
         # Control tokens that a chat format writes: they belong to the text.
         self._shown = {self._specials[text] for text in SHOWN_TEXTS if text in self._specials}
-        try:
-            self._template, self.tool_format = self._load_chat_template(chat_template_file)
-            self.projector = Projector(
-                self._model, mmproj, self.on_gpu, n_threads or physical_cores()) if mmproj else None
-        except ModelError:
-            lib.llama_model_free(self._model)
-            raise
 
     def _load_chat_template(self, file: str | None):
         """The chat template, compiled, and the ToolFormat that it asks for."""

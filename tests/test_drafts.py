@@ -15,6 +15,8 @@ together, and its batches 32 rows at most.
 
 import concurrent.futures
 import contextlib
+import gc
+import itertools
 import json
 import random
 import re
@@ -22,6 +24,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -903,6 +906,35 @@ def test_a_draft_model_changes_no_reply(gguf, degraded, plain_replies, draft):
         share = greedy.n_accepted / (greedy.n_accepted + greedy.n_rejected)
         assert share > (0.9 if draft == "itself" else 0.2) and greedy.n_accepted > 2
         assert running._drafter.model, "it has failed"
+
+
+def test_a_draft_model_lets_go_of_a_finished_request():
+    """It holds a sampler, and with that perhaps the process of a grammar."""
+    draft = fake_draft_model(lambda prefix: (ord("b"), 20.0), parallel=1, n_ctx=64)
+    fake = drafting_engine(0.0, draft_model=draft, looks_up=False, parallel=1, n_ctx=64)
+    draft._pace = SameSeconds(0.0)
+    request = ask(fake, b"aaaa", 12, FakeSampler(lambda prefix: ord("b")))
+    fake.submit([request])
+    while fake._waiting or fake._busy():
+        fake.step()
+    assert request.n_accepted > 3
+    gone = weakref.ref(request)
+    del request
+    gc.collect()
+    assert gone() is None
+
+
+def test_choices_share_what_is_looked_up_in_their_prompt():
+    """The table of a long prompt is made once; what each choice writes stays its own."""
+    fake = drafting_engine(0.0)
+    prompt = np.array([1, 2, 3, 1], dtype=np.int32)
+    first, second = fake.lookups(prompt, None, 2)
+    assert first._before is second._before
+    first.feed(2)
+    assert [token for token, _ in itertools.islice(first.guesses(), 2)] == [3, 1]
+    assert second.n_matched == 0 and len(second._tokens) == 4
+    second.feed(9)
+    assert second.n_matched == 0 and first.n_matched == 2
 
 
 def test_a_draft_model_with_a_small_context_stops_drafting_at_its_end(gguf, degraded,

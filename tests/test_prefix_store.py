@@ -119,6 +119,16 @@ def test_a_store_never_holds_more_than_it_may_and_finds_what_it_holds(moves, max
         assert store.n_bytes == sum(entry[1] for entry in entries) <= max_bytes
 
 
+def test_the_store_has_a_bounded_number_of_entries():
+    """Each prompt is compared with all of them while the streams wait."""
+    store = engine.PrefixStore(10**9)
+    for number in range(store.MAX_ENTRIES + 3):
+        store.put(np.array([number, 1, 2], dtype=np.int32), np.zeros(4, dtype=np.uint8))
+    assert len(store) == store.MAX_ENTRIES and store.n_bytes == 4 * store.MAX_ENTRIES
+    assert store.longest(np.array([0, 1, 2], dtype=np.int32))[0] == 0
+    assert store.longest(np.array([3, 1, 2], dtype=np.int32))[0] == 3
+
+
 # ==== 2. The scheduler ====================================================================
 
 
