@@ -2549,7 +2549,6 @@ class DraftModel:
         self._odds_of = [self._odds] * context.parallel  # of each slot's guest
         # Tokens just guessed for each slot, and their levels.
         self._guesses: list[list[tuple[int, int]]] = [[] for _ in self._slots]
-
         self._guests = [0] * context.parallel  # arrivals of the requests that the slots follow
         self._pace, self._read_seconds = Pace(), 0.0  # of guesses; to read one token
         self._credit = 0.0  # seconds that trials may take
