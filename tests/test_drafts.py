@@ -620,7 +620,7 @@ def test_a_draft_model_that_failed_is_tried_again(monkeypatch):
     request = ask(fake, b"Once", 1300, FakeSampler(
         lambda prefix: 98 + hash(prefix) % 20 if len(prefix) < 300 else 97))
     seconds_of(clock, fake, [request])
-    assert request.n_accepted > 500
+    assert request.n_accepted > 300
 
 
 def test_a_good_draft_model_makes_a_reply_faster(monkeypatch):

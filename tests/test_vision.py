@@ -56,10 +56,11 @@ JPEG = saved(PICTURES[NAMES.index("green")], quality=90)
 @pytest.fixture(scope="module")
 def running():
     """A server in this process: the default model sees, `blind` is the same without a projector.
-    With so small a prefill_chunk an image takes two steps while anything else generates."""
+    With so small a prefill_chunk an image takes two steps while anything else generates. What has
+    lost its slot is forgotten, so that a test knows what is cached."""
     path = str(engine.find_model_file(None, ROOT / "models"))
     with listening(model_path=path, mmproj=str(PRODUCT), n_ctx=768, parallel=4, max_loaded=2,
-                   prefill_chunk=10, model_aliases=["seer"], n_gpu_layers=0,
+                   prefill_chunk=10, model_aliases=["seer"], n_gpu_layers=0, cache_ram_mib=0,
                    models={"blind": server.ModelEntry(model_path=path, n_ctx=256)}) as running:
         running.pool.start()
         yield running
@@ -187,6 +188,20 @@ def test_two_images_never_share_a_cache(web):
     assert said[1] == (["blue"], 0, False)
     assert said[2][::2] == (["red"], True)
     assert said[3] == (["red"], 0, False)  # nearly the same picture
+
+
+def test_a_conversation_about_an_image_comes_back_to_a_slot():
+    """From host memory, its image included, as whole as it was."""
+    path = str(engine.find_model_file(None, ROOT / "models"))
+    with listening(model_path=path, mmproj=str(PRODUCT), n_ctx=512, parallel=1,
+                   n_gpu_layers=0) as running:
+        running.pool.start()
+        with httpx.Client(base_url=running.url, timeout=60) as web:
+            said, n_prompt, _ = answer(web, user(RED))
+            assert colors_in(said) == ["red"]
+            for other in "Write one word.", "And another, please, about the sea and its fish.":
+                web.post("/v1/completions", json={"prompt": other, "max_tokens": 2})
+            assert answer(web, user(RED)) == (said, n_prompt, n_prompt - 1)
 
 
 def test_two_images_in_one_message(web):
