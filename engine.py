@@ -2325,7 +2325,7 @@ class Embedder:
 # where the text said the same before, or guessed by a smaller model. One batch verifies them: row
 # by row the request's own sampler chooses, for as long as it chooses what was drafted. All that it
 # chooses counts; a drafted token only decides whether the next row may be used. So a reply is
-# distributed as it would be without drafts (speculative decoding, https://arxiv.org/abs/2211.17192).
+# distributed as it would be without drafts (speculative decoding: arxiv.org/abs/2211.17192).
 
 PROMPT_LOOKUP = "prompt-lookup"
 MAX_DRAFT = 32  # tokens for a slot in one step: hardly any gain is left in more
@@ -2526,7 +2526,7 @@ class DraftModel:
     N_LEVELS = 8  # of its own probability for a token; one more level is for tokens of any
     FIRST_ODDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.95, 0.8)
     ANY = N_LEVELS
-    CAUTION = 0.85  # of the odds: reading and switching between models have costs, too
+    CAUTION = 0.6  # of the odds, in company: little is won then, and reading costs the others, too
     MAX_READ = 96  # tokens of a slot's text read in one step
     LIKELY_TOKENS = 64  # that a reply goes on for, besides as many as it has already
     LIKELY_GAIN = 0.3  # of the seconds of a token, by good drafts
@@ -2583,7 +2583,7 @@ class DraftModel:
             is_worth_reading = reading < self.LIKELY_GAIN * n_left * plan.seconds
             if slot.n_cached + len(plan.drafts[slot]) >= self._context.n_ctx:
                 continue
-            odds = self.CAUTION * self._odds_of[slot.seq_id][self.ANY]
+            odds = self._odds_of[slot.seq_id][self.ANY] * (1 if len(slots) == 1 else self.CAUTION)
             if is_worth_reading and plan.pays(slot, odds, guess_seconds):
                 wanted.append(slot)
             elif self._credit > reading + guess_seconds and not plan.drafts[slot]:
