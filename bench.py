@@ -791,6 +791,7 @@ def draw_speed(pyplot, document: dict):
 
 
 def read_options() -> argparse.Namespace:
+    """The command line; exits with a message where it makes no sense."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("servers", nargs="*", metavar="NAME=URL", help="a running server")
     parser.add_argument("--start", action="append", default=[], metavar="KIND",

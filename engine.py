@@ -1,7 +1,6 @@
 """The model: loading, text, sampling, scheduling.
 
-This file knows nothing of HTTP, and of JSON only the schemas that a reply may have to follow. It
-turns prompts (arrays of token ids) into events (pieces of text), for many requests at once, with
+This file knows nothing of HTTP, and no JSON. It turns prompts (arrays of token ids) into events (pieces of text), for many requests at once, with
 one llama.cpp context for each model. Read it from top to bottom; each of its twelve parts uses only
 what stands above it; the eleventh is the loop. Parts 4 and 6 can wait for a second reading.
 Words: a *slot* is a lane of the context, a *request* its guest; *prefill* reads a prompt into the
@@ -28,20 +27,16 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing
 import os
 import queue
 import re
-import resource
 import secrets
-import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.parse
 import weakref
 import zipfile
 import zlib
@@ -399,7 +394,6 @@ SPECIAL_TOKEN = (lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_USER_DEFINE
 MAX_METADATA = 256  # bytes of a value
 MAX_TEMPLATE_SECONDS = 2.0  # a long conversation takes milliseconds
 TEMPLATE_FILE = "<template>"  # what Jinja calls the code of a template
-NO_TEXT = N_BYTES = 256  # what stands for the first byte of a token without any
 MAX_RUN = 8192  # characters: up to 430 bytes of stack each, in threads of 8 MB
 LONG_RUN = re.compile(rf"\S{{{MAX_RUN}}}|\S++|\s{{{MAX_RUN}}}|\s++")
 
@@ -832,23 +826,6 @@ class Model:
             n = lib.llama_token_to_piece(self.vocab, token, buffer, -n, 0, special)
         return buffer.raw[:n]
 
-    @functools.cached_property
-    def first_byte(self) -> np.ndarray:
-        """Each token's first byte (int16, shape (n_vocab,)); NO_TEXT for those that end a reply
-        or are never text."""
-        pieces = (b"" if token in self.end_tokens else self.piece(token)
-                  for token in range(self.n_vocab))
-        return np.array([piece[0] if piece else NO_TEXT for piece in pieces], dtype=np.int16)
-
-    @functools.cached_property
-    def byte_tokens(self) -> np.ndarray:
-        """The token that is just this byte (int32, shape (256,)), -1 where there is none."""
-        tokens = np.full(N_BYTES, -1, dtype=np.int32)
-        for token in np.flatnonzero(self.first_byte != NO_TEXT).tolist():
-            if len(self.piece(token)) == 1:
-                tokens[self.first_byte[token]] = token
-        return tokens
-
     def infill(self, prefix: str, suffix: str) -> np.ndarray | None:
         """The prompt for what belongs between two texts; None if the model was not trained so."""
         marks = [mark(self.vocab) for mark in (
@@ -887,629 +864,6 @@ class Model:
             raise TemplateError(str(error) or type(error).__name__) from error
         finally:
             sys.settrace(tracer)
-
-
-# ==== 6. Grammars: JSON Schema into GBNF ================================================
-#
-# What completes one of these grammars parses as JSON and validates (Draft 2020-12). Not everything
-# that validates can be written: no \u escapes or exponents, properties in their declared order,
-# others only where `additionalProperties` asks for them, numbers of at most 15 digits.
-
-MAX_SCHEMA_NODES, MAX_SCHEMA_DEPTH = 4000, 48  # subschemas looked at; one inside the other
-MAX_GRAMMAR = 2**18  # characters of GBNF
-MAX_COPIES, MAX_NESTED_COPIES = 100_000, 256  # llama.cpp may follow as many ways as the latter
-MAX_OPTIONAL = 256  # properties that may be left out: after each comma all are still possible
-BLOCK = 32  # repetitions in one rule; more are blocks of blocks
-ANNOTATIONS = frozenset(
-    "title description default examples deprecated readOnly writeOnly $schema $id $comment $defs "
-    "definitions $anchor discriminator contentEncoding contentMediaType".split())
-KEYWORDS = {  # of each type
-    "object": {"properties", "required", "additionalProperties", "minProperties", "maxProperties"},
-    "array": {"items", "prefixItems", "minItems", "maxItems"},
-    "string": {"pattern", "minLength", "maxLength", "format"},
-    "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
-    "integer": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
-    "boolean": set(), "null": set()}
-KNOWN = {"type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref"}.union(*KEYWORDS.values())
-DATE = r"[12]\d{3}-((0[1-9]|1[0-2])-(0[1-9]|1\d|2[0-8])|(0[13-9]|1[0-2])-(29|30))"
-TIME = r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"
-BYTE, NAME_PART = r"(25[0-5]|2[0-4]\d|1\d\d|[1-9]\d|\d)", "[A-Za-z0-9]{1,20}(-[A-Za-z0-9]{1,20})?"
-FORMATS = {  # any other format is an annotation, as the specification has it
-    "date": f"^{DATE}$", "time": f"^{TIME}$", "date-time": f"^{DATE}T{TIME}$",
-    "uuid": "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$", "ipv4": rf"^({BYTE}\.){{3}}{BYTE}$",
-    "email": rf"^{NAME_PART}(\.{NAME_PART})?@({NAME_PART}\.)+[A-Za-z]{{2,9}}$",
-    "hostname": rf"^{NAME_PART}(\.{NAME_PART}){{0,3}}$",
-    "uri": rf"^https?://{NAME_PART}(\.{NAME_PART})*(:\d{{1,4}})?(/[\w.~-]*)*$"}
-BASE_RULES = {
-    "ws": r'("\n" " "{0,20} | " ")?',
-    "char": r'[^"\\\x00-\x1F\x7F\uD800-\uDFFF] | "\\" ["\\/bfnrt]',
-    "string": r'"\"" char* "\""', "boolean": '"true" | "false"', "null": '"null"',
-    "integer": '"-"? ("0" | [1-9] [0-9]{0,14})', "number": 'integer ("." [0-9]{1,15})?',
-    "member": 'string ":" " "? value', "value": "object | array | string | number | boolean | null",
-    "object": '"{" ws (member ("," ws member)* ws)? "}"',
-    "array": '"[" ws (value ("," ws value)* ws)? "]"'}
-
-
-COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
-BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-KINDS = {"pattern": str, "format": str, "$ref": str, "properties": dict, "enum": list,
-         "multipleOf": (int, float), "required": list, "prefixItems": list, "allOf": list,
-         "anyOf": list, "oneOf": list, **dict.fromkeys(COUNTS, int),
-         **dict.fromkeys(BOUNDS, (int, float))}
-MAX_NUMBER = 10**15 - 1
-INNER = ("SUBPATTERN", "BRANCH", "MAX_REPEAT", "MIN_REPEAT")  # see to the text's ends themselves
-
-
-class SchemaError(ValueError):
-    """A schema or grammar that cannot be honoured; the message starts with the place."""
-
-
-def literal(text: str) -> str:
-    """A GBNF literal."""
-    text.encode()  # half a character is a UnicodeEncodeError
-    return '"' + re.sub(r'[\x00-\x1f"\\\x7f]', lambda m: f"\\x{ord(m[0]):02X}", text) + '"'
-
-
-class Gbnf:
-    """GBNF, rule by rule."""
-
-    def __init__(self):
-        self.rules = dict(BASE_RULES)
-        self._names = {body: name for name, body in self.rules.items()}
-        self._refs: dict[int, str] = {}  # id of a subschema: its rule
-        self._n_nodes = self._size = 0
-        self._root_at = "schema"
-
-    def text(self, root: str) -> str:
-        """The whole grammar for a body of the rule `root`."""
-        rules = {"root": root, **self.rules}
-        return "\n".join(f"{name} ::= {body}" for name, body in rules.items())
-
-    def add_rule(self, body: str) -> str:
-        """The name of a rule with this body."""
-        if body not in self._names:
-            self._size += len(body)
-            if self._size > MAX_GRAMMAR:
-                raise SchemaError(f"{self._root_at}: the schema makes a grammar of more than "
-                                  f"{MAX_GRAMMAR} characters: shorten it")
-            self._names[body] = name = f"r{len(self.rules)}"
-            self.rules[name] = body
-        return self._names[body]
-
-    def repeat(self, rule: str, low: int, high: int | None) -> str:
-        """low to high (None: any number) of a rule. llama.cpp copies a rule for each repetition,
-        and takes more than 2,000 for "any": so many become blocks."""
-        if high is None:
-            return f"{self.repeat(rule, low, low)} {rule}*" if low else f"{rule}*"
-        if high < 2 * BLOCK:
-            return f"{rule}{{{low},{high}}}" if high else '""'
-        block = self.add_rule(f"{rule}{{{BLOCK}}}")
-        exact = self.repeat(block, low // BLOCK, low // BLOCK) + f" {rule}{{{low % BLOCK}}}"
-        if low:
-            more = "" if low == high else self.add_rule(self.repeat(rule, 0, high - low))
-            return f"{exact} {more}"
-        n_blocks, rest = divmod(high, BLOCK)
-        return (f"({self.repeat(block, 0, n_blocks - 1)} {rule}{{0,{BLOCK - 1}}} | "
-                f"{self.repeat(block, n_blocks, n_blocks)} {rule}{{0,{rest}}})")
-
-    def text_until(self, marker: str) -> str:
-        """A rule for text without the marker, whose first character it repeats only at its end:
-        a matching automaton, one rule for each number of its characters that were just read."""
-        first, start = marker[0], len(self.rules)
-        names = [f"until-{start}-{n}" for n in range(len(marker))]
-        for n, char in enumerate(marker):
-            ways = [f"{_char_class(_complement([_span(first), _span(char)]))} {names[0]}"]
-            ways += [f"{literal(first)} {names[1]}"] if n and char != first else []
-            ways += [f"{literal(char)} {names[n + 1]}"] if n + 1 < len(marker) else []
-            self.rules[names[n]] = f"({' | '.join(ways)})?"
-        return names[0]
-
-    def add_schema(self, schema, at: str) -> str:
-        """The name of a rule for a value of the schema, as JSON text. Raises SchemaError, which
-        names the place, below `at`, of what is wrong or not supported."""
-        self._root, self._root_at, self._refs, self._chain = schema, at, {}, frozenset()
-        try:
-            return self.add_rule(self._visit(schema, at, 0))
-        except RecursionError:
-            raise SchemaError(f"{at}: a pattern or a property's name is too long") from None
-        except SchemaError:
-            raise
-        except ValueError as error:  # infinity, or half a character
-            raise SchemaError(f"{at}: is not JSON with valid Unicode: {error}") from None
-
-    def _visit(self, schema, at: str, depth: int) -> str:
-        """The GBNF of a subschema."""
-        self._n_nodes += 1
-        if depth > MAX_SCHEMA_DEPTH or self._n_nodes > MAX_SCHEMA_NODES:
-            raise SchemaError(f"{at}: the schema is too large (limits: {MAX_SCHEMA_NODES} "
-                              f"subschemas, {MAX_SCHEMA_DEPTH} levels)")
-        if schema is True:
-            return "value"
-        is_tagged = isinstance(schema, dict) and "discriminator" in schema
-        schema = _constraints(schema, at)
-        if "$ref" in schema and len(schema) == 1:
-            return self._rule_of(schema["$ref"], at)
-        if "$ref" in schema or "allOf" in schema:
-            parts = [*schema.pop("allOf", [])]
-            parts += [self._target(schema.pop("$ref"), at)] if "$ref" in schema else []
-            whole = functools.reduce(lambda a, b: _both(a, b, at), parts, schema)
-            return self._visit(whole, at, depth + 1)
-        for key in schema.keys() & {"anyOf", "oneOf"}:
-            parts = schema.pop(key)
-            places = [f"{at}.{key}[{i}]" for i in range(len(parts))]
-            kinds = [kind for part, place in zip(parts, places) for kind in _kinds(part, place)]
-            if key == "oneOf" and not is_tagged and len({*kinds, "any"}) <= len(kinds):
-                raise SchemaError(f"{at}.oneOf: the alternatives may overlap: write anyOf, or give "
-                                  "each its own type, or a discriminator")
-            ways = [self._visit(_both(schema, part, place), place, depth + 1)
-                    for part, place in zip(parts, places)]
-            return _any_of(ways, f"{at}.{key}")
-        types = _types(schema, at)
-        if "enum" in schema:
-            texts = [json.dumps(value, ensure_ascii=False, allow_nan=False)
-                     for value in schema["enum"] if _satisfies(value, schema, at)]
-            return _any_of([_one_of(texts)] if texts else [], f"{at}.enum")
-        visitors = {"object": self._object, "array": self._array, "string": self._string,
-                    "integer": functools.partial(_number, whole=True), "number": _number}
-        types = types or [kind for kind in KEYWORDS if schema.keys() & KEYWORDS[kind]][:1]
-        chain, self._chain = self._chain, frozenset()
-        ways = [visitors[kind](schema, at, depth) if schema.keys() & KEYWORDS[kind] else kind
-                for kind in types]
-        self._chain = chain
-        return _any_of(ways, at) if types else "value"
-
-    def _target(self, ref, at: str):
-        """What a $ref names."""
-        target = self._root
-        for key in ref.split("/")[1:] if isinstance(ref, str) else [None]:
-            key = key and urllib.parse.unquote(key).replace("~1", "/").replace("~0", "~")
-            target = target.get(key) if isinstance(target, dict) else None
-        if target is None or not ref.startswith("#") or ref[1:2] not in ("", "/"):
-            raise SchemaError(f"{at}.$ref: {ref!r:.200} is not a place in this schema, such as "
-                              "#/$defs/name")
-        return target
-
-    def _rule_of(self, ref: str, at: str) -> str:
-        """The rule of a $ref, which may be inside what it names."""
-        target = self._target(ref, at)
-        if ref in self._chain:
-            raise SchemaError(f"{at}.$ref: {ref} is only itself; describe a value")
-        if ref not in self._refs:
-            self._refs[ref] = name = f"ref-{len(self.rules)}"
-            self.rules[name] = ""
-            chain, self._chain = self._chain, self._chain | {ref}
-            self.rules[name] = self._visit(target, self._root_at + ref[1:].replace("/", "."), 0)
-            self._chain = chain
-        return self._refs[ref]
-
-    def _object(self, schema: dict, at: str, depth: int) -> str:
-        """Members in declared order, then others where they are asked for."""
-        members = schema.get("properties", {})
-        required = schema.get("required", [])
-        more = schema.get("additionalProperties", not members)
-        members = {name: inner for name, inner in members.items()
-                   if inner is not False or name in required}
-        if not all(isinstance(name, str) for name in required):
-            raise SchemaError(f"{at}.required: must be a list of names")
-        if more is False and set(required) - members.keys():
-            raise SchemaError(f"{at}.required: {min(set(required) - members.keys())!r:.60} is not "
-                              "among the properties, and others are not allowed")
-        members = members | {name: more for name in required if name not in members}
-        if len(members) - len(required) > MAX_OPTIONAL:
-            raise SchemaError(f"{at}: {len(members) - len(required)} properties are optional, the "
-                              f"limit is {MAX_OPTIONAL}: require some of them")
-        if schema.get("minProperties", 0) > len(set(required)) or \
-                schema.get("maxProperties", math.inf) < (
-                    math.inf if more is not False else len(members)):
-            raise SchemaError(f"{at}: minProperties and maxProperties are not supported; list the "
-                              "properties as required, with additionalProperties: false")
-        tail, end = "", ""  # what may follow a member; what may stand where none has come
-        if more is not False:
-            value = self._visit(more, f"{at}.additionalProperties", depth + 1)
-            other = self.add_rule(f'{self._member_name(set(members))} ":" " "? {value}')
-            tail = self.add_rule(f'("," ws {other})*')
-            end = f"({other} {tail})?"
-        for name, inner in reversed(members.items()):
-            value = self._visit(inner, f"{at}.properties.{name}", depth + 1)
-            member = self.add_rule(
-                f'{literal(json.dumps(name, ensure_ascii=False) + ":")} " "? {value}')
-            end = f"({member} {tail}" + (")" if name in required else f" | {end})" if end else ")?")
-            may_lack = "" if name in required else "?"
-            end, tail = self.add_rule(end), self.add_rule(f'("," ws {member}){may_lack} {tail}')
-        return f'"{{" ws {end} ws "}}"' if end else '"{" ws "}"'
-
-    def _member_name(self, others: set[str]) -> str:
-        """A property name in quotes that is none of the others."""
-        names = {tuple(re.findall(r"\\u.{4}|\\.|.", json.dumps(name, ensure_ascii=False)[1:-1]))
-                 for name in others}
-        return f"{QUOTE} {self._other_name(names)}" if names else "string"
-
-    def _other_name(self, names: set[tuple[str, ...]]) -> str:
-        """The rest of a property name, with its closing quote, if it must not be one of these,
-        each given by its characters as JSON escapes them."""
-        ways = [] if () in names else [QUOTE]
-        firsts = {name[0] for name in names if name}
-        others = _complement(NOT_PLAIN + [_span(char) for char in firsts if len(char) == 1])
-        ways.append(f"{_char_class(others)} char* {QUOTE}")
-        ways += [f"{literal(c)} {self._other_name({n[1:] for n in names if n[:1] == (c,)})}"
-                 for c in sorted(firsts)]
-        return self.add_rule(" | ".join(ways))
-
-    def _array(self, schema: dict, at: str, depth: int) -> str:
-        """All prefixItems, then items."""
-        first = schema.get("prefixItems", [])
-        low, high = schema.get("minItems", 0), schema.get("maxItems", math.inf)
-        more = schema.get("items", not first)
-        high = min(high, len(first)) if more is False else high
-        first = first[: high if high < math.inf else None]
-        if low > high:
-            raise SchemaError(f"{at}.minItems: no array has {low} to {high} items")
-        items = [self._visit(item, f"{at}.prefixItems[{i}]", depth + 1)
-                 for i, item in enumerate(first)]
-        if high > len(first):
-            item = self.add_rule(self._visit(more, f"{at}.items", depth + 1))
-            follow = self.add_rule(f'"," ws {item}')
-            if not first:
-                low, high = max(low - 1, 0), high - 1
-            n_low = max(0, low - len(first))
-            rest = self.repeat(follow, n_low, None if high == math.inf else high - len(first))
-            if first:
-                items[-1] += f" {rest}"
-            elif schema.get("minItems", 0) > 0:
-                items = [f"{item} {rest}"]
-            else:
-                items = [f"({item} {rest})?"]
-        return " ".join(['"[" ws', ' "," ws '.join(items), 'ws "]"'])
-
-    def _string(self, schema: dict, at: str, _depth: int) -> str:
-        """A pattern, a format or a length; not several."""
-        pattern = schema.get("pattern", FORMATS.get(schema.get("format")))
-        low, high = schema.get("minLength", 0), schema.get("maxLength", math.inf)
-        if pattern is None:
-            if low > high:
-                raise SchemaError(f"{at}: minLength {low} is above maxLength {high}")
-            return f"{QUOTE} {self.repeat('char', low, None if high == math.inf else high)} {QUOTE}"
-        if low or high < math.inf or "pattern" in schema and schema.get("format") in FORMATS:
-            raise SchemaError(f"{at}.pattern: cannot be combined with minLength, maxLength or "
-                              "format; say it all in the pattern")
-        return f"{QUOTE} {Pattern(self, pattern, f'{at}.pattern').body} {QUOTE}"
-
-
-def _number(schema: dict, at: str, _depth: int, whole: bool = False) -> str:
-    """Integers within bounds; unless `whole`, also fractions between two allowed integers."""
-    if schema.get("multipleOf", 1) != 1:
-        raise SchemaError(f"{at}.multipleOf: is not supported; leave it out")
-    low, high = schema.get("minimum", -MAX_NUMBER), schema.get("maximum", MAX_NUMBER)
-    low, high = max(low, -MAX_NUMBER), min(high, MAX_NUMBER)
-    above, below = schema.get("exclusiveMinimum", low - 1), schema.get("exclusiveMaximum", high + 1)
-    least = max(math.ceil(low), math.floor(above) + 1)
-    most = min(math.floor(high), math.ceil(below) - 1)
-    ways = _integers(least, most)
-    if not whole and "multipleOf" not in schema:
-        # Between two neighbours every fraction will do; 0.5 may come before the first integer.
-        low, high, fraction = max(low, above), min(high, below), '"." [0-9]{0,5} [1-9]'
-        first, last = math.ceil(low), math.floor(high)
-        ways += [f"{way} {fraction}" for way in _naturals(max(first, 0), last - 1)]
-        ways += [f'"-" {way} {fraction}' for way in _naturals(max(-last, 0), -first - 1)]
-        base = math.floor(low)
-        inner = math.ceil((low - base) * 1000) + 1, math.floor((high - base) * 1000) - 1
-        if not ways and base >= 0 and inner[0] <= inner[1] < 1000:  # between two integers
-            ways = [f"{literal(f'{base}.')} {_digits(f'{inner[0]:03}', f'{inner[1]:03}')}"]
-    return _any_of(ways, f"{at}.minimum")
-
-
-def _constraints(schema, at: str) -> dict:
-    """A schema without its annotations, its keywords checked; a const becomes an enum."""
-    if not isinstance(schema, dict):
-        what = "nothing satisfies false" if schema is False else "a schema must be an object"
-        raise SchemaError(f"{at}: {what}")
-    schema = {key: value for key, value in schema.items() if key not in ANNOTATIONS
-              and (key, value) != ("uniqueItems", False)}
-    for key, value in schema.items():
-        kind = KINDS.get(key)
-        if key not in KNOWN:
-            raise SchemaError(f"{at}.{key}: this keyword is not supported; leave it out")
-        if kind and (not isinstance(value, kind) or isinstance(value, bool)
-                     or isinstance(value, float) and not math.isfinite(value)):
-            what = {str: "a string", dict: "an object", list: "a list", int: "a count"}
-            raise SchemaError(f"{at}.{key}: must be {what.get(kind, 'a number')}, got "
-                              f"{value!r:.60}")
-        if kind is int and not 0 <= value < 2**31:
-            raise SchemaError(f"{at}.{key}: {value} is not a count")
-    if "const" in schema:
-        schema["enum"] = [schema.pop("const")]
-    return schema
-
-
-def _types(schema, at: str) -> list[str]:
-    """The types that a schema names."""
-    types = schema.get("type", []) if isinstance(schema, dict) else []
-    types = types if isinstance(types, list) else [types]
-    for kind in types:
-        if not isinstance(kind, str) or kind not in KEYWORDS:
-            raise SchemaError(f"{at}.type: {kind!r:.60} is not one of {', '.join(KEYWORDS)}")
-    return types
-
-
-def _type(value) -> str:
-    """The JSON type of a value; 1.0 is an integer."""
-    if isinstance(value, float) and value.is_integer():
-        return "integer"
-    return {bool: "boolean", str: "string", int: "integer", float: "number", dict: "object",
-            list: "array"}.get(type(value), "null")
-
-
-def _kinds(schema, at: str) -> set[str]:
-    """The types of a schema's values, for telling alternatives apart: no integers, all numbers."""
-    schema = _constraints(schema, at) if not isinstance(schema, bool) else {}
-    kinds = _types(schema, at) or [_type(value) for value in schema.get("enum", [])] or ["any"]
-    return {"number" if kind == "integer" else kind for kind in kinds}
-
-
-def _satisfies(value, schema: dict, at: str) -> bool:
-    """Whether a value of an enum satisfies what stands beside it."""
-    kind, types = _type(value), _types(schema, at)
-    if types and kind not in types and not (kind == "integer" and "number" in types):
-        return False
-    if kind in ("object", "array") and schema.keys() & KEYWORDS[kind]:
-        raise SchemaError(f"{at}.enum: cannot be combined with other rules for an {kind}")
-    if kind in ("integer", "number"):
-        return schema.get("minimum", value) <= value <= schema.get("maximum", value) \
-            and schema.get("exclusiveMinimum", -math.inf) < value \
-            and value < schema.get("exclusiveMaximum", math.inf)
-    if kind == "string":
-        return schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", math.inf) \
-            and re.search(schema.get("pattern", ""), value) is not None
-    return True
-
-
-def _same(a, b) -> bool:
-    """Whether two JSON values are equal; for Python, true would be 1."""
-    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
-
-
-def _both(a, b, at: str):
-    """The schema of what satisfies two; refused where they speak of the same thing otherwise."""
-    if isinstance(a, bool) or isinstance(b, bool):
-        return (b if a else a) if isinstance(a, bool) else (a if b else b)
-    a, b = _constraints(a, at), _constraints(b, at)
-    both = {**a, **b}
-    for one, other in ((a, b), (b, a)):
-        closed = one.get("additionalProperties", True) is not True
-        if closed and other.get("properties", {}).keys() - one.get("properties", {}).keys() \
-                or "prefixItems" in one and "items" in other:
-            raise SchemaError(f"{at}: additionalProperties or prefixItems beside properties or "
-                              "items of another part of the schema; write them in one place")
-    for key in [key for key in a.keys() & b.keys() if not _same(a[key], b[key])]:
-        if key == "required":
-            both[key] = [*a[key], *b[key]]
-        elif key == "properties" and _same({**a[key], **b[key]}, {**b[key], **a[key]}):
-            both[key] = {**a[key], **b[key]}
-        elif key == "type" and (types := [t for t in _types(a, at) if t in _types(b, at)]):
-            both[key] = types
-        elif key == "allOf":
-            both[key] = [*a[key], *b[key]]
-        else:
-            raise SchemaError(f"{at}.{key}: stands twice, here and in what it is combined with; "
-                              "write it once")
-    return both
-
-
-def _one_of(texts: list[str]) -> str:
-    """GBNF of one of the texts: a tree, so that there is one way to read each beginning."""
-    prefix = os.path.commonprefix(texts)
-    rests = sorted({text[len(prefix):] for text in texts})
-    groups = [list(group) for _, group in itertools.groupby(rests, lambda rest: rest[:1])]
-    ways = [literal(group[0]) if len(group) == 1 else _one_of(group) for group in groups]
-    return literal(prefix) if len(ways) == 1 else f"{literal(prefix)} ({' | '.join(ways)})"
-
-
-def _any_of(ways: list[str], at: str) -> str:
-    if not ways:
-        raise SchemaError(f"{at}: nothing satisfies it")
-    return ways[0] if len(ways) == 1 else f"({' | '.join(dict.fromkeys(ways))})"
-
-
-def _integers(low: int, high: int) -> list[str]:
-    """Ways to write the integers from low to high."""
-    return _naturals(max(low, 0), high) + [f'"-" {way}' for way in _naturals(max(-high, 1), -low)]
-
-
-def _naturals(low: int, high: int) -> list[str]:
-    """Ways to write the integers from low >= 0 to high, without leading zeros."""
-    ways = []
-    if low > high:
-        return ways
-    for size in range(len(str(low)), len(str(max(high, 0))) + 1):
-        first, last = max(low, 10 ** (size - 1) if size > 1 else 0), min(high, 10**size - 1)
-        if first <= last:
-            ways.append(_digits(str(first), str(last)))
-    return ways
-
-
-def _digits(low: str, high: str) -> str:
-    """The strings of digits from low to high, which are equally long."""
-    n = len(low) - 1
-    if low == high:
-        return literal(low)
-    if low[0] == high[0]:
-        return f"{literal(low[0])} {_digits(low[1:], high[1:])}"
-    ways, first, last = [], int(low[0]), int(high[0])
-    if low[1:] != "0" * n:
-        ways.append(f"{literal(low[0])} {_digits(low[1:], '9' * n)}")
-        first += 1
-    if high[1:] != "9" * n:
-        ways.append(f"{literal(high[0])} {_digits('0' * n, high[1:])}")
-        last -= 1
-    if first <= last:
-        ways.append(f"[{first}-{last}]" + (f" [0-9]{{{n}}}" if n else ""))
-    return f"({' | '.join(ways)})"
-
-
-# ---- patterns: a regular expression, read by the standard library, as JSON string characters
-
-Spans = list[tuple[int, int]]  # code points, both ends included
-MAX_CODE = 0x10FFFF
-QUOTE = literal('"')
-NOT_PLAIN: Spans = [(0, 0x1F), (34, 34), (92, 92), (127, 127), (0xD800, 0xDFFF)]  # not as they are
-ESCAPES = {8: "b", 9: "t", 10: "n", 12: "f", 13: "r", 34: '"', 92: "\\"}
-CATEGORIES = {"DIGIT": [(48, 57)], "SPACE": [(9, 13), (32, 32)],
-              "WORD": [(48, 57), (65, 90), (95, 95), (97, 122)]}  # ASCII, as in ECMAScript
-# What is in \D, \S, \W by every reading: ECMAScript's, and Python's of more than ASCII.
-NEGATED: dict[str, Spans] = {
-    "DIGIT": [(0, 47), (58, 0x65F)], "WORD": [(0, 47), (58, 64), (91, 94), (96, 96), (123, 127)],
-    "SPACE": [(33, 0x84), (0x86, 0x9F), (0xA1, 0x167F), (0x1681, 0x1FFF), (0x200B, 0x2027),
-              (0x202A, 0x202E), (0x2030, 0x205E), (0x2060, 0x2FFF), (0x3001, 0xFEFE),
-              (0xFF00, 0x10FFFF)]}
-LINE_ENDS: Spans = [(10, 10), (13, 13), (0x2028, 0x2029)]
-
-
-def _span(char: str) -> tuple[int, int]:
-    return ord(char), ord(char)
-
-
-def _complement(spans: Spans) -> Spans:
-    """All other code points."""
-    free, start = [], 0
-    for low, high in sorted(spans):
-        free += [(start, low - 1)] if start < low else []
-        start = max(start, high + 1)
-    return free + ([(start, MAX_CODE)] if start <= MAX_CODE else [])
-
-
-def _char_class(spans: Spans) -> str:
-    return "[" + "".join(f"\\U{low:08X}-\\U{high:08X}" for low, high in spans) + "]"
-
-
-class Pattern:
-    """A regular expression as the GBNF of the JSON strings in which it is found."""
-
-    def __init__(self, grammar: Gbnf, pattern: str, at: str):
-        self._grammar, self._at, self._n_copies = grammar, at, 1
-        try:
-            tree = re._parser.parse(pattern)
-        except (re.error, OverflowError) as error:
-            raise SchemaError(f"{at}: {error}") from None
-        if tree.state.flags != re.UNICODE:
-            raise SchemaError(f"{at}: flags such as (?i) are not supported")
-        self.body = self._sequence(list(tree), True, True)
-
-    def _sequence(self, items: list, at_start: bool, at_end: bool) -> str:
-        """GBNF of items in a row. A pattern that is not tied to an end of the text may have
-        anything there: at_start, at_end say whether the text's end is this sequence's."""
-        anchors = [(i, str(what)) for i, (op, what) in enumerate(items) if str(op) == "AT"]
-        starts = at_start and (0, "AT_BEGINNING") in anchors
-        ends = at_end and (len(items) - 1, "AT_END") in anchors
-        if len(anchors) > starts + ends:
-            raise self._refuse("an anchor inside")
-        items = items[starts:len(items) - ends]
-        free_start = at_start and not starts and str(items[0][0] if items else "") not in INNER
-        free_end = at_end and not ends and str(items[-1][0] if items else "") not in INNER
-        inner = [self._item(str(op), what, at_start and not starts and i == 0,
-                            at_end and not ends and i == len(items) - 1)
-                 for i, (op, what) in enumerate(items)]
-        return " ".join(["char*"] * free_start + inner + ["char*"] * free_end) or '""'
-
-    def _item(self, op: str, what, at_start: bool, at_end: bool) -> str:
-        """GBNF of one item of the standard library's parse tree."""
-        if op in ("LITERAL", "NOT_LITERAL", "ANY", "IN", "CATEGORY"):
-            return self._characters(self._spans([(op, what)]))
-        if op == "BRANCH":
-            ways = [self._sequence(list(way), at_start, at_end) for way in what[1]]
-            return f"({' | '.join(ways)})"
-        if op == "SUBPATTERN" and not (what[1] or what[2]):
-            return f"({self._sequence(list(what[3]), at_start, at_end)})"
-        if op in ("MAX_REPEAT", "MIN_REPEAT"):
-            low, high, inner = what
-            high = None if high == re._constants.MAXREPEAT else int(high)
-            before, self._n_copies = self._n_copies, self._n_copies * max(low, high or 1, 1)
-            if self._n_copies > (MAX_COPIES if before == 1 else MAX_NESTED_COPIES):
-                raise self._refuse(f"a repetition repeated {self._n_copies} times in all")
-            rule = self._grammar.add_rule(self._sequence(list(inner), False, False))
-            self._n_copies = before
-            repeated = self._grammar.repeat(rule, int(low), high)
-            return f"{'char* ' * at_start}{repeated}{' char*' * at_end}"
-        raise self._refuse(op.lower().replace("_", " "))
-
-    def _refuse(self, what: str) -> SchemaError:
-        return SchemaError(f"{self._at}: {what} is not supported; write a simpler pattern")
-
-    def _spans(self, items: list) -> Spans:
-        """The characters of a class."""
-        spans: Spans = []
-        for op, what in items:
-            op = str(op)
-            if op == "IN":
-                negated = str(what[0][0]) == "NEGATE"
-                inner = self._spans(what[negated:])
-                spans += _complement(inner) if negated else inner
-            elif op == "CATEGORY":
-                _, negated, name = str(what).removeprefix("CATEGORY_").rpartition("NOT_")
-                spans += NEGATED[name] if negated else CATEGORIES[name]
-            elif op == "RANGE":
-                spans.append(what)
-            elif op == "ANY":
-                spans += _complement(LINE_ENDS)
-            else:
-                spans += _complement([(what, what)]) if op == "NOT_LITERAL" else [(what, what)]
-        return spans
-
-    def _characters(self, spans: Spans) -> str:
-        """Those characters as they stand in a JSON string: some are escaped."""
-        plain = _complement(_complement(spans) + NOT_PLAIN)
-        ways = [_char_class(plain)] if plain else []
-        ways += [literal("\\" + escape) for code, escape in ESCAPES.items()
-                 if any(low <= code <= high for low, high in spans)]
-        if not ways:
-            raise self._refuse("a character that JSON cannot hold as it is")
-        return _any_of(ways, self._at)
-
-
-# ---- tool calls: the literals of a ToolFormat, so that a call always parses
-
-def is_text(schema) -> bool:
-    """Whether an XML parameter is bare text: a string with no rules but an enum. Else JSON."""
-    known = {"type", "enum", "title", "description", "default", "examples"}
-    return isinstance(schema, dict) and schema.get("type") == "string" \
-        and schema.keys() <= known and isinstance(schema.get("enum", []), list)
-
-
-def arguments_rule(gbnf: Gbnf, form: ToolFormat, schema: dict, at: str) -> str:
-    """Add a rule for the arguments of a function with these `parameters`; return its name. XML
-    parameters come in the schema's order, and those not required may be left out."""
-    if schema.get("type", "object") != "object":
-        raise SchemaError(f"{at}.type: must be 'object', got {schema['type']!r:.60}")
-    if not form.xml:
-        return gbnf.add_schema({**schema, "type": "object"}, at)
-    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    schema, elements = _constraints(schema, at), []
-    if other := schema.keys() - {"type", "properties", "required", "additionalProperties"}:
-        raise SchemaError(f"{at}.{min(other)}: is not supported in this model's format of calls")
-    for name, inner in schema.get("properties", {}).items():
-        if not is_text(inner):
-            inner = {**shared, **inner} if isinstance(inner, dict) else inner
-            value = gbnf.add_schema(inner, f"{at}.properties.{name}")
-        elif "enum" in inner:
-            value = f"({' | '.join(literal(str(choice)) for choice in inner['enum'])})"
-        else:
-            value = gbnf.text_until(PARAMETER_END)
-        element = f"{literal(PARAMETER + name + form.between)} {value} {literal(PARAMETER_END)}"
-        elements.append(f"({element})" + ("" if name in schema.get("required", ()) else "?"))
-    return gbnf.add_rule(" ".join(elements) or '""')
-
-
-NOT_A_CALL = "[^{] [^\\x00]*"  # a reply where calls begin with a brace
-
-
-def tool_grammar(form: ToolFormat, rules: list[tuple[str, str]], parallel: bool,
-                 from_trigger: bool) -> str:
-    """The GBNF of a reply that is a call, or several if `parallel`; of what follows the
-    trigger, or of the whole reply. rules: each function's name and the rule of its arguments."""
-    calls = " | ".join(f"{literal(name + form.between)} {arguments} {literal(form.ending)}"
-                       for name, arguments in rules)
-    start = form.opening if from_trigger else form.trigger + form.opening
-    more = f"({literal(form.separator)} ({calls}))*" if parallel and form.separator else ""
-    return f"{literal(start)} ({calls}) {more} {literal(form.closing)}"
 
 
 # ==== 7. Sampling: from one row of logits to one token ==================================
@@ -1557,203 +911,34 @@ class SamplingParams:
 
 
 class GrammarError(ValueError):
-    """llama.cpp cannot read a grammar; the message is its own."""
+    """A reply cannot go on under its grammar; the message says why."""
 
 
-class Grammar:
-    """Holds a reply to a GBNF grammar: all of it, or what follows a trigger. One request's.
-
-    Testing a whole vocabulary against a grammar costs more than a decode step. So a token is
-    chosen freely and tested alone; only when that fails are others looked at (`Sampler`).
-    """
-
-    def __init__(self, model: Model, gbnf: str, triggers: tuple[str, ...] = (),
-                 must_trigger: bool = False):
-        """gbnf: its rule `root` is what may be written, from the start, or after these texts have
-        come one after the other; must_trigger: no end before. Raises GrammarError."""
-        native_errors.clear()
-        self._model, self._must_trigger = model, must_trigger
-        self._native = lib.llama_sampler_init_grammar(model.vocab, gbnf.encode(), b"root")
-        if not self._native:
-            raise GrammarError("; ".join(native_errors) or "llama.cpp cannot parse it")
-        self._triggers = [trigger.encode() for trigger in triggers]
-        self._tail = b""  # the end of the text so far, in which the next trigger may have begun
-
-    def __del__(self, free=lib.llama_sampler_free):
-        if self._native:
-            free(self._native)
-
-    def check(self) -> None:
-        """Nothing more: it could be made."""
+class Constraint:
+    """What a reply may be, token by token. Engine thread, under the model lock, so an answer takes
+    a small part of a millisecond. This one allows everything."""
 
     def take(self, token: int) -> bool:
-        """Read a chosen token; False, and nothing is changed, if it may not come here."""
-        if not self._triggers:
-            return self._advance(token)
-        if self._must_trigger and token in self._model.end_tokens:
-            return False
-        tail, triggers = self._tail + self._model.piece(token), self._triggers
-        while triggers and triggers[0] in tail:
-            tail = tail.partition(triggers[0])[2]
-            triggers = triggers[1:]
-        if not triggers:
-            # subtle: what follows the last trigger inside its token is the grammar's first text.
-            before = lib.llama_sampler_clone(self._native)
-            accepted = all(self._advance(int(self._model.byte_tokens[byte])) for byte in tail)
-            if not accepted:
-                self._native, before = before, self._native
-            lib.llama_sampler_free(before)
-            if not accepted:
-                return False
-        self._triggers = triggers
-        self._tail = tail[max(0, len(tail) - len(triggers[0]) + 1):] if triggers else b""
+        """Read a chosen token; False, and nothing is changed, if it may not come here. Raises
+        GrammarError."""
         return True
 
-    def _advance(self, token: int) -> bool:
-        """Let llama.cpp's grammar read a token, after asking: a refused one ends the process."""
-        has_text = token >= 0 and self._model.first_byte[token] != NO_TEXT
-        allowed = (has_text or token in self._model.end_tokens) and len(self._among(
-            np.array([token], dtype=np.int32))) > 0
-        if allowed:
-            lib.llama_sampler_accept(self._native, token)
-        return allowed
-
-    def _among(self, tokens: np.ndarray) -> np.ndarray:
-        """Those of `tokens` (int32, shape (n,)) that may come next, going by their names."""
-        candidates = np.zeros(len(tokens), dtype=CANDIDATE)
-        candidates["id"] = tokens
-        lib.llama_sampler_apply(self._native, _candidate_array(candidates))
-        return tokens[np.isfinite(candidates["logit"])]
-
-    def allowed(self) -> np.ndarray:
-        """Every token that may come next (int32, shape (n,)).
-
-        Most states of a grammar allow few first bytes. So the tokens of one byte are tested
-        first, and then only those tokens that begin with a byte that may come.
-        """
-        if self._triggers:
-            tokens = np.arange(self._model.n_vocab, dtype=np.int32)
-            return tokens[self._model.first_byte != NO_TEXT] if self._must_trigger else tokens
-        single = self._model.byte_tokens
-        may_come = np.isin(single, self._among(single[single >= 0])) | (single < 0)
-        may_come = np.append(may_come, False)  # for NO_TEXT
-        tokens = np.flatnonzero(may_come[self._model.first_byte])
-        return self._among(np.append(tokens, list(self._model.end_tokens)).astype(np.int32))
-
-
-class GrammarProcess:
-    """The grammars of one reply's choices, in a child process.
-
-    llama.cpp follows every way to read a text at once and recurses over a grammar, so that a few
-    lines of a client's can double the work with each character, overflow the stack or fill the
-    memory. A child that dies, or does not answer in time, ends one reply only. What asking it
-    costs is lost in the noise of a decode step (bench.py: constrained).
-    """
-
-    COMPILE_SECONDS, TOKEN_SECONDS, CPU_SECONDS = 5.0, 1.5, 3600
-    MAX_BYTES = 2**30  # beyond what the server has itself
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-    compiling = threading.BoundedSemaphore(2)  # each may take MAX_BYTES before it is refused
-
-    def __init__(self, model: Model, gbnf: str, triggers: tuple[str, ...], must_trigger: bool):
-        """As for Grammar. Raises GrammarError, or EngineFault when no process can be started."""
-        model.byte_tokens  # makes the tables: here, once, not in each child
-        with self.compiling:
-            self._start(model, gbnf, triggers, must_trigger)
-            self.ask(self.COMPILE_SECONDS, 0, "check")
-
-    def _start(self, *of_grammar) -> None:
-        """Fork the child. Raises EngineFault."""
-        fork = multiprocessing.get_context("fork")  # the child has the vocabulary already
-        # Until the child has handlers of its own, a signal to it would count as the server's.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
-        try:
-            self._pipe, pipe = fork.Pipe()
-            with pipe:
-                child = fork.Process(target=self._serve, daemon=True, args=(pipe, *of_grammar))
-                child.start()
-        except OSError as error:
-            raise EngineFault(f"cannot start a process for the grammar: {error}") from error
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        self._child = child
-
-    @classmethod
-    def _serve(cls, pipe, *of_grammar) -> None:
-        """The child's life: answer questions until the pipe ends."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C means the server, which may drain
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, cls.SIGNALS)
-        for name in os.listdir("/proc/self/fd"):  # other clients' connections, above all
-            if int(name) > 2 and int(name) != pipe.fileno():
-                with contextlib.suppress(OSError):
-                    os.close(int(name))
-        n_pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = n_pages * resource.getpagesize() + cls.MAX_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        resource.setrlimit(resource.RLIMIT_CPU, (cls.CPU_SECONDS, cls.CPU_SECONDS))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        grammars: dict[int, Grammar] = {}  # by choice
-        with contextlib.suppress(EOFError):
-            while True:
-                index, method, *arguments = pipe.recv()
-                try:
-                    grammar = grammars.get(index) or grammars.setdefault(
-                        index, Grammar(*of_grammar))
-                    pipe.send(getattr(grammar, method)(*arguments))
-                except (GrammarError, MemoryError) as error:
-                    pipe.send(GrammarError(str(error) or "it needs too much memory"))
-        os._exit(0)
-
-    def ask(self, seconds: float, *question):
-        """The child's answer. Raises GrammarError if it has none in time."""
-        try:
-            self._pipe.send(question)
-            answer = self._pipe.recv() if self._pipe.poll(seconds) else GrammarError(
-                f"it takes longer than {seconds:g} seconds for a token; make it simpler: let no "
-                "two alternatives begin alike")
-        except (EOFError, OSError):
-            answer = GrammarError("it is nested too deeply or needs too much memory")
-        if isinstance(answer, GrammarError):
-            self._child.kill()
-            raise answer
-        return answer
-
-    def __del__(self):
-        if hasattr(self, "_child"):
-            self._child.kill()  # the next one's start reaps it: waiting here takes milliseconds,
-            self._pipe.close()  # and this may run under the model lock
-
-
-@dataclasses.dataclass
-class GuardedGrammar:
-    """One choice's Grammar in a GrammarProcess."""
-
-    process: GrammarProcess
-    index: int
-
-    def take(self, token: int) -> bool:
-        """As Grammar.take."""
-        return self.process.ask(GrammarProcess.TOKEN_SECONDS, self.index, "take", token)
-
-    def allowed(self) -> np.ndarray:
-        """As Grammar.allowed."""
-        return self.process.ask(GrammarProcess.TOKEN_SECONDS, self.index, "allowed")
+    def restrict(self, logits: np.ndarray) -> None:
+        """Set the logits, float32 of shape (n_vocab,), of all tokens that may not come here to
+        -inf. Raises GrammarError."""
 
 
 class Sampler:
-    """One request's choice of tokens: llama.cpp's chain of samplers, then its grammar.
+    """One request's choice of tokens: llama.cpp's chain of samplers, within its constraint.
 
     Greedy sampling without penalties needs no chain: the largest logit is found ten times faster
     in place than in the array of structs that llama.cpp makes of a row for its samplers.
     """
 
-    MAX_DRAWS = 2  # refused draws before all tokens are tested: a draw costs less, but may fail too
-
     def __init__(self, model: Model, params: SamplingParams, n_ctx: int, prompt: np.ndarray,
-                 grammar: Grammar | GuardedGrammar | None = None):
+                 constraint: Constraint | None = None):
         """prompt: token ids; the last ones count as text so far for repeat_penalty and DRY."""
-        self._model, self._grammar, self._min_tokens = model, grammar, params.min_tokens
+        self._model, self._constraint, self._min_tokens = model, constraint, params.min_tokens
         self._n_taken = 0
         self._is_argmax = params.temperature < GREEDY_BELOW and not (
             params.presence_penalty or params.frequency_penalty or params.mirostat
@@ -1770,22 +955,18 @@ class Sampler:
 
     def sample(self, context: "Context", row: int) -> int:
         """Choose a token from a row of the last batch, and note it as chosen."""
-        if self._grammar is None and self._n_taken >= self._min_tokens:
+        if self._constraint is None and self._n_taken >= self._min_tokens:
             self._n_taken += 1
             if self._is_argmax:
                 return self._draw(context.logits(row))
             return lib.llama_sampler_sample(self._chain, context.pointer, row)
+        # A free draw is right most of the time, and costs less than looking at all tokens first.
+        token = self._draw(context.logits(row))
+        if self._take(token):
+            return token
         logits = context.logits(row).copy()
-        for _ in range(self.MAX_DRAWS):
-            token = self._draw(logits)
-            if self._take(token):
-                return token
-            logits[token] = -math.inf
-        if self._grammar:
-            allowed = np.full_like(logits, -math.inf)
-            tokens = self._grammar.allowed()
-            allowed[tokens] = logits[tokens]
-            logits = allowed
+        if self._constraint:
+            self._constraint.restrict(logits)
         if self._n_taken < self._min_tokens:
             logits[list(self._model.end_tokens)] = -math.inf
         token = self._draw(logits) if np.isfinite(logits).any() else NO_TOKEN
@@ -1809,7 +990,7 @@ class Sampler:
         """Note a token as chosen; False if it may not come here."""
         if self._n_taken < self._min_tokens and token in self._model.end_tokens:
             return False
-        if self._grammar and not self._grammar.take(token):
+        if self._constraint and not self._constraint.take(token):
             return False
         lib.llama_sampler_accept(self._chain, token)
         self._n_taken += 1

@@ -39,7 +39,6 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing
 import os
 import queue
 import re
@@ -64,6 +63,7 @@ import numpy as np
 import yaml
 
 import engine
+from features import structured
 
 NAME, VERSION = "twofile", "0.1.0"
 HERE = Path(__file__).resolve().parent
@@ -681,20 +681,22 @@ class GenerationBody(engine.SamplingParams):
         fields = ("grammar", "json_schema", "response_format", "tools", "functions")
         return next((name for name in fields if getattr(self, name, None) is not None), None)
 
-    def plain_constraint(self) -> str:
-        """The GBNF of `grammar` or `json_schema`, "" for none."""
+    def plain_constraint(self) -> structured.Form | None:
+        """The form that `grammar` or `json_schema` asks for."""
         if self.grammar is not None and self.json_schema is not None:
             raise invalid("grammar", "grammar and json_schema were sent; the reply can follow only "
                                      "one of them")
         if self.grammar == "":
             raise invalid("grammar", "grammar: is empty; leave it out")
-        try:
-            if self.json_schema is not None:
-                gbnf = engine.Gbnf()
-                return gbnf.text(gbnf.add_schema(self.json_schema, "json_schema"))
-            return self.grammar or ""
-        except engine.SchemaError as error:
-            raise invalid(str(error).split(":")[0], str(error)) from None
+        if self.grammar is None and self.json_schema is None:
+            return None
+        form = structured.Form()
+        with schema_errors():
+            if self.grammar is not None:
+                form.set_gbnf(self.grammar)
+            else:
+                form.root = form.add_schema(self.json_schema, "json_schema")
+        return form
 
 
 @dataclasses.dataclass
@@ -784,34 +786,38 @@ class ChatBody(GenerationBody):
         return bool(self.offer.allowed) and not self.offer.is_required and \
             self.constrained_by() in ("tools", "functions")
 
-    def constraint(self, form: engine.ToolFormat, unclosed: str) -> tuple[str, tuple[str, ...]]:
-        """The GBNF that the reply must follow ("" for none), and the texts from which on it must.
-        unclosed: the tag that ends the reasoning with which the reply begins."""
-        gbnf, offer, ways = engine.Gbnf(), self.offer, []
+    def constraint(self, format: engine.ToolFormat, unclosed: str) -> structured.Form | None:
+        """The form that the reply must have. unclosed: the tag that ends the reasoning with which
+        the reply begins; what is asked for comes after it."""
+        offer = self.offer
         wanted = [name for name in ("grammar", "json_schema") if getattr(self, name) is not None]
         if self.response_format and self.response_format.type != "text":
             wanted.append("response_format")
         if len(wanted) > 1 or (offer.allowed and self.grammar):
             sent = " and ".join([*wanted, *[offer.where] * bool(offer.allowed)])
             raise invalid(wanted[0], f"{sent} were sent; the reply can follow only one of them")
+        if not wanted and not offer.allowed:
+            return None
         after = (unclosed,) if unclosed else ()
         if self.grammar is not None:
-            return self.plain_constraint(), after
-        try:
-            if wanted:
-                ways = [gbnf.add_schema(*self.schema())]
-            rules = [(name, engine.arguments_rule(gbnf, form, parameters, at))
-                     for name, parameters, at in offer.rules()]
-            if rules and not ways and not offer.is_required and not form.at_start:
-                calls = engine.tool_grammar(form, rules, offer.is_parallel, True)
-                return gbnf.text(calls), (*after, form.trigger)
-            if rules:
-                calls = engine.tool_grammar(form, rules, offer.is_parallel, False)
-                ways = [calls] if offer.is_required else [calls, *(ways or [engine.NOT_A_CALL])]
-            space = "[ \\n]{0,3} " if unclosed else ""
-            return gbnf.text(f"{space}({' | '.join(ways)})") if ways else "", after
-        except engine.SchemaError as error:
-            raise invalid(str(error).split(":")[0], str(error)) from None
+            form = self.plain_constraint()
+            form.triggers = after
+            return form
+        form = structured.Form()
+        with schema_errors():
+            ways = [form.add_schema(*self.schema())] if wanted else []
+            functions = [(name, form.add_arguments(format, parameters, at))
+                         for name, parameters, at in offer.rules()]
+            if functions and not ways and not offer.is_required and not format.at_start:
+                form.triggers = (*after, format.trigger)
+                form.root = form.calls(format, functions, offer.is_parallel, True)
+                return form
+            if functions:
+                calls = form.calls(format, functions, offer.is_parallel, False)
+                ways = [calls] if offer.is_required else [calls, *(ways or [structured.NOT_A_CALL])]
+            form.triggers = after
+            form.root = "/[ \\n]{0,3}/ " * bool(after) + f"({' | '.join(ways)})"
+        return form
 
     def schema(self) -> tuple[Any, str]:
         """The JSON Schema of the reply, and where it was sent."""
@@ -2258,11 +2264,11 @@ class Handler(socketserver.StreamRequestHandler):
         prompt, marked = self.render(chat)
         form = self.loaded.model.tool_format
         unclosed = engine.unclosed_reasoning(prompt)
-        gbnf, triggers = chat.constraint(form, unclosed)
+        constraint = chat.constraint(form, unclosed)
         tokens, images = self.read_prompt(prompt, marked)
         parse = functools.partial(ChatParser, form if chat.offer.allowed else None,
                                   chat.offer.tools, unclosed, self.server.config.split_reasoning)
-        self.generate(chat, [tokens], gbnf, triggers, functools.partial(
+        self.generate(chat, [tokens], constraint, functools.partial(
             ChatRenderer, parse, old_style=chat.offer.where == "functions"), images=images,
             write=write)
 
@@ -2365,7 +2371,7 @@ class Handler(socketserver.StreamRequestHandler):
                                         "out, or load one with fill-in-the-middle tokens")
             self.check_length(len(prompt), "prompt", 1)
             prompts = [prompt]
-        self.generate(completion, prompts, completion.plain_constraint(), (), TextRenderer, best_of)
+        self.generate(completion, prompts, completion.plain_constraint(), TextRenderer, best_of)
 
     def post_embeddings(self, request: EmbeddingBody) -> None:
         """https://platform.openai.com/docs/api-reference/embeddings"""
@@ -2579,8 +2585,8 @@ class Handler(socketserver.StreamRequestHandler):
 
     # ==== 8. Generation: prompt, submit, events =========================================
 
-    def generate(self, body: GenerationBody, prompts: list[np.ndarray], gbnf: str,
-                 triggers: tuple[str, ...], renderer: Callable, best_of: int | None = None,
+    def generate(self, body: GenerationBody, prompts: list[np.ndarray],
+                 constraint: structured.Form | None, renderer: Callable, best_of: int | None = None,
                  images: dict[int, engine.Image] | None = None,
                  write: Callable | None = None) -> None:
         """Submit the choices, and write their reply. images: those of the only prompt. write:
@@ -2588,7 +2594,7 @@ class Handler(socketserver.StreamRequestHandler):
         if body.stream_options and not body.stream:
             raise invalid("stream_options", "stream_options needs stream: true")
         loaded, n_each = self.loaded, best_of or body.n
-        choices = self.make_choices(loaded, body, prompts, n_each, gbnf, triggers)
+        choices = self.make_choices(loaded, body, prompts, n_each, constraint)
         for choice in choices:
             choice.images = images or {}
         self.tally.prompt = sum(choice.n_prompt for choice in choices[::n_each])
@@ -2617,8 +2623,7 @@ class Handler(socketserver.StreamRequestHandler):
         self.write_event("[DONE]", is_last=True)
 
     def make_choices(self, loaded: engine.Engine, body: GenerationBody, prompts: list[np.ndarray],
-                     n_each: int, gbnf: str, triggers: tuple[str, ...]
-                     ) -> list[engine.Request]:
+                     n_each: int, constraint: structured.Form | None) -> list[engine.Request]:
         """n_each requests for each prompt. Everything that can be refused is refused here, before
         the engine hears of it."""
         must_trigger = not (isinstance(body, ChatBody) and body.may_answer_freely)
@@ -2643,19 +2648,18 @@ class Handler(socketserver.StreamRequestHandler):
             param = "n" if n_each > 1 else "prompt"
             raise invalid(param, f"{param}: {len(prompts)} prompts with {n_each} replies each were "
                                  f"asked for; the limit is {MAX_CHOICES} replies in one request")
-        prediction, process = self.read_prediction(body), None
-        if gbnf:
-            with engine_errors(body.constrained_by()):
-                process = engine.GrammarProcess(model, gbnf, triggers, must_trigger)
+        prediction, new_reply = self.read_prediction(body), None
+        if constraint:
+            with schema_errors():
+                new_reply = constraint.replies(model, must_trigger)
         lookups = [lookup for prompt in prompts
                    for lookup in loaded.lookups(prompt, prediction, n_each)]
         for index in range(n_choices):
             prompt = prompts[index // n_each]
             if body.seed is not None:
                 params["seed"] = body.seed + index * SEED_STRIDE
-            grammar = engine.GuardedGrammar(process, index) if process else None
             sampler = engine.Sampler(model, engine.SamplingParams(**params), loaded.n_ctx, prompt,
-                                     grammar)
+                                     new_reply() if new_reply else None)
             choices.append(engine.Request(
                 prompt, sampler, limit, stops, 0 if n_each > body.n and n_top is None else n_top,
                 index, scores_prompt=body.scores_prompt() and index % n_each == 0,
@@ -2758,6 +2762,15 @@ POLL_SECONDS = engine.POLL_SECONDS
 
 UNAVAILABLE = {engine.QueueFull: "queue_full", engine.EngineClosed: "shutting_down",
                engine.ModelLoading: "loading", engine.ModelFailed: "model_failed"}
+
+
+@contextlib.contextmanager
+def schema_errors():
+    """A schema's or a grammar's refusal as a 400 at its place, with which its message starts."""
+    try:
+        yield
+    except structured.SchemaError as error:
+        raise invalid(str(error).split(":")[0], str(error)) from None
 
 
 @contextlib.contextmanager
@@ -3417,8 +3430,6 @@ def watch_signals(stopping: threading.Event, signals: socket.socket) -> None:
     signals.recv(1)
     stopping.set()
     signals.recv(1)
-    for child in multiprocessing.active_children():
-        child.kill()
     os._exit(EXIT_OK)
 
 

@@ -7,11 +7,9 @@
     5  the process     settings, start, signals, exit codes
 """
 
-import gc
 import http.client
 import itertools
 import json
-import multiprocessing
 import os
 import queue
 import re
@@ -987,26 +985,6 @@ def test_a_disconnect_frees_the_slot_within_moments(live, stream, last_words):
     started = time.monotonic()
     settle(live)
     assert time.monotonic() - started < 2
-
-
-def test_a_hang_up_ends_the_grammars_process_at_once(live):
-    """Not when the garbage collector comes by: three files are open for each."""
-    settle(live)
-    body = json.dumps({"prompt": "Once", "max_tokens": 900, "grammar": "root ::= [a-z]+",
-                       "stream": True}).encode()
-    gc.disable()
-    try:
-        for _ in range(3):
-            with socket.create_connection(("127.0.0.1", live.server_port), timeout=20) as raw:
-                raw.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-                assert raw.recv(10)
-        settle(live)
-        deadline = time.monotonic() + 2
-        while multiprocessing.active_children():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        gc.enable()
 
 
 def test_a_hundred_aborts_leave_a_healthy_server(live, client):

@@ -7,7 +7,7 @@ the real templates too; without it each of those tests passes having looked at n
     2  the real templates    tool formats, histories
     3  messages              into what templates take
     4  replies               ChatParser, however the text is cut
-    5  grammars              of tool calls
+    5  forms                 of tool calls
     6  rendering             bounded in time, chat_template_file, one BOS
 """
 
@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import engine  # noqa: E402
 import server  # noqa: E402
+from features import structured  # noqa: E402
 
 TEMPLATES = Path(os.environ.get("LLAMA_CPP_TEMPLATES") or "no/such/folder")
 NAMES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
@@ -360,7 +361,7 @@ def test_work_does_not_grow_with_the_text():
         assert len(parser._pending) <= server.MAX_HELD + 2
 
 
-# ==== 5. Grammars of tool calls ===========================================================
+# ==== 5. Forms of tool calls ==============================================================
 
 
 @pytest.fixture(scope="module")
@@ -371,11 +372,11 @@ def model():
     model.close()
 
 
-def follows(model, gbnf: str, text: str) -> bool:
-    """Whether a reply of this text, and no less, follows a grammar."""
-    grammar, end = engine.Grammar(model, gbnf), min(model.end_tokens)
-    return all(grammar.take(token) for token in model.tokenize(text, bos=False).tolist()) \
-        and grammar.take(end)
+def follows(model, form: structured.Form, text: str) -> bool:
+    """Whether a reply of this text, and no less, has a form."""
+    reply, end = form.replies(model, must_trigger=True)(), min(model.end_tokens)
+    return all(reply.take(token) for token in model.tokenize(text, bos=False).tolist()) \
+        and reply.take(end)
 
 
 CALL_TEXTS = {name: text.replace("%s", "{}").replace('"f"', '"get_time"').replace('"g"', '"get_time"')
@@ -387,49 +388,25 @@ CALL_TEXTS = {name: text.replace("%s", "{}").replace('"f"', '"get_time"').replac
 @pytest.mark.parametrize("name", engine.TOOL_FORMATS)
 @pytest.mark.parametrize("parallel", [True, False])
 @pytest.mark.parametrize("from_trigger", [True, False])
-def test_the_grammar_of_calls_takes_what_the_parser_reads(model, name, parallel, from_trigger):
-    """llama.cpp reads the grammar; it takes the calls of the parser's tests, two only if
-    parallel, and neither half a call nor another function."""
-    form, gbnf = engine.TOOL_FORMATS[name], engine.Gbnf()
-    rules = [(tool["function"]["name"], engine.arguments_rule(
-        gbnf, form, tool["function"].get("parameters") or {}, f"tools[{i}].function.parameters"))
+def test_the_form_of_calls_takes_what_the_parser_reads(model, name, parallel, from_trigger):
+    """It takes the calls of the parser's tests, two only if parallel, and neither half a call nor
+    another function."""
+    form, reply_form = engine.TOOL_FORMATS[name], structured.Form()
+    functions = [(tool["function"]["name"], reply_form.add_arguments(
+        form, tool["function"].get("parameters") or {}, f"tools[{i}].function.parameters"))
         for i, tool in enumerate(TOOLS)]
-    grammar = gbnf.text(engine.tool_grammar(form, rules, parallel, from_trigger))
+    reply_form.root = reply_form.calls(form, functions, parallel, from_trigger)
     both = CALL_TEXTS[name]
     separator = next((each for each in ("\n<tool_call>", "[TOOL_CALLS]get", ', {"name"')
                       if each in both[5:]), None)
     one = both if separator is None else both[:both.index(separator, 5)] + form.closing
     cut = len(form.trigger) if from_trigger else 0
-    assert follows(model, grammar, one[cut:])
-    assert separator is None or follows(model, grammar, both[cut:]) == parallel
-    assert not follows(model, grammar, one[cut:-1])
-    assert not follows(model, grammar, one[cut:].replace("get_time", "get_tim"))
+    assert follows(model, reply_form, one[cut:])
+    assert separator is None or follows(model, reply_form, both[cut:]) == parallel
+    assert not follows(model, reply_form, one[cut:-1])
+    assert not follows(model, reply_form, one[cut:].replace("get_time", "get_tim"))
     reply = read(one, form=form, tools=TOOLS)
     assert [call[1:] for call in reply["calls"]] == [["get_time", "{}"]]
-
-
-def test_text_until_a_marker_ends_at_its_first():
-    """Whatever comes before: the text of an XML parameter may hold any part of the end tag."""
-    gbnf = engine.Gbnf()
-    rule = gbnf.text_until("\n</a>")
-    for text in ("", "x", "\n", "\n\n", "\n<", "\n</a", "\n\n</", "a</a>\n<b>\n</b", '"\\é'):
-        assert matches(gbnf.rules, rule, text), text
-        assert not matches(gbnf.rules, rule, f"{text}\n</a>"), text
-        assert not matches(gbnf.rules, rule, f"{text}\n</a>x"), text
-
-
-def matches(rules: dict, rule: str, text: str) -> bool:
-    """Walk the automaton of `text_until`: each rule is (CLASS rule | "C" rule ...)?"""
-    for char in text:
-        ways = re.findall(r'(\[[^\]]*\]|"(?:\\x..|.)") (until-\S+?)(?=\)| )', rules[rule])
-        assert ways
-        taken = [to for what, to in ways if (re.fullmatch(what, char) if what[0] == "[" else
-                 char == re.sub(r"\\x(..)", lambda m: chr(int(m[1], 16)), what[1:-1]))]
-        assert len(taken) <= 1, "one way to read each text"
-        if not taken:
-            return False
-        rule = taken[0]
-    return True
 
 
 # ==== 6. Rendering ========================================================================

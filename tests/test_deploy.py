@@ -285,7 +285,7 @@ def test_the_unit_has_one_place_to_write_and_the_models_lead_there():
 
 
 def test_stopping_the_unit_spares_the_processes_of_running_requests():
-    """SIGTERM for all would kill the grammars' processes, and with them the requests that drain.
+    """SIGTERM for all would end the process that tries grammars out, of which drained ones may be.
     What a restart cannot mend is not restarted."""
     assert unit_values("KillSignal") == ["SIGTERM"] and unit_values("KillMode") == ["mixed"]
     assert unit_values("Restart") == ["on-failure"]

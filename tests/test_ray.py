@@ -117,7 +117,7 @@ def test_other_paths_and_methods_are_served(url, client):
 
 
 def test_a_schema_is_kept(client):
-    """The process that follows the grammar is forked from one of Ray's."""
+    """The process that tries schemas out is started by one of Ray's."""
     reply = client.chat.completions.create(
         **{**GREEDY, "max_tokens": 64}, response_format={"type": "json_schema", "json_schema": {
             "name": "answer", "schema": {

@@ -1,0 +1,443 @@
+"""Structured output: replies held to a JSON Schema, to a GBNF grammar, or to the form of tool calls.
+
+What for: `response_format`, `json_schema`, `grammar`, and the arguments of tool calls. What is
+written parses and validates. And a value that the model was about to write never becomes another
+one because the grammar is narrower than the schema: where both cannot be had, it is wider.
+
+How it works: the form of a reply becomes one grammar in Lark's syntax, in which each JSON Schema is
+a `%json` part; llguidance (https://github.com/guidance-ai/llguidance) compiles it for the model's
+vocabulary. While the reply is written, the sampler draws a token freely and asks `Reply.take`; only
+when that token may not come does it ask for all those that may, `Reply.restrict`.
+
+Schemas come from strangers, and llguidance trusts them: some hang it, some end the process. So
+limits of size come first, and then each grammar is tried out in a child process, the `Trial`, under
+limits of time and memory. A child that dies or hangs is replaced, and the request is a 400.
+
+What it costs: 0.1 s once for the child and 0.2 s once for each model, when first used; then about a
+few milliseconds for each request, 10 us for a token, and 0.1 ms where the model must be corrected.
+
+What is not exact, for llguidance cannot: members come in the schema's order, and those that it does
+not name behind them, whose names may repeat; a number with bounds has no exponent; a bound of more
+than 64 bits is not held.
+"""
+
+import contextlib
+import functools
+import json
+import re
+import select
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+import numpy as np
+
+import engine
+from features.schemas import KNOWN, MAX_FORM, Schema, SchemaError
+
+# Where only one text may come, the model chooses its tokens, not llguidance.
+FREELY = '%llguidance {"no_forcing": true}\n'
+MAX_NESTING = 100  # brackets of a GBNF grammar, one inside the other
+# llguidance's limits for one token: a millisecond is 14,000 units of lexer fuel, or 20,000 items;
+# and for all of a reply: 2 KB for each state of the lexer. Its others are as it has them.
+LIMITS = {"step_lexer_fuel": 200_000, "step_max_items": 50_000, "max_lexer_states": 50_000,
+          "verbose_errors": False}
+
+
+@functools.cache
+def library():
+    """llguidance, imported when first used. Raises ImportError."""
+    import llguidance
+    return llguidance
+
+
+# ==== 1. A form: Lark, rule by rule ======================================================
+
+ESCAPE = re.compile(r"\\x([0-9a-fA-F]{2})|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
+GBNF_ITEM = re.compile(  # a literal, a class, a comment, any character
+    r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*|\.')
+
+
+def literal(text: str) -> str:
+    """A text in Lark's syntax."""
+    return json.dumps(text)
+
+
+def is_text(schema) -> bool:
+    """Whether an XML parameter is bare text: a string with no rules but an enum. Else JSON."""
+    return isinstance(schema, dict) and schema.get("type") == "string" \
+        and schema.keys() & KNOWN <= {"type", "enum"} \
+        and all(isinstance(choice, str) for choice in schema.get("enum", []))
+
+
+NOT_A_CALL = r"/[^{](?s:.)*/"  # a reply where calls begin with a brace
+
+
+class Form:
+    """What a reply may be, from its start or from a trigger on."""
+
+    def __init__(self):
+        self.triggers: tuple[str, ...] = ()  # texts that come before, one after the other
+        self.root = ""  # the expression that must be written, in Lark; "" while there is none
+        self._rules: dict[str, str] = {}
+        self._schemas: list[Schema] = []
+        self._gbnf: str | None = None
+
+    def add(self, rule: str) -> str:
+        """The name of a new rule."""
+        name = f"r{len(self._rules)}"
+        self._rules[name] = rule
+        return name
+
+    def add_schema(self, schema, at: str) -> str:
+        """The name of a rule for a value of a JSON Schema, as JSON text. Raises SchemaError, which
+        names the place, below `at`, of what is wrong or cannot be honoured."""
+        self._schemas.append(Schema(schema, at))
+        return self.add(f": %json {json.dumps(self._schemas[-1].compiled())}")
+
+    def add_text_until(self, marker: str) -> str:
+        """The name of a rule for any text and, where it ends, the marker."""
+        pattern = re.escape(marker).replace("/", r"\/").replace("\n", "n")
+        return self.add(f"[lazy]: /(?s:.*){pattern}/")
+
+    def add_arguments(self, form: engine.ToolFormat, schema: dict, at: str) -> str:
+        """The name of a rule for the arguments of a function with these `parameters`. XML
+        parameters come in the schema's order, and those not required may be left out."""
+        if schema.get("type", "object") != "object":
+            raise SchemaError(f"{at}.type: must be 'object', got {schema['type']!r:.60}")
+        if not form.xml:
+            return self.add_schema({**schema, "type": "object"}, at)
+        whole, elements = Schema(schema, at), []
+        whole.compiled()  # refuses what is wrong anywhere
+        self._schemas.append(whole)
+        if other := schema.keys() & KNOWN - {"type", "properties", "required",
+                                             "additionalProperties"}:
+            raise SchemaError(f"{at}.{min(other)}: is not supported in this model's format of calls")
+        for name, inner in schema.get("properties", {}).items():
+            opening, place = literal(engine.PARAMETER + name + form.between), f"{at}.properties.{name}"
+            if not is_text(inner):
+                value = self.add(f": %json {json.dumps(whole.compiled(inner, place))}")
+                element = f"{opening} {value} {literal(engine.PARAMETER_END)}"
+            elif "enum" in inner:
+                values = " | ".join(literal(f"{choice}{engine.PARAMETER_END}")
+                                    for choice in inner["enum"])
+                element = f"{opening} ({values})"
+            else:
+                element = f"{opening} {self.add_text_until(engine.PARAMETER_END)}"
+            elements.append(f"({element})" + ("" if name in schema.get("required", ()) else "?"))
+        return self.add(": " + (" ".join(elements) or '""'))
+
+    def calls(self, form: engine.ToolFormat, functions: list[tuple[str, str]], parallel: bool,
+              from_trigger: bool) -> str:
+        """The expression for a reply that is a call, or several if `parallel`; for what follows
+        the trigger, or the whole reply. functions: their names and the rules of their
+        arguments."""
+        ways = " | ".join(f"{literal(name + form.between)} {arguments} {literal(form.ending)}"
+                          for name, arguments in functions)
+        start = form.opening if from_trigger else form.trigger + form.opening
+        more = f"({literal(form.separator)} ({ways}))*" if parallel and form.separator else ""
+        return f"{literal(start)} ({ways}) {more} {literal(form.closing)}"
+
+    def set_gbnf(self, text: str) -> None:
+        """Take a whole grammar in llama.cpp's syntax (its grammars/README.md). Raises
+        SchemaError."""
+        depth = deepest = 0
+        for char in re.sub(GBNF_ITEM, "", text):
+            depth += (char == "(") - (char == ")")
+            deepest = max(deepest, depth)
+        for what, size, most in (("bytes", len(text.encode("utf-8", "replace")), MAX_FORM // 4),
+                                 ("brackets inside each other", deepest, MAX_NESTING)):
+            if size > most:
+                raise SchemaError(f"grammar: has {size} {what}, the limit is {most}")
+        if "\0" in text:
+            raise SchemaError("grammar: has a NUL character")
+        self._gbnf = GBNF_ITEM.sub(_read_gbnf_item, text)
+
+    def replies(self, model: engine.Model, must_trigger: bool) -> Callable[[], "Reply"]:
+        """Compile the form; what is returned makes the Reply of one choice. must_trigger: no end
+        before the triggers. Raises SchemaError."""
+        try:
+            library()
+        except ImportError:
+            raise SchemaError(f"{self._at}: needs the llguidance library on the server: pip install "
+                              "-r features/requirements.txt") from None
+        question = {"gbnf": self._gbnf} if self._gbnf is not None else {"lark": self._lark()}
+        tried = trial.run(question)
+        if "limit" in tried:
+            raise SchemaError(f"{self._at}: {tried['limit']}")
+        if "error" in tried:
+            raise self._blame(tried["error"])
+        lark, vocabulary = tried["lark"], Vocabulary.of(model)
+        limits = library().LLParserLimits(**LIMITS)
+        matcher = library().LLMatcher(vocabulary.tokenizer, lark, log_level=0, limits=limits)
+        matcher.compute_bitmask()  # the first is the slowest, and does not yet hold up others
+        if matcher.is_error():
+            raise self._blame(matcher.get_error())
+        return lambda: Reply(vocabulary, matcher.deep_copy(), self.triggers, must_trigger)
+
+    @property
+    def _at(self) -> str:
+        """Where the form was asked for."""
+        return self._schemas[0].at if self._schemas else "grammar"
+
+    def _lark(self) -> str:
+        rules = "\n".join(f"{name}{rule}" for name, rule in self._rules.items())
+        return f"{FREELY}start: {self.root}\n{rules}\n"
+
+    def _blame(self, error: str) -> SchemaError:
+        """The error with the place of the innermost subschema that makes it alone."""
+        until, error = time.monotonic() + BLAME_SECONDS, _words(error)
+        for schema in self._schemas:
+            part, at, waiting = schema.root, schema.at, [(schema.root, schema.at)]
+            said, seen = None, set()
+            while waiting and time.monotonic() < until:
+                inner, place = waiting.pop(0)
+                found = self._refusal(schema, inner, place) if id(inner) not in seen else None
+                seen.add(id(inner))
+                if found and (said is None or found == said):
+                    part, at, said = inner, place, found
+                    waiting = [*schema.parts(part, at)]
+            if said:
+                return _with_place(at, said)
+        return SchemaError(f"{self._at}: is refused: {error}")
+
+    @staticmethod
+    def _refusal(schema: Schema, part, at: str) -> str | None:
+        """What is wrong with a part of a schema, alone."""
+        try:
+            compiled = json.dumps(schema.compiled(part, at))
+        except SchemaError:
+            return None
+        error = trial.run({"lark": f"{FREELY}start: %json {compiled}"}).get("error")
+        return error and _words(error)
+
+
+BLAME_SECONDS = 0.5  # for the place of an error; each subschema takes about a millisecond
+KEYS = {  # what llguidance says: where that is, and in other words
+    "oneOf constraints": (".oneOf", "the alternatives may overlap: write anyOf, or give each a type "
+                                    "or a constant of its own"),
+    "regex": (".pattern", ""), "lookarounds": (".pattern", ""),
+    "min/maxProperties": (".minProperties", "")}
+
+
+def _words(error: str) -> str:
+    """llguidance's words, in one line, without the lines of Lark that it quotes."""
+    error = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "",
+                   re.split(r"\n +\d+ \| |\n +while processing", error)[0])
+    return " ".join(error.split())[:300]
+
+
+def _with_place(at: str, error: str) -> SchemaError:
+    key, words = next((found for said, found in KEYS.items() if said in error), ("", ""))
+    return SchemaError(f"{at}{key}: {words or error}")
+
+
+def _read_gbnf_item(match: re.Match) -> str:
+    """A part of a grammar as the converter of llguidance understands it."""
+    item = match[0]
+    if item == ".":  # newlines, too
+        return r"[^\x00]"
+    if item[0] == "#":
+        return ""
+    return ESCAPE.sub(_unescape, item)
+
+
+def _unescape(match: re.Match) -> str:
+    """An escaped code point as it is, unless it means something there, or nothing visible."""
+    char = chr(min(int(match[1] or match[2] or match[3], 16), 0x10FFFF))
+    special = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
+    if char in '\\"[]':
+        return "\\" + char
+    return special.get(char) or (char if char.isprintable() and char not in "^-/" else
+                                 f"\\x{ord(char):02x}" if ord(char) < 128 else char)
+
+
+# ==== 2. The trial: a child process that compiles first ==================================
+
+CHILD = """
+import json, resource, sys, threading
+import llguidance
+from llguidance.gbnf_to_lark import gbnf_to_lark
+
+def compile(vocabulary, limits, asked):
+    lark = asked["lark"] if "lark" in asked else head + gbnf_to_lark(asked["gbnf"])
+    grammar = llguidance.LLMatcher.grammar_from_lark(lark)
+    matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
+    for _ in range(asked["n_steps"]):  # what only shows while it is used
+        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        if matcher.is_stopped() or not mask:
+            break
+        matcher.consume_token((mask & -mask).bit_length() - 1)
+    return {"error": matcher.get_error()} if matcher.is_error() else {"lark": grammar}
+
+def answer_all():
+    vocabulary, options = llguidance.LLTokenizer("byte"), llguidance.LLParserLimits(**limits)
+    for line in sys.stdin:
+        try:
+            answer = compile(vocabulary, options, json.loads(line))
+        except Exception as error:
+            answer = {"error": str(error) or type(error).__name__}
+        print(json.dumps(answer), flush=True)
+
+n_bytes, n_stack, limits, head = json.loads(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_AS, (n_bytes, n_bytes))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+threading.stack_size(n_stack)
+threading.Thread(target=answer_all).start()
+"""
+
+
+class Trial:
+    """A child process that compiles what was sent before this process does. Safe to use from any
+    thread; one question at a time."""
+
+    SECONDS = 3.0  # the largest of real schemas take 0.3
+    MAX_BYTES = 2**30  # of address space
+    STACK_BYTES = 2**22  # half of what a thread of ours has: what fits there is sure to fit here
+    N_STEPS = 8  # tokens written at random, to see what they take
+
+    def __init__(self):
+        self._child: subprocess.Popen | None = None
+        self._lock = threading.Lock()  # held for one question
+
+    def run(self, question: dict) -> dict:
+        """Compile {"lark": ...} or {"gbnf": ...}; the grammar for LLMatcher as {"lark": ...}, or
+        what is wrong with it as {"error": ...}; as {"limit": ...} what it takes too much of."""
+        line = json.dumps({**question, "n_steps": self.N_STEPS}).encode() + b"\n"
+        with self._lock:
+            for _ in range(2):  # the first child may have been ended from outside, long ago
+                child = self._child = self._child or self._start()
+                try:
+                    child.stdin.write(line)
+                    child.stdin.flush()
+                except BrokenPipeError:
+                    self._end()
+                    continue
+                until = time.monotonic() + self.SECONDS
+                answer = child.stdout.readline() if select.select(
+                    [child.stdout], [], [], self.SECONDS)[0] else b""
+                if answer.endswith(b"\n"):
+                    return json.loads(answer)
+                self._end()
+                return {"limit": f"it takes more than {self.SECONDS:g} seconds to compile; make it "
+                                 "smaller" if time.monotonic() >= until else
+                                 "it is nested too deeply or needs too much memory"}
+        return {"limit": "the process that tries grammars out cannot be started"}
+
+    def _start(self) -> subprocess.Popen:
+        return subprocess.Popen(  # Ctrl-C is the server's: a session of its own
+            [sys.executable, "-c", CHILD, json.dumps([self.MAX_BYTES, self.STACK_BYTES, LIMITS,
+                                                      FREELY])],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            start_new_session=True)
+
+    def _end(self) -> None:
+        """Let go of a child that cannot be used any more."""
+        with contextlib.suppress(OSError):
+            self._child.kill()
+            self._child.stdin.close()
+        self._child.stdout.close()
+        self._child.wait()
+        self._child = None
+
+
+trial = Trial()
+
+
+# ==== 3. A reply: token by token =========================================================
+
+
+class Vocabulary:
+    """A model's tokens, as their text shows in a reply, for llguidance. Safe from any thread."""
+
+    _lock = threading.Lock()  # while one is made, so that it is made once
+    _of: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by engine.Model
+
+    def __init__(self, model: engine.Model):
+        self.n_vocab, self.end_tokens = model.n_vocab, sorted(model.end_tokens)
+        self.pieces = [b"" if token in model.end_tokens else model.piece(token)
+                       for token in range(model.n_vocab)]
+        # Bytes of which a token may be the only one, to write what no token begins with.
+        self.of_byte = {piece[0]: token for token, piece in enumerate(self.pieces)
+                        if len(piece) == 1}
+        # What llguidance reads of a tokenizer (its TokenizerWrapper):
+        self.special_token_ids = [token for token, piece in enumerate(self.pieces) if not piece]
+        self.tokens = [piece or b"<%d>" % token for token, piece in enumerate(self.pieces)]
+        self.eos_token_id, self.bos_token_id = self.end_tokens[0], None
+        self.tokenizer = library().LLTokenizer(
+            library().TokenizerWrapper(self), n_vocab=self.n_vocab, eos_token=self.end_tokens)
+
+    def __call__(self, text: bytes) -> list[int]:
+        """The tokens of a text, as llguidance would force them; it is told not to (FREELY)."""
+        return [self.of_byte[byte] for byte in text if byte in self.of_byte]
+
+    @classmethod
+    def of(cls, model: engine.Model) -> "Vocabulary":
+        """The one of a model."""
+        with cls._lock:
+            if model not in cls._of:
+                cls._of[model] = cls(model)
+            return cls._of[model]
+
+
+class Reply(engine.Constraint):
+    """One choice's way through a form. Engine thread only, after it was made."""
+
+    def __init__(self, vocabulary: Vocabulary, matcher, triggers: tuple[str, ...],
+                 must_trigger: bool):
+        self._vocabulary, self._matcher, self._must_trigger = vocabulary, matcher, must_trigger
+        self._triggers = [trigger.encode() for trigger in triggers]
+        self._tail = b""  # the end of the text so far, in which the next trigger may have begun
+
+    def take(self, token: int) -> bool:
+        """As Constraint.take."""
+        if token in self._vocabulary.end_tokens:
+            return not self._must_trigger if self._triggers else self._matcher.is_accepting()
+        if not self._triggers:
+            return self._consume([token])
+        tail, triggers = self._tail + self._vocabulary.pieces[token], self._triggers
+        while triggers and triggers[0] in tail:
+            tail = tail.partition(triggers[0])[2]
+            triggers = triggers[1:]
+        # subtle: what follows the last trigger inside its token is the first text of the form.
+        rest = [self._vocabulary.of_byte.get(byte) for byte in tail]
+        if not triggers and rest and (None in rest or not self._consume(rest)):
+            return False
+        self._triggers = triggers
+        self._tail = tail[max(0, len(tail) - len(triggers[0]) + 1):] if triggers else b""
+        return True
+
+    def restrict(self, logits: np.ndarray) -> None:
+        """As Constraint.restrict."""
+        if self._triggers:
+            if self._must_trigger:
+                logits[self._vocabulary.end_tokens] = -np.inf
+            return
+        if self._matcher.is_stopped():
+            allowed = np.zeros(len(logits), dtype=np.uint8)
+            allowed[self._vocabulary.end_tokens] = 1
+        else:
+            bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+            allowed = np.unpackbits(bits, count=len(logits), bitorder="little")
+        self._check()
+        logits[allowed == 0] = -np.inf
+
+    def _consume(self, tokens: list[int]) -> bool:
+        """Read tokens; False, and nothing is changed, if they may not come here."""
+        if self._matcher.is_stopped():
+            return False
+        # subtle: only a mask gives llguidance new fuel. After some tokens without one it would
+        # refuse what may come, and say nothing.
+        self._matcher.compute_bitmask()
+        n = self._matcher.try_consume_tokens(tokens)
+        self._check()
+        if 0 < n < len(tokens):
+            self._matcher.rollback(n)
+        return n == len(tokens)
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise engine.GrammarError(_words(self._matcher.get_error()))
