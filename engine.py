@@ -3040,8 +3040,8 @@ def load_engine(path: Path, *, n_ctx: int, parallel: int, n_gpu_layers: int, pre
                 equip: Callable[[Engine], None] = lambda loaded: None,
                 **context_options) -> Engine:
     """Load a model and start an engine on it. n_ctx: tokens per request, 0 for as many as the
-    model was trained for. draft: "prompt-lookup" or None. equip: gives the engine, before
-    anybody else has it, what features add; may raise ModelError. `context_options` are those of Context.
+    model was trained for. draft: "prompt-lookup" or None. equip: gives the engine, before anybody
+    else has it, what features add; may raise ModelError. `context_options` are those of Context.
     Raises ModelError; BrokenModel when another file in its place could do better."""
     size = file_size(path)
     with contextlib.ExitStack() as undo:

@@ -18,9 +18,9 @@ most files are black, and black writing on it would be gone.
 
 What it costs. A file is decoded and encoded once, beside the engine, in the thread of its request,
 while streams go on; the rows of the last images are kept (Projector.CACHE_BYTES). An image of 50
-megapixels takes a second or two to decode, and some 500 MB of memory meanwhile, one image at a time
-for each model. Almost all of that runs without the GIL. What would take longer is refused: see
-MAX_PIXELS, MAX_SCANS and OPEN_SECONDS.
+megapixels takes 0.6 (JPEG) to 3 seconds (PNG with alpha) to decode, and 500 to 900 MB of memory
+meanwhile, one image at a time for each model; Pillow gives the GIL away for all but 0.15 seconds.
+What would take longer is refused: see MAX_PIXELS, MAX_SCANS and OPEN_SECONDS.
 
 What it reads and sends. The fields are the `image_url` parts of user messages, the settings
 `mmproj` and `allow_image_urls`. Only with the latter does it send anything: requests for images, to
@@ -39,8 +39,9 @@ import socket
 import threading
 import time
 import urllib.parse
+import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +141,8 @@ def is_public(text: str) -> bool:
 
 # ==== 2. Decode: a file into pixels =====================================================
 
-KINDS = ("JPEG", "PNG", "WEBP", "GIF")  # Pillow's names; it reads many more, which nobody sends
+# Pillow's names; it reads many more, which nobody sends. A JPEG that holds several is an MPO.
+KINDS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_PIXELS = 50_000_000  # of an image, which takes 3 to 4 bytes each: the largest phone cameras'
 # Each scan of a JPEG may go over the whole image, and be empty. Encoders write about ten. So many
 # of MAX_PIXELS take two seconds; of a smaller image there may be more, for the same seconds.
@@ -151,6 +153,7 @@ SCAN_PIXELS = 2**16  # what a scan costs besides, in pixels
 # subtle: Pillow reads that part in Python, piece by piece, and joins some of the pieces anew each
 # time: a file of 12 MB that is made of small ones takes it minutes.
 OPEN_SECONDS = 1.0
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd files, which are not ours to mend
 NO_PILLOW = ("images need Pillow on the server: have its operator run pip install -r "
              "features/requirements.txt")
 
@@ -169,51 +172,59 @@ class MeteredFile(io.BytesIO):
         return super().read(*size)
 
 
-def decode(file: bytes) -> np.ndarray:
-    """The pixels of a JPEG, PNG, WebP or GIF file, upright, on white, of an animation the first
-    picture: RGB, uint8 of shape (height, width, 3). Raises ImageError: also for a file that is
-    larger than MAX_PIXELS, damaged or cut off, and where Pillow is missing."""
+@contextlib.contextmanager
+def opened(file: io.BytesIO) -> Iterator["PIL.Image.Image"]:
+    """An image of which Pillow has read what stands before the pixels. What it raises within this
+    becomes an ImageError; so does Pillow where it is missing."""
     try:
         import PIL.Image
-        import PIL.ImageOps
     except ImportError:
         raise ImageError(NO_PILLOW) from None
-    PIL.Image.MAX_IMAGE_PIXELS = None  # its own limit, above which it warns; ours is in _check
+    PIL.Image.MAX_IMAGE_PIXELS = None  # its own limit, above which it warns; ours is in `inspect`
     try:
-        with PIL.Image.open(MeteredFile(file), formats=KINDS) as image:
-            _check(image.format, image.width, image.height, file)
-            image.verify()  # checksums of a PNG, up to its end: what is loaded may be less
-        with PIL.Image.open(io.BytesIO(file), formats=KINDS) as image:
-            image.load()
-            with contextlib.suppress(Exception):  # an EXIF block that is damaged turns nothing
-                PIL.ImageOps.exif_transpose(image, in_place=True)
-            return np.asarray(_on_white(image))
+        with PIL.Image.open(file, formats=KINDS) as image:
+            yield image
     except ImageError:
         raise
     except PIL.UnidentifiedImageError:
-        raise ImageError("the image is no JPEG, PNG, WebP or GIF file, or its beginning is "
-                         f"damaged; it starts with {file[:8]!r}") from None
+        raise ImageError("the image is no JPEG, PNG, WebP or GIF file, or is damaged or cut off "
+                         f"near its start, which is {file.getvalue()[:8]!r}") from None
     except Exception as error:  # a decoder of other people's files: it can raise anything
         raise ImageError("the image is damaged or cut off: "
                          f"{server.describe(str(error))}") from None
 
 
-def _check(kind: str | None, width: int, height: int, file: bytes) -> None:
-    """Refuse what would take too long or too much memory to unpack. Raises ImageError."""
-    n_pixels = width * height
-    if not 0 < n_pixels <= MAX_PIXELS:
-        raise ImageError(f"the image has {width} x {height} pixels; the limit is {MAX_PIXELS} "
-                         "in all")
-    n_scans = file.count(SCAN_START) if kind in ("JPEG", "MPO") else 0  # MPO: several JPEGs
-    if n_scans * (n_pixels + SCAN_PIXELS) > MAX_SCANS * MAX_PIXELS:
-        raise ImageError(f"the image has too many scans ({n_scans})")
+def inspect(file: bytes) -> None:
+    """Refuse what is no image, or would take too long or too much memory to decode. Raises
+    ImageError. It takes milliseconds; no pixel is unpacked."""
+    with opened(MeteredFile(file)) as image:
+        width, height, n_pixels = image.width, image.height, image.width * image.height
+        if not 0 < n_pixels <= MAX_PIXELS:
+            raise ImageError(f"the image has {width} x {height} pixels; the limit is {MAX_PIXELS} "
+                             "in all")
+        n_scans = file.count(SCAN_START) if image.format in ("JPEG", "MPO") else 0
+        if n_scans * (n_pixels + SCAN_PIXELS) > MAX_SCANS * MAX_PIXELS:
+            raise ImageError(f"the image has too many scans ({n_scans})")
+        image.verify()  # checksums of a PNG, up to its end: decoding may not go there
+
+
+def decode(file: bytes) -> np.ndarray:
+    """The pixels of a file that `inspect` let through, upright, on white, of an animation the first
+    picture: RGB, uint8 of shape (height, width, 3). Raises ImageError."""
+    with opened(io.BytesIO(file)) as image:
+        from PIL import ImageOps
+
+        image.load()
+        with contextlib.suppress(Exception):  # an EXIF block that is damaged turns nothing
+            ImageOps.exif_transpose(image, in_place=True)
+        return np.asarray(_on_white(image))
 
 
 def _on_white(image: "PIL.Image.Image") -> "PIL.Image.Image":
     """A loaded image of any mode as RGB."""
     import PIL.Image
 
-    if image.mode.startswith("I"):  # 16 bits of grey: not every release of Pillow scales them
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow itself would cut off at 255
         image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
@@ -264,7 +275,7 @@ class Projector:
         mtmd.mtmd_free(self._mtmd)
 
     def read(self, file: bytes) -> Pieces:
-        """What an image file is in a prompt. Raises ImageError."""
+        """What an image file, inspected, is in a prompt. Raises ImageError."""
         digest = hashlib.sha256(file).digest()
         with self._lock:
             pieces = self._cache.pop(digest, None)
@@ -348,8 +359,8 @@ def equip(loaded: engine.Engine, mmproj: str) -> None:
 
 
 def read_files(chat: server.ChatBody, fetches: bool, check: Callable[[], None]) -> None:
-    """Give all parts of a chat that are images their `file`. fetches: also from the web; check:
-    called meanwhile, may raise. Raises server.ApiError."""
+    """Give all parts of a chat that are images their `file`, inspected. fetches: also from the web;
+    check: called meanwhile, may raise. Raises server.ApiError."""
     until, room = time.monotonic() + IMAGE_SECONDS, MAX_IMAGES_MB * 2**20
     for at, part in chat.image_parts():
         url = part.image_url.url
@@ -362,10 +373,12 @@ def read_files(chat: server.ChatBody, fetches: bool, check: Callable[[], None]) 
             else:
                 raise ImageError(f"{server.describe(url)} was sent; send a data: URI (or have "
                                  "the server set allow_image_urls)")
+            inspect(part.file)
 
 
 def encode(loaded: engine.Engine, file: bytes, at: str) -> Pieces:
-    """An image as the model reads it. at: its place in the request. Raises server.ApiError."""
+    """An image file, inspected, as the model reads it. at: its place in the request. Raises
+    server.ApiError."""
     with errors_at(at):
         pieces = projectors[loaded].read(file)
     n_batch = loaded.context.n_batch
@@ -378,7 +391,7 @@ def encode(loaded: engine.Engine, file: bytes, at: str) -> Pieces:
 
 
 @contextlib.contextmanager
-def errors_at(at: str) -> Iterable[None]:
+def errors_at(at: str) -> Iterator[None]:
     """Make an ImageError within this a 400 that names the place."""
     try:
         yield
