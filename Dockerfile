@@ -21,9 +21,11 @@ RUN apt-get update \
 ARG CMAKE_ARGS=""
 WORKDIR /build
 COPY requirements.txt ./
+COPY features/requirements.txt ./features/
 # No cache mount: pip finds a wheel in its cache by its version alone, and would take one that was
 # compiled with other CMAKE_ARGS.
-RUN python3 -m venv /venv && /venv/bin/pip install -r requirements.txt
+RUN python3 -m venv /venv && /venv/bin/pip install -r requirements.txt \
+    -r features/requirements.txt
 
 # ---- run ----
 FROM ${RUN_IMAGE}
@@ -41,6 +43,7 @@ RUN useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin 
 COPY --from=builder /venv /venv
 WORKDIR /app
 COPY server.py engine.py config.yaml requirements.txt ./
+COPY features ./features/
 
 # These win over config.yaml: inside the container the server must listen where Docker forwards to
 # and the health check asks. Choose the address and port outside when publishing: -p 9000:8080.

@@ -1,8 +1,9 @@
 """The model: loading, text, sampling, scheduling.
 
-This file knows nothing of HTTP, and no JSON. It turns prompts (arrays of token ids) into events (pieces of text), for many requests at once, with
-one llama.cpp context for each model. Read it from top to bottom; each of its twelve parts uses only
-what stands above it; the eleventh is the loop. Parts 4 and 6 can wait for a second reading.
+This file knows nothing of HTTP, and no JSON. It turns prompts (arrays of token ids) into events
+(pieces of text), for many requests at once, with one llama.cpp context for each model. Read it from
+top to bottom; each of its eleven parts uses only what stands above it; the tenth is the loop. Part 4
+can wait for a second reading.
 Words: a *slot* is a lane of the context, a *request* its guest; *prefill* reads a prompt into the
 KV cache, *decode* produces one token per *step*, or several where *drafted* ones come true; a
 *batch* is the rows of one llama_decode.
@@ -22,24 +23,19 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
-import io
 import itertools
-import json
 import logging
 import math
 import os
 import queue
 import re
 import secrets
-import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import weakref
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -47,7 +43,6 @@ import jinja2
 import numpy as np
 from llama_cpp import llama_chat_format
 from llama_cpp import llama_cpp as lib  # llama.h by ctypes, name by name
-from llama_cpp import mtmd_cpp as mtmd  # mtmd.h, the same way
 
 log = logging.getLogger("engine")
 
@@ -64,10 +59,6 @@ class BrokenModel(ModelError):
 
 class TemplateError(Exception):
     """The chat template refused the messages; the message is the template's own."""
-
-
-class ImageError(ValueError):
-    """An image that cannot be read; the message says why."""
 
 
 class ModelLoading(Exception):
@@ -382,7 +373,7 @@ native_errors: collections.deque[str] = collections.deque(maxlen=8)  # llama.cpp
 
 
 @lib.llama_log_callback
-def _on_native_log(level: int, text: bytes, _user_data) -> None:
+def on_native_log(level: int, text: bytes, _user_data) -> None:
     """Keep llama.cpp's own log out of the console, but remember why something failed."""
     if level == NATIVE_ERROR:
         native_errors.append(text.decode("utf-8", "replace").strip())
@@ -419,219 +410,24 @@ def _pointer(array: np.ndarray, ctype):
     return array.ctypes.data_as(ctypes.POINTER(ctype))
 
 
-# ---- images: what a vision model's second file, the mmproj, makes of them
-
-MAX_PIXELS = 50_000_000  # of an image, which takes 3 bytes each: the largest phone cameras'
-MAX_SEGMENTS = 20_000  # of a file; one of 16 MB has some thousands
-MAX_SCANS = 100  # of a JPEG, each of which may go over the whole image; encoders write about ten
-PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
-PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by color type
-JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # ITU-T T.81, table B.1: SOF
-JPEG_BARE = frozenset([0x01, *range(0xD0, 0xD9)])  # markers without a length
-JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"
-N_ID_WORDS = 8  # of 31 bits each, of the SHA-256 of an image
-
-
-def image_kind(file: bytes) -> str:
-    """The MIME type of a file. Raises ImageError for what is no JPEG, PNG or WebP."""
-    if file.startswith(PNG_START):
-        return "image/png"
-    if file.startswith(b"\xff\xd8\xff"):
-        return "image/jpeg"
-    if file[:4] == b"RIFF" and file[8:12] == b"WEBP":
-        return "image/webp"
-    raise ImageError(f"the image is no JPEG, PNG or WebP file; it starts with {file[:8]!r}")
-
-
-def image_size(file: bytes) -> tuple[int, int]:
-    """Width and height of a JPEG or PNG file, in pixels. Raises ImageError for what no decoder
-    should be given: one that is cut off, damaged, or unpacks to more than it says."""
-    try:
-        return (_png_size if image_kind(file) == "image/png" else _jpeg_size)(file)
-    except (struct.error, IndexError, KeyError, zlib.error):
-        raise ImageError("the image is cut off or damaged") from None
-
-
-def _png_size(file: bytes) -> tuple[int, int]:
-    """Width and height (https://www.w3.org/TR/png-3/). The pixels are unpacked once, to count."""
-    width, height, bits, color = struct.unpack_from(">IIBB", file, 16)
-    # A row and its filter, and what the seven passes of an interlaced image round up.
-    room = height * (width * PNG_CHANNELS[color] * bits // 8 + 8) + 64
-    unpack, position = zlib.decompressobj(), 8
-    for _ in range(MAX_SEGMENTS):
-        length, kind = struct.unpack_from(">I4s", file, position)
-        data = file[position + 8:position + 8 + length]
-        if struct.unpack_from(">I", file, position + 8 + length)[0] != zlib.crc32(kind + data):
-            break
-        if kind == b"IEND":
-            return width, height
-        while kind == b"IDAT" and data and room >= 0 and not unpack.eof:
-            room -= len(unpack.decompress(data, 2**20))
-            data = unpack.unconsumed_tail
-        if room < 0 or width * height > MAX_PIXELS:
-            raise ImageError(f"the image has {width} x {height} pixels, or more than that; the "
-                             f"limit is {MAX_PIXELS} in all")
-        position += length + 12
-    raise IndexError
-
-
-def _jpeg_size(file: bytes) -> tuple[int, int]:
-    """Width and height (ITU-T T.81, annex B)."""
-    position = 2
-    for _ in range(MAX_SEGMENTS):
-        if file[position] != 0xFF:
-            break
-        marker = file[position + 1]
-        if marker in JPEG_FRAMES and JPEG_END in file[position:]:
-            if file.count(JPEG_SCAN) > MAX_SCANS:
-                raise ImageError(f"the image has more than {MAX_SCANS} scans")
-            return struct.unpack_from(">HH", file, position + 5)[::-1]
-        if marker == 0xFF:  # filling
-            position += 1
-        else:
-            position += 2 if marker in JPEG_BARE else 2 + struct.unpack_from(
-                ">H", file, position + 2)[0]
-    raise IndexError
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
-class Image:
-    """An image, or a part of one, as its model reads it. In a prompt its positions are `ids`,
-    which are negative and made of its content: the prefix cache needs to know nothing else."""
+class Piece:
+    """Rows of an image in place of tokens. In a prompt its positions are `ids`, which are negative
+    and made of its content: the prefix cache needs to know nothing else, and keeps it whole or not
+    at all. Made by a handler thread; its memory must not change afterwards."""
 
-    ids: np.ndarray  # int32, shape (n_positions,)
-    n_tokens: int  # cells that it takes in the KV cache; more than positions for some models
+    ids: np.ndarray  # int32, shape (n_positions,), each below 0
     rows: np.ndarray  # what stands in place of token embeddings: float32, (n_tokens, n_embd)
-    native: int | None  # mtmd's chunk, for a model that must read the image in one piece ...
-    sees_ahead: bool  # ... and in one batch: each of its rows attends to all
+    # For a model that must read it in one piece, since it has fewer positions than tokens or
+    # `sees_ahead`: decodes it, given a llama_context, the first position, a seq_id and n_batch, and
+    # returns llama_decode's code. Engine thread, under the model lock. None: it is cut as text is.
+    decode_whole: Callable[[int, int, int, int], int] | None = None
+    sees_ahead: bool = False  # each row attends to all: they must fit in one batch
 
-
-class Projector:
-    """Turns image files into Images, by llama.cpp's mtmd. Safe to use from any thread."""
-
-    CACHE_BYTES = 2**27  # of rows: the images of the last conversations
-
-    def __init__(self, model, path: Path, on_gpu: bool, n_threads: int):
-        """model: the llama_model that will read the rows. Raises ModelError."""
-        mtmd.mtmd_helper_log_set(_on_native_log, ctypes.c_void_p(None))
-        params = mtmd.mtmd_context_params_default()
-        params.use_gpu, params.print_timings, params.warmup = on_gpu, False, False
-        # As many as the engine has, beside which they run: with half of them streams pause for half
-        # a second at a time, because one of the engine's threads waits for the others.
-        params.n_threads = n_threads
-        native_errors.clear()
-        self._mtmd = mtmd.mtmd_init_from_file(os.fsencode(path), model, params)
-        if not self._mtmd:
-            reason = native_errors[0] if native_errors else "is it for another model?"
-            raise BrokenModel(f"cannot load the mmproj {path}: {reason}")
-        if not mtmd.mtmd_support_vision(self._mtmd):
-            mtmd.mtmd_free(self._mtmd)
-            raise ModelError(f"the mmproj {path} is not for images")
-        self._n_embd = lib.llama_model_n_embd_inp(model)
-        self._marker = mtmd.mtmd_default_marker()
-        self._lock = threading.Lock()  # held for one image
-        self._cache: dict[bytes, list[np.ndarray | Image]] = {}  # by SHA-256, oldest use first
-        self._cached_bytes = 0
-
-    def close(self) -> None:
-        """Free it. No image of it may be read afterwards."""
-        self._cache.clear()
-        mtmd.mtmd_free(self._mtmd)
-
-    def read(self, file: bytes) -> list[np.ndarray | Image]:
-        """What an image file is in a prompt: images, and token ids that the model wants around
-        them. Raises ImageError."""
-        digest = hashlib.sha256(file).digest()
-        with self._lock:
-            pieces = self._cache.pop(digest, None)
-            if pieces is None:
-                pieces = self._encode(file, digest)
-                self._cached_bytes += row_bytes(pieces)
-            self._cache[digest] = pieces
-            while self._cached_bytes > self.CACHE_BYTES and len(self._cache) > 1:
-                oldest = self._cache.pop(next(iter(self._cache)))
-                self._cached_bytes -= row_bytes(oldest)
-        return pieces
-
-    def _encode(self, file: bytes, digest: bytes) -> list[np.ndarray | Image]:
-        with contextlib.ExitStack() as stack:
-            bitmap = self._bitmap(file)
-            stack.callback(mtmd.mtmd_bitmap_free, bitmap)
-            chunks = mtmd.mtmd_input_chunks_init()
-            stack.callback(mtmd.mtmd_input_chunks_free, chunks)
-            text = mtmd.mtmd_input_text(self._marker, len(self._marker), False, True)
-            code = mtmd.mtmd_tokenize(self._mtmd, chunks, ctypes.byref(text),
-                                      (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap), 1)
-            if code != 0:
-                raise ImageError(f"the model cannot read the image (mtmd_tokenize: {code})")
-            return [self._piece(mtmd.mtmd_input_chunks_get(chunks, i), digest + bytes([i % 256]))
-                    for i in range(mtmd.mtmd_input_chunks_size(chunks))]
-
-    def _bitmap(self, file: bytes):
-        """The pixels of a file, as mtmd holds them."""
-        is_webp = image_kind(file) == "image/webp"
-        width, height, file = read_by_pillow(file) if is_webp else (*image_size(file), file)
-        if not 0 < width * height <= MAX_PIXELS:
-            raise ImageError(f"the image has {width} x {height} pixels; the limit is {MAX_PIXELS} "
-                             "in all")
-        buffer = (ctypes.c_uint8 * len(file)).from_buffer_copy(file)
-        bitmap = mtmd.mtmd_bitmap_init(width, height, buffer) if is_webp else \
-            mtmd.mtmd_helper_bitmap_init_from_buf(self._mtmd, buffer, len(file), False)
-        if not bitmap:
-            raise ImageError("the image is damaged, or of a kind that is not supported")
-        return bitmap
-
-    def _piece(self, chunk, digest: bytes) -> np.ndarray | Image:
-        """One of mtmd's chunks."""
-        n_tokens = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
-        if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
-            tokens = mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(ctypes.c_size_t()))
-            return np.ctypeslib.as_array(tokens, (n_tokens,)).astype(np.int32)
-        if mtmd.mtmd_encode_chunk(self._mtmd, chunk) != 0:
-            raise ImageError("the model cannot encode the image")
-        rows = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(self._mtmd),
-                                     (n_tokens, self._n_embd)).copy()
-        if not np.isfinite(rows).all():
-            raise ImageError("the model makes no numbers of the image: its mmproj may be damaged")
-        words = np.frombuffer(hashlib.sha256(digest).digest(), ">u4").astype(np.int64) % 2**31
-        positions = np.arange(mtmd.mtmd_input_chunk_get_n_pos(chunk))
-        ids = (-1 - words[positions % N_ID_WORDS]).astype(np.int32)
-        sees_ahead = mtmd.mtmd_decode_use_non_causal(self._mtmd, chunk)
-        is_whole = sees_ahead or mtmd.mtmd_decode_use_mrope(self._mtmd)
-        native = mtmd.mtmd_input_chunk_copy(chunk) if is_whole else None
-        image = Image(ids, n_tokens, rows, native, sees_ahead)
-        if is_whole:
-            weakref.finalize(image, mtmd.mtmd_input_chunk_free, image.native)
-        return image
-
-    def decode_whole(self, context, image: Image, position: int, seq_id: int, n_batch: int) -> int:
-        """Let a llama_context read an image in one piece, as models must that see all of it at
-        once, or give it fewer positions than tokens. Return llama_decode's code."""
-        return mtmd.mtmd_helper_decode_image_chunk(
-            self._mtmd, context, image.native, _pointer(image.rows, ctypes.c_float), position,
-            seq_id, n_batch, ctypes.byref(lib.llama_pos()),
-            mtmd.mtmd_helper_post_decode_callback(), ctypes.c_void_p(None))
-
-
-def row_bytes(pieces: list[np.ndarray | Image]) -> int:
-    """The memory that the rows of images take."""
-    return sum(piece.rows.nbytes for piece in pieces if isinstance(piece, Image))
-
-
-def read_by_pillow(file: bytes) -> tuple[int, int, bytes]:
-    """Width, height and RGB bytes of an image. Raises ImageError."""
-    try:
-        import PIL.Image  # optional
-    except ImportError:
-        raise ImageError("WebP images need Pillow on the server (pip install pillow); send JPEG or "
-                         "PNG") from None
-    try:
-        with PIL.Image.open(io.BytesIO(file), formats=["WEBP"]) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return image.width, image.height, b""
-            return image.width, image.height, image.convert("RGB").tobytes()
-    except Exception as error:  # a decoder of other people's files: it can raise anything
-        raise ImageError(f"the image is damaged: {error}") from None
+    @property
+    def n_tokens(self) -> int:
+        """Cells that it takes in the KV cache; more than positions for some models."""
+        return len(self.rows)
 
 
 # ---- weights, vocabulary, chat template
@@ -640,13 +436,11 @@ class Model:
     """Weights, vocabulary and chat template of one GGUF file. Safe to use from any thread."""
 
     def __init__(self, path: Path, n_gpu_layers: int = -1, on_progress=lambda fraction: True,
-                 chat_template_file: str | None = None, mmproj: Path | None = None,
-                 n_threads: int = 0):
+                 chat_template_file: str | None = None):
         """n_gpu_layers: layers to put on the GPU, -1 for all. on_progress: called with 0.0 to
         1.0; loading stops when it returns False. chat_template_file: Jinja, in place of the
-        GGUF's own. mmproj: the GGUF of its Projector, for a model that sees. n_threads: of that; 0
-        takes the physical cores. Raises ModelError."""
-        lib.llama_log_set(_on_native_log, ctypes.c_void_p(None))
+        GGUF's own. Raises ModelError."""
+        lib.llama_log_set(on_native_log, ctypes.c_void_p(None))
         lib.llama_backend_init()
         params = lib.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
@@ -654,42 +448,41 @@ class Model:
             lambda fraction, _: on_progress(fraction))
         native_errors.clear()
         self.path, self.name = path, path.stem
-        self._model = lib.llama_model_load_from_file(os.fsencode(path), params)
-        if not self._model:
+        self.pointer = lib.llama_model_load_from_file(os.fsencode(path), params)
+        if not self.pointer:
             if not native_errors:
                 raise ModelError(f"cannot load {path}: loading was interrupted")
             raise BrokenModel(f"cannot load {path}: {native_errors[0]}")
-        self.vocab = lib.llama_model_get_vocab(self._model)
+        self.vocab = lib.llama_model_get_vocab(self.pointer)
         if lib.llama_vocab_type(self.vocab) == lib.LLAMA_VOCAB_TYPE_NONE:
-            lib.llama_model_free(self._model)
+            lib.llama_model_free(self.pointer)
             raise BrokenModel(f"cannot load {path}: it has no vocabulary")
         self.n_vocab: int = lib.llama_vocab_n_tokens(self.vocab)
-        self.n_ctx_train: int = lib.llama_model_n_ctx_train(self._model)
-        self.n_params: int = lib.llama_model_n_params(self._model)
-        self.size_bytes: int = lib.llama_model_size(self._model)
-        self.n_embd: int = lib.llama_model_n_embd_out(self._model)
+        self.n_ctx_train: int = lib.llama_model_n_ctx_train(self.pointer)
+        self.n_params: int = lib.llama_model_n_params(self.pointer)
+        self.size_bytes: int = lib.llama_model_size(self.pointer)
+        self.n_embd: int = lib.llama_model_n_embd_out(self.pointer)
         self.architecture = self._metadata("general.architecture")
         # Embedding models say how to make one vector of a text; generative ones do not.
         self.pools = self._metadata(f"{self.architecture}.pooling_type") not in ("", "0")
         self.generates = self._metadata(f"{self.architecture}.attention.causal") != "false"
         self.on_gpu = bool(n_gpu_layers and lib.llama_supports_gpu_offload())
         # A recurrent state cannot forget its last tokens, as a draft that was wrong must be.
-        self.can_rewind = not (lib.llama_model_is_recurrent(self._model)
-                               or lib.llama_model_is_hybrid(self._model))
-        self.n_swa: int = lib.llama_model_n_swa(self._model)  # tokens of a sliding window, or 0
+        self.can_rewind = not (lib.llama_model_is_recurrent(self.pointer)
+                               or lib.llama_model_is_hybrid(self.pointer))
+        self.n_swa: int = lib.llama_model_n_swa(self.pointer)  # tokens of a sliding window, or 0
         # Saved states leave out what the window has passed: they are good to their end only.
         self.can_cut = self.can_rewind and not self.n_swa
         description = ctypes.create_string_buffer(MAX_METADATA)
-        lib.llama_model_desc(self._model, description, MAX_METADATA)
+        lib.llama_model_desc(self.pointer, description, MAX_METADATA)
         # The type of most weights, such as "Q4_1".
         self.quantization = description.value.decode("utf-8", "replace").split()[-1]
         self._read_vocabulary()
+        self.parts = contextlib.ExitStack()  # what features made of the weights; is freed first
         try:
             self._template, self.tool_format = self._load_chat_template(chat_template_file)
-            self.projector = Projector(
-                self._model, mmproj, self.on_gpu, n_threads or physical_cores()) if mmproj else None
         except ModelError:
-            lib.llama_model_free(self._model)
+            lib.llama_model_free(self.pointer)
             raise
 
     def _read_vocabulary(self) -> None:
@@ -711,7 +504,7 @@ class Model:
 
     def _load_chat_template(self, file: str | None):
         """The chat template, compiled, and the ToolFormat that it asks for."""
-        native = lib.llama_model_chat_template(self._model, None)
+        native = lib.llama_model_chat_template(self.pointer, None)
         bos, eos = (self.piece(token, special=True).decode() if token >= 0 else ""
                     for token in (self._bos, lib.llama_vocab_eos(self.vocab)))
         try:
@@ -728,18 +521,17 @@ class Model:
     def _metadata(self, key: str) -> str:
         """A value from the GGUF's header as text; "" where there is none."""
         buffer = ctypes.create_string_buffer(MAX_METADATA)
-        lib.llama_model_meta_val_str(self._model, key.encode(), buffer, MAX_METADATA)
+        lib.llama_model_meta_val_str(self.pointer, key.encode(), buffer, MAX_METADATA)
         return buffer.value.decode("utf-8", "replace")
 
     def close(self) -> None:
-        """Free the weights. Nothing of this model may be called afterwards."""
-        if self.projector:
-            self.projector.close()
-        lib.llama_model_free(self._model)
+        """Free its parts, then the weights. Nothing of this model may be called afterwards."""
+        self.parts.close()
+        lib.llama_model_free(self.pointer)
 
     def new_context(self, params: lib.llama_context_params):
         """Return a new llama_context, or None."""
-        return lib.llama_init_from_model(self._model, params)
+        return lib.llama_init_from_model(self.pointer, params)
 
     def fewest_tokens(self, text: str) -> int:
         """A lower bound of the tokens in a text, found in no time: a text that cannot fit is
@@ -786,17 +578,17 @@ class Model:
             tokens = np.append(tokens, self._end_of_text).astype(np.int32)
         return tokens
 
-    def tokenize_parts(self, parts: list[str | list[np.ndarray | Image]]
-                       ) -> tuple[np.ndarray, dict[int, Image]]:
-        """The token ids of texts and what Projector.read made of images, one after the other, and
-        the images by where they begin."""
-        pieces: list[np.ndarray | Image] = []
+    def tokenize_parts(self, parts: list[str | list[np.ndarray | Piece]]
+                       ) -> tuple[np.ndarray, dict[int, Piece]]:
+        """The token ids of texts and what was made of images (Pieces, and token ids around them),
+        one after the other, and the Pieces by where they begin."""
+        pieces: list[np.ndarray | Piece] = []
         for index, part in enumerate(parts):
             pieces += [self.tokenize(part, bos=index == 0)] if isinstance(part, str) else part
-        ids = [piece.ids if isinstance(piece, Image) else piece for piece in pieces]
+        ids = [piece.ids if isinstance(piece, Piece) else piece for piece in pieces]
         starts = itertools.accumulate(map(len, ids), initial=0)
         return np.concatenate(ids), {start: piece for start, piece in zip(starts, pieces)
-                                     if isinstance(piece, Image)}
+                                     if isinstance(piece, Piece)}
 
     def _cut_long_runs(self, text: str) -> list[str]:
         """Cut a text where it runs on for very long without white space, or with nothing else.
@@ -866,7 +658,7 @@ class Model:
             sys.settrace(tracer)
 
 
-# ==== 7. Sampling: from one row of logits to one token ==================================
+# ==== 6. Sampling: from one row of logits to one token ==================================
 
 GREEDY_BELOW = 1e-3  # temperature: dividing logits by less overflows, and changes nothing anyway
 N_SEEDS = 2**32 - 1  # seeds are 32 bit, and llama.h keeps 0xFFFFFFFF for "random"
@@ -1084,7 +876,7 @@ def token_logprob(logits: np.ndarray, token: int, n_top: int) -> TokenLogprob:
     return TokenLogprob(token, float(logprobs[token]), tuple((t, float(logprobs[t])) for t in top))
 
 
-# ==== 8. The context: one KV cache split into slots, one batch at a time ================
+# ==== 7. The context: one KV cache split into slots, one batch at a time ================
 
 DECODE_OK, DECODE_NO_ROOM = 0, 1  # what llama_decode returns (llama.h)
 FLASH_ATTN = {"auto": lib.LLAMA_FLASH_ATTN_TYPE_AUTO, True: lib.LLAMA_FLASH_ATTN_TYPE_ENABLED,
@@ -1102,7 +894,7 @@ class Chunk:
     wants_all: bool = False  # logits of each token
     n_draft: int = 0  # how many of the tokens are drafted
     row: int = -1  # the last token's row in the batch, set by Context.decode
-    image: Image | None = None  # what `tokens` are a part of, ...
+    image: Piece | None = None  # what `tokens` are a part of, ...
     first_row: int = 0  # ... from which of its rows on
 
 
@@ -1147,7 +939,7 @@ class Context:
             n_seq_id=_pointer(self._n_seq_id, ctypes.c_int32),
             seq_id=_pointer(self._seq_pointers, ctypes.POINTER(lib.llama_seq_id)),
             logits=_pointer(self._wants_logits, ctypes.c_int8))
-        self._projector, self._n_swa = model.projector, model.n_swa
+        self._n_swa = model.n_swa
         self.being_copied: set[int] = set()  # slots whose cells the next decode copies
 
     def close(self) -> None:
@@ -1159,10 +951,9 @@ class Context:
         The chunks have at most n_batch tokens together, and each continues its slot; one with an
         image is alone."""
         image, end = chunks[0].image, 0
-        if image and image.native:
+        if image and image.decode_whole:
             slot = chunks[0].slot
-            return self._projector.decode_whole(self.pointer, image, slot.n_cached, slot.seq_id,
-                                                self.n_batch)
+            return image.decode_whole(self.pointer, slot.n_cached, slot.seq_id, self.n_batch)
         for chunk in chunks:
             start, end = end, end + len(chunk.tokens)
             self._token[start:end] = chunk.tokens  # of an image: not read
@@ -1234,7 +1025,7 @@ class Context:
         return 0
 
 
-# ==== 9. Requests and slots =============================================================
+# ==== 8. Requests and slots =============================================================
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1267,7 +1058,7 @@ class Request:
     scores_prompt: bool = False  # log-probabilities of the prompt too, which is computed whole
     reuses: bool = True  # may take a cached prefix
     events: queue.SimpleQueue | None = None  # shared by the choices of a reply; None: its own
-    images: dict[int, Image] = dataclasses.field(default_factory=dict)  # by their first position
+    images: dict[int, Piece] = dataclasses.field(default_factory=dict)  # by their first position
     lookup: "PromptLookup | None" = None  # drafts what stood in the text before
 
     def __post_init__(self, stops: list[str]):
@@ -1291,7 +1082,7 @@ class Request:
         """Tokens of the prompt; an image may have more of them than positions."""
         return len(self.prompt) + extra_tokens(self.images)
 
-    def image_at(self, position: int) -> tuple[int, int, Image | None]:
+    def image_at(self, position: int) -> tuple[int, int, Piece | None]:
         """The image that covers a position of the prompt: its first position, the one behind it,
         and itself; of the text there, the end."""
         for start, image in self.images.items():
@@ -1331,7 +1122,7 @@ class Request:
         self.events.put(event)
 
 
-def extra_tokens(images: dict[int, Image]) -> int:
+def extra_tokens(images: dict[int, Piece]) -> int:
     """How many more tokens than positions images have."""
     return sum(image.n_tokens - len(image.ids) for image in images.values())
 
@@ -1500,7 +1291,7 @@ class Embedder:
         yield vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), TINY)
 
 
-# ==== 10. Drafts and stored prefixes ====================================================
+# ==== 9. Drafts and stored prefixes =====================================================
 
 # A decode of several rows costs less than as many decodes of one. So tokens are drafted: looked up
 # where the text said the same before, or guessed by a smaller model. One batch verifies them: row
@@ -1937,7 +1728,7 @@ class PrefixStore:
         return self._entries[-1]
 
 
-# ==== 11. The engine =====================================================================
+# ==== 10. The engine ====================================================================
 
 # Sharing a prefix copies the cells of a whole slot, which costs about as much as prefilling
 # this many tokens: fewer are computed again instead.
@@ -2260,7 +2051,7 @@ class Engine:
         for slot in sorted(prefilling, key=lambda slot: slot.request.arrival):
             prompt = slot.request.prompt
             start, end, image = slot.request.image_at(slot.n_cached)
-            if not (image and image.native):
+            if not (image and image.decode_whole):
                 end = min(end, slot.n_cached + n_left)
             if slot.n_cached < end and n_left > 0:
                 tokens = prompt[slot.n_cached : end]
@@ -2306,7 +2097,7 @@ class Engine:
                 self._decode_and_sample([chunk])
         elif chunks:
             slot, half = chunks[0].slot, chunks[0].tokens[: len(chunks[0].tokens) // 2]
-            may_halve = len(half) and not (chunks[0].image and chunks[0].image.native)
+            may_halve = len(half) and not (chunks[0].image and chunks[0].image.decode_whole)
             if code == DECODE_NO_ROOM and may_halve:  # the rest follows in the next step
                 self._decode_and_sample([dataclasses.replace(
                     chunks[0], tokens=half, wants_logits=False)])
@@ -2424,18 +2215,18 @@ def describe(error: Exception) -> str:
 
 def load_engine(path: Path, *, n_ctx: int, parallel: int, n_gpu_layers: int, prefill_chunk: int,
                 max_queue: int, cache_ram_mib: float = 0, chat_template_file: str | None = None,
-                mmproj: str | None = None, draft: str | None = None,
+                draft: str | None = None,
                 draft_model_path: str | None = None, draft_n_ctx: int = 0,
                 draft_n_gpu_layers: int = -1, on_progress=lambda fraction: True,
+                equip: Callable[[Engine], None] = lambda loaded: None,
                 **context_options) -> Engine:
     """Load a model and start an engine on it. n_ctx: tokens per request, 0 for as many as the
-    model was trained for. draft: "prompt-lookup" or None. `context_options` are those of Context.
+    model was trained for. draft: "prompt-lookup" or None. equip: gives the engine, before anybody
+    else has it, what features add; may raise ModelError. `context_options` are those of Context.
     Raises ModelError; BrokenModel when another file in its place could do better."""
     size = file_size(path)
-    projector = find_model_file(mmproj, path.parent, setting="mmproj") if mmproj else None
     with contextlib.ExitStack() as undo:
-        model = Model(path, n_gpu_layers, on_progress, chat_template_file, projector,
-                      context_options.get("n_threads", 0))
+        model = Model(path, n_gpu_layers, on_progress, chat_template_file)
         undo.callback(model.close)
         if n_ctx > model.n_ctx_train:
             log.warning("n_ctx is %d, but %s was trained for %d tokens: text beyond that may be "
@@ -2457,6 +2248,7 @@ def load_engine(path: Path, *, n_ctx: int, parallel: int, n_gpu_layers: int, pre
                         draft == PROMPT_LOOKUP, draft_model)
         undo.callback(loaded.close)
         loaded.start()
+        equip(loaded)
         undo.pop_all()
     return loaded
 
@@ -2494,7 +2286,7 @@ def file_size(path: Path) -> int:
         raise BrokenModel(f"the model file {path} has vanished: {error.strerror}") from error
 
 
-# ==== 12. The pool: which models are loaded ==============================================
+# ==== 11. The pool: which models are loaded =============================================
 
 POLL_SECONDS = 0.1  # how often who waits for a model looks whether its client is still there
 IDLE_GRACE_SECONDS = 0.2  # a client that sends one request after the other is back within this
@@ -2503,13 +2295,14 @@ RELOAD_SECONDS = 2.0  # between looks whether a model file that could not be loa
 
 @dataclasses.dataclass(eq=False)
 class LocalModel:
-    """A model that can be loaded, and how it stands. What follows `options` is the Pool's."""
+    """A model that can be loaded, and how it stands. What follows `mmproj` is the Pool's."""
 
-    FILES = ("mmproj", "chat_template_file", "draft_model_path")  # besides, in the options
+    FILES = ("chat_template_file", "draft_model_path")  # besides, in the options
 
     name: str
     path: str | None  # as find_model_file takes it
     options: dict  # of load_engine
+    mmproj: str | None = None  # the file with which it sees, for `equip`
     engine: Engine | None = None
     progress: float | None = None  # 0 to 1, while it loads
     is_in_folder: bool = False  # of the models_dir, from which it may vanish
@@ -2527,7 +2320,7 @@ class LocalModel:
     def look(self) -> tuple:
         """What changes when one of its files does."""
         seen = []
-        for file in (self.path, *map(self.options.get, self.FILES)):
+        for file in (self.path, self.mmproj, *map(self.options.get, self.FILES)):
             with contextlib.suppress(OSError, TypeError):  # gone, or None
                 stat = os.stat(os.path.expanduser(file))
                 seen.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
@@ -2560,14 +2353,15 @@ class Pool:
 
     def __init__(self, models: list[LocalModel], stopping: threading.Event,
                  scan: Callable[[], list[LocalModel]], download_dir: Path, max_loaded: int,
-                 max_queue: int, turn_seconds: float):
+                 max_queue: int, turn_seconds: float,
+                 equip: Callable[[LocalModel, Engine], None] = lambda model, loaded: None):
         """stopping: ends everything. scan: the models in a folder, as it is now. download_dir: for
         the default model, if it has to be fetched. max_queue: how many may wait. turn_seconds: how
-        long a model with work stays when another one is asked for."""
+        long a model with work stays when another one is asked for. equip: as load_engine's."""
         self._models = {model.name: model for model in models}
         self.default: LocalModel | None = None
         self._stopping, self._scan = stopping, scan
-        self._download_dir = download_dir
+        self._download_dir, self._equip = download_dir, equip
         self._max_loaded, self._max_queue, self._turn_seconds = max_loaded, max_queue, turn_seconds
         self.fatal_error: str | None = None
         self.n_loads = 0
@@ -2601,7 +2395,7 @@ class Pool:
             for name, model in found.items():
                 known = self._models.setdefault(name, model)
                 if known.is_in_folder and not known.engine:
-                    known.options = model.options  # its mmproj may have come or gone
+                    known.mmproj = model.mmproj  # it may have come or gone
             return {name: model for name, model in self._models.items()
                     if model.engine or not model.is_in_folder or name in found}
 
@@ -2781,7 +2575,8 @@ class Pool:
             model.path = str(path)
             model.seen = model.look()
             log.info("loading %s", path.name)
-            loaded = load_engine(path, on_progress=go_on, **model.options)
+            loaded = load_engine(path, on_progress=go_on, **model.options,
+                                 equip=functools.partial(self._equip, model))
         except Exception as error:
             self._fail(model, error)
         else:

@@ -22,7 +22,6 @@ to load; each connection has one that handles its requests, and each engine has 
 
 import argparse
 import base64
-import binascii
 import collections
 import contextlib
 import dataclasses
@@ -1213,7 +1212,7 @@ class RateLimiter:
         return headers
 
 
-# ---- requests of our own: to engines elsewhere, and for images
+# ---- requests of our own: to engines elsewhere, and of features
 
 CONNECT_SECONDS = 10.0
 LIST_SECONDS = 5.0  # for the list of models elsewhere
@@ -1414,93 +1413,6 @@ def error_in(body: bytes) -> str:
         return printable(body.decode("utf-8", "replace"))
 
 
-MAX_REDIRECTS = 3
-IMAGE_SECONDS = 10.0  # for all images of a request that come from the web
-MAX_IMAGES_MB = 20  # of all these together
-
-
-def read_data_uri(url: str) -> bytes:
-    """The image in a data: URI (RFC 2397) in Base64. Raises ImageError, also where its type is not
-    what the URI says."""
-    about, comma, data = url.partition(",")
-    kind, *options = about[5:MAX_LINE].lower().split(";")
-    if not comma or "base64" not in options:
-        raise engine.ImageError("a data: URI must be like data:image/png;base64,...")
-    try:
-        file = binascii.a2b_base64("".join(data.split()).encode("ascii"), strict_mode=True)
-    except ValueError:
-        raise engine.ImageError("the data: URI is not valid Base64") from None
-    found = engine.image_kind(file)
-    if kind.replace("image/jpg", "image/jpeg") not in (found, "", "image/*",
-                                                       "application/octet-stream"):
-        raise engine.ImageError(f"the image is {found}, but {describe(kind)} was said")
-    return file
-
-
-def fetch_image(url: str, until: float, limit: int, check: Callable[[], None]) -> bytes:
-    """An image from the web: from public addresses only, also after a redirect, so that nobody
-    reaches through us what is not public. until: time.monotonic(); limit: bytes. Raises
-    ImageError."""
-    def check_both() -> None:
-        check()
-        if time.monotonic() > until:
-            raise TimeoutError
-
-    try:
-        for _ in range(MAX_REDIRECTS + 1):
-            check_both()
-            with request_elsewhere("GET", url, None, {"Accept": "image/*", "User-Agent": NAME},
-                                   IMAGE_SECONDS, check_both, public_address(url)) as response:
-                location = response.headers.get("Location")
-                if 300 <= response.status < 400 and location:
-                    with contextlib.suppress(ValueError):  # else public_address says it
-                        location = urllib.parse.urljoin(url, location)
-                    url = location
-                    continue
-                if response.status != 200:
-                    raise engine.ImageError(f"{describe(url)} answered {response.status}")
-                return read_all(response, limit)
-    except TimeoutError:
-        raise engine.ImageError("fetching images takes more than the "
-                                f"{IMAGE_SECONDS:g} seconds of a request") from None
-    except TooLarge:
-        raise engine.ImageError(f"the images of a request that are fetched are more than "
-                                f"{MAX_IMAGES_MB} MB") from None
-    except (Unreachable, http.client.HTTPException) as error:
-        raise engine.ImageError(f"cannot fetch {describe(url)}: {describe(str(error))}") from None
-    raise engine.ImageError(f"more than {MAX_REDIRECTS} redirects")
-
-
-def public_address(url: str) -> str:
-    """One address of a URL's host, all of which must be public. Raises ImageError."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-            raise ValueError
-        found = socket.getaddrinfo(parts.hostname, parts.port or 0, type=socket.SOCK_STREAM)
-    except (OSError, ValueError):
-        raise engine.ImageError(f"{describe(url)} is no address on the web") from None
-    addresses = [entry[4][0] for entry in found]
-    if not all(map(is_public, addresses)):
-        raise engine.ImageError(f"{describe(url)} is not at a public address")
-    return addresses[0]
-
-
-GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # RFC 4291, 2.4
-NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
-
-
-def is_public(text: str) -> bool:
-    """Whether everybody can reach an address. One that stands for an IPv4 address is that."""
-    address = read_address(text)
-    if address is None or address.version == 4:
-        return address is not None and address.is_global and not address.is_multicast
-    inner = address.sixtofour or (address.teredo or (None, None))[1]
-    if address in NAT64:
-        inner = ipaddress.IPv4Address(int(address) % 2**32)
-    return is_public(str(inner)) if inner else address in GLOBAL_UNICAST and address.is_global
-
-
 # ==== 6. Models: which names there are ===================================================
 
 
@@ -1537,21 +1449,20 @@ class Models:
                           for name, entry in config.models.items() if entry.base_url}
         url = config.openai_base_url
         self.others = Upstream(UPSTREAM, url.rstrip("/"), config.openai_api_key) if url else None
-        local = {name: engine.LocalModel(name, entry.model_path, self.load_options(entry))
+        local = {name: self.local(name, entry)
                  for name, entry in config.models.items() if entry.model_path}
         wanted = config.default_regular_model
         own = model_name(config.model_path)
         if config.model_path or not (wanted or config.models) or wanted == own and not url:
-            local = {own: engine.LocalModel(own, config.model_path, self.load_options(config)),
-                     **local}
+            local = {own: self.local(own, config), **local}
         self.pool = engine.Pool(
             list(local.values()), stopping, self.scan, HERE / "models",
             max_loaded=config.max_loaded, max_queue=config.max_queue,
-            turn_seconds=config.turn_seconds)
+            turn_seconds=config.turn_seconds, equip=equip)
         self.fixed = {**local, **self.upstreams}
         self.regular = self.default("default_regular_model", next(iter(self.fixed), None))
         self.fixed |= dict.fromkeys(config.model_aliases if self.regular else (), self.regular)
-        see = [name for name, model in self.pool.models().items() if model.options["mmproj"]]
+        see = [name for name, model in self.pool.models().items() if model.mmproj]
         self.vision = self.default("default_vision_model", next(iter(see), None))
         if isinstance(self.regular, engine.LocalModel):
             self.pool.set_default(self.regular)
@@ -1566,6 +1477,12 @@ class Models:
             raise ConfigError(f"{setting}: {error.message}") from None
         return dataclasses.replace(found, model=name) if found and found is self.others else found
 
+    def local(self, name: str, entry: "Config | ModelEntry", is_in_folder: bool = False
+              ) -> engine.LocalModel:
+        return engine.LocalModel(
+            name, entry.model_path, self.load_options(entry),
+            mmproj=entry.mmproj or mmproj_beside(entry.model_path), is_in_folder=is_in_folder)
+
     def load_options(self, entry: "Config | ModelEntry") -> dict:
         """For engine.load_engine: the settings, unless the entry has its own."""
         names = ("n_ctx", "parallel", "n_batch", "n_ubatch", "n_threads", "n_gpu_layers",
@@ -1573,8 +1490,7 @@ class Models:
                  "draft_n_ctx", "draft_n_gpu_layers")
         options = {name: given(getattr(entry, name, None), getattr(self.config, name))
                    for name in names}
-        return options | {"mmproj": entry.mmproj or mmproj_beside(entry.model_path),
-                          "chat_template_file": entry.chat_template_file,
+        return options | {"chat_template_file": entry.chat_template_file,
                           "draft_model_path": entry.draft_model_path}
 
     @staticmethod
@@ -1587,8 +1503,7 @@ class Models:
         """The GGUF files in models_dir, by their names without the ending."""
         folder = Path(os.path.expanduser(self.config.models_dir or ""))
         files = engine.model_files(folder) if self.config.models_dir else []
-        return [engine.LocalModel(file.stem, str(file), self.load_options(ModelEntry(str(file))),
-                                  is_in_folder=True)
+        return [self.local(file.stem, ModelEntry(str(file)), is_in_folder=True)
                 for file in files if re.fullmatch(MODEL_NAME, file.stem)]
 
     def names(self) -> dict[str, "engine.LocalModel | Upstream"]:
@@ -1608,7 +1523,7 @@ class Models:
             return known[name]
         default = self.vision if sees else self.regular
         if isinstance(default, engine.LocalModel) and default.is_off:
-            loaded = [model for model in self.pool.loaded() if model.options["mmproj"] or not sees]
+            loaded = [model for model in self.pool.loaded() if model.mmproj or not sees]
             default = next(iter(loaded), None)
         if default is None:
             raise unavailable("No model loaded" if not sees or self.vision else "No vision model "
@@ -1621,6 +1536,13 @@ def mmproj_beside(path: str | None) -> str | None:
     file = Path(os.path.expanduser(path or engine.HUB))
     projectors = [file.with_name(f"{file.stem}.mmproj.gguf"), file.with_name(f"mmproj-{file.name}")]
     return next((str(each) for each in projectors if each.is_file()), None)
+
+
+def equip(model: engine.LocalModel, loaded: engine.Engine) -> None:
+    """Give a model what features add to it. Loader thread. Raises engine.ModelError."""
+    if mmproj := model.mmproj:  # read once: a look at models_dir may change it
+        from features import vision
+        vision.equip(loaded, mmproj)
 
 
 def model_name(path: str | None) -> str:
@@ -2244,7 +2166,7 @@ class Handler(socketserver.StreamRequestHandler):
             "size": model.size_bytes, "n_vocab": model.n_vocab, "n_embd": model.n_embd,
             "architecture": model.architecture, "quantization": model.quantization,
             "capabilities": [*["completion", "tools"] * model.generates,
-                             *["vision"] * bool(model.projector), "embedding"]}}
+                             *["vision"] * bool(target.mmproj), "embedding"]}}
 
     def log_messages(self, messages) -> None:
         """Log the text of messages as they were sent, if the settings say so."""
@@ -2308,7 +2230,7 @@ class Handler(socketserver.StreamRequestHandler):
         return prompt + (text_of(begun["content"] or "") if begun else ""), images
 
     def read_prompt(self, prompt: str, marked: dict[str, list]
-                    ) -> tuple[np.ndarray, dict[int, engine.Image]]:
+                    ) -> tuple[np.ndarray, dict[int, engine.Piece]]:
         """The tokens of a prompt, and the images in it by where they begin."""
         if not marked:
             return self.tokenize(prompt, "messages"), {}
@@ -2323,38 +2245,20 @@ class Handler(socketserver.StreamRequestHandler):
 
     def read_images(self, chat: ChatBody, model: engine.LocalModel) -> None:
         """Get the files of all images, before the model must be there. Raises ApiError."""
-        until, room = time.monotonic() + IMAGE_SECONDS, MAX_IMAGES_MB * 2**20
-        for at, part in chat.image_parts():
-            url = part.image_url.url
-            if not model.options["mmproj"]:
-                raise invalid(at, f"{at}: {model.name} reads no images; ask a vision model (one "
-                                  "with an mmproj)", "unsupported_image")
-            try:
-                if url[:5].lower() == "data:":
-                    part.file = read_data_uri(url)
-                elif self.server.config.allow_image_urls:
-                    part.file = fetch_image(url, until, room, self.check_connection)
-                    room -= len(part.file)
-                else:
-                    raise engine.ImageError(f"{describe(url)} was sent; send a data: URI (or have "
-                                            "the server set allow_image_urls)")
-            except engine.ImageError as error:
-                raise invalid(at, f"{at}: {error}", "invalid_image") from None
+        at = next((at for at, _ in chat.image_parts()), None)
+        if at is None:
+            return
+        if not model.mmproj:
+            raise invalid(at, f"{at}: {model.name} reads no images; ask a vision model (one with "
+                              "an mmproj)", "unsupported_image")
+        from features import vision
+        vision.read_files(chat, self.server.config.allow_image_urls, self.check_connection)
 
-    def encode_image(self, file: bytes, at: str) -> list[np.ndarray | engine.Image]:
+    def encode_image(self, file: bytes, at: str) -> list[np.ndarray | engine.Piece]:
         """An image as the model reads it. Raises ApiError."""
+        from features import vision
         self.check_connection()
-        try:
-            pieces = self.loaded.model.projector.read(file)
-        except engine.ImageError as error:
-            raise invalid(at, f"{at}: {error}", "invalid_image") from None
-        n_batch = self.loaded.context.n_batch
-        for image in pieces:
-            if isinstance(image, engine.Image) and image.sees_ahead and image.n_tokens > n_batch:
-                raise invalid(at, f"{at}: this model must read the {image.n_tokens} tokens of an "
-                                  f"image at once, but n_batch is {n_batch}; raise n_batch and "
-                                  "n_ubatch")
-        return pieces
+        return vision.encode(self.loaded, file, at)
 
     def post_completion(self, completion: CompletionBody) -> None:
         loaded, best_of = self.loaded, completion.best_of or completion.n
@@ -2418,7 +2322,7 @@ class Handler(socketserver.StreamRequestHandler):
 
     def get_app_models(self) -> None:
         """Those that are loaded, and all that a request may ask for."""
-        entries = [{"model_key": name, "vision": bool(target.options["mmproj"]), "loaded":
+        entries = [{"model_key": name, "vision": bool(target.mmproj), "loaded":
                     target.engine is not None} if isinstance(target, engine.LocalModel) else
                    {"model_key": name, "engine": target.name} for name, target
                    in self.server.models.names().items()]
@@ -2587,7 +2491,7 @@ class Handler(socketserver.StreamRequestHandler):
 
     def generate(self, body: GenerationBody, prompts: list[np.ndarray],
                  constraint: structured.Form | None, renderer: Callable, best_of: int | None = None,
-                 images: dict[int, engine.Image] | None = None,
+                 images: dict[int, engine.Piece] | None = None,
                  write: Callable | None = None) -> None:
         """Submit the choices, and write their reply. images: those of the only prompt. write:
         takes the chunks, in place of our own ways to send them."""
@@ -3483,4 +3387,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import server  # this file, as features import it: its classes must not be there twice
+
+    sys.exit(server.main())

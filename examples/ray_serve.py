@@ -1,6 +1,6 @@
 """The engine as a Ray Serve deployment: replicas over a cluster, as many as the load asks for.
 
-On one machine, where server.py and `ray[serve]` are installed:
+On one machine, where server.py, features/ and `ray[serve]` are installed:
 
     serve run examples.ray_serve:app
 

@@ -91,11 +91,14 @@ def test_every_copied_file_exists_and_docker_is_sent_no_other():
     """A model, a key in .env or a virtual environment never gets into an image or its cache."""
     sources = {source for rest in arguments(BUILDER + FINAL, "COPY") if "--from=" not in rest
                for source in rest.split()[:-1]}
-    assert sources == {"server.py", "engine.py", "config.yaml", "requirements.txt"}
-    assert all((ROOT / source).is_file() for source in sources)
+    files = {"server.py", "engine.py", "config.yaml", "requirements.txt",
+             "features/requirements.txt"}
+    assert sources == files | {"features"}
+    assert all((ROOT / source).is_file() for source in files)
     ignore = [line for line in (ROOT / ".dockerignore").read_text().splitlines()
               if line and not line.startswith("#")]
-    assert ignore[0] == "*" and set(ignore[1:]) == {f"!{source}" for source in sources}
+    files.add("features/*.py")
+    assert ignore[0] == "*" and set(ignore[1:]) == {f"!{file}" for file in files}
 
 
 def test_the_health_check_waits_for_a_first_start():
@@ -126,8 +129,13 @@ class Image:
                                    env=environ, timeout=3000)  # seconds: it may have to compile
                 elif name == "COPY" and "--from=" not in rest:  # /venv lies in one place here
                     *sources, target = rest.split()
-                    for source in sources:
-                        shutil.copy(ROOT / source, here / target)
+                    (here / target).mkdir(exist_ok=True)
+                    for source in sources:  # of a folder what is in it, as Docker does
+                        if (ROOT / source).is_dir():
+                            shutil.copytree(ROOT / source, here / target, dirs_exist_ok=True,
+                                            ignore=shutil.ignore_patterns("__pycache__"))
+                        else:
+                            shutil.copy(ROOT / source, here / target)
         self.app = here
         words = shlex.split(" ".join(arguments(FINAL, "ENV")).replace("$PATH", os.environ["PATH"]))
         self.environ = {**os.environ,

@@ -320,7 +320,7 @@ def test_an_image_is_never_drafted():
     fake._store = engine.PrefixStore(0)  # which holds bytes only, on a fake context
     request = ask(fake, b"x", 40, FakeSampler(lambda prefix: b"see this:"[len(prefix) % 9]))
     request.prompt, request.lookup = prompt, fake.lookups(prompt, None, 1)[0]
-    request.images = {9: engine.Image(ids, 3, np.zeros((3, 1), np.float32), None, False)}
+    request.images = {9: engine.Piece(ids, np.zeros((3, 1), np.float32))}
     fake.submit([request])
     while fake._waiting or fake._busy():  # RowContext looks at each draft
         fake.step()

@@ -23,6 +23,7 @@ import pytest
 import conftest
 import engine
 import server
+from features import vision
 
 KEY = "sk-a-secret-key"
 HI = [{"role": "user", "content": "Say hello."}]
@@ -593,7 +594,7 @@ def test_a_models_broken_projector_is_read_again_when_it_is_whole(gguf, tmp_path
     (tmp_path / "eyes.gguf").symlink_to(gguf)
     whole = (conftest.ROOT / "tests" / "tiny-vision.mmproj.gguf").read_bytes()
     with listening({}, models_dir=str(tmp_path), default_regular_model="eyes") as running:
-        assert not running.pool.models()["eyes"].options["mmproj"]
+        assert not running.pool.models()["eyes"].mmproj
         running.pool.unload(running.pool.loaded(), lambda: None)
         (tmp_path / "eyes.mmproj.gguf").write_bytes(whole[:9000])
         failed = httpx.post(running.url + "/models/load", json={"model_key": "eyes"}, timeout=30)
@@ -601,4 +602,4 @@ def test_a_models_broken_projector_is_read_again_when_it_is_whole(gguf, tmp_path
         (tmp_path / "eyes.mmproj.gguf").write_bytes(whole)
         loaded = httpx.post(running.url + "/models/load", json={"model_key": "eyes"}, timeout=30)
         assert loaded.json() == {"loaded": True, "model": "eyes"}
-        assert running.pool.engines()["eyes"].model.projector
+        assert running.pool.engines()["eyes"] in vision.projectors

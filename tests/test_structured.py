@@ -514,8 +514,8 @@ REFUSED = [  # schema, the place, words
     ({"enum": []}, "schema.enum", "nothing"), ({"enum": "a"}, "schema.enum", ""),
     ({"type": "string", "enum": [1]}, "schema", "unsatisfiable"),
     *[({key: value}, f"schema.{key}", "") for key, value in {
-        "minLength": -1, "maxLength": True, "minItems": 2**31, "maxItems": "1", "minProperties": [],
-        "maxItems": 2.5, "maximum": "1", "minimum": None, "pattern": 1, "format": {}}.items()],
+        "minLength": -1, "maxLength": True, "minItems": 2**31, "maxItems": 2.5, "minProperties": [],
+        "maximum": "1", "minimum": None, "pattern": 1, "format": {}}.items()],
     ({"minimum": float("nan")}, "schema", ""), ({"maximum": float("inf")}, "schema", ""),
     ({"type": "integer", "minimum": float("-inf")}, "schema", ""),
     ({"const": float("nan")}, "schema", ""), ({"const": float("inf")}, "schema", ""),

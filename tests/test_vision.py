@@ -24,12 +24,15 @@ import gguf
 import httpx
 import numpy as np
 import openai
+import PIL.ExifTags
 import PIL.Image
+import PIL.ImageOps
 import pytest
 
 import engine
 import server
 from conftest import ROOT
+from features import vision
 from make_vision_model import COLORS, PRODUCT, SEED, SHAPES, pictures, png
 from test_limits import listening, wait_for
 
@@ -87,6 +90,11 @@ def alive(web):
 
 def uri(file: bytes, kind="image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(file).decode()}"
+
+
+def decoded(file: bytes) -> np.ndarray:
+    vision.inspect(file)
+    return vision.decode(file)
 
 
 def user(*files: bytes | str, text="What is the color?") -> dict:
@@ -293,22 +301,25 @@ WAV = b"RIFF\x2c\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x40\x1f\0\0\x80\x3e\0\0\2\0\x10
 
 @pytest.mark.parametrize("url, words", [
     (uri(RED[:200]), "cut off"), (uri(RED[:-12]), "cut off"), (uri(RED[:30]), "cut off"),
-    (uri(PNG_START), "no JPEG"), (uri(RED[:100] + b"?" + RED[101:]), "damaged"),
-    (uri(a_png(48, 48, b"")), "damaged"), (uri(a_png(0, 0, BLACK)), "0 x 0"),
+    (uri(PNG_START), "no JPEG, PNG, WebP or GIF file"),
+    (uri(RED[:100] + b"?" + RED[101:]), "damaged"),
+    (uri(a_png(48, 48, b"")), "damaged"), (uri(a_png(0, 0, BLACK)), "damaged"),
     (uri(a_png(60_000, 60_000, BLACK)), "60000 x 60000"), (uri(PNG_START + PNG_END), ""),
-    (uri(HIDDEN), ""), (uri(a_png(1, 1, BLACK)), ""),  # larger than they say
+    (uri(HIDDEN), "7100 x 7100"), (uri(JPEG[:2] + JPEG[300:], "image/jpeg"), "damaged"),
     (uri(JPEG[:-2], "image/jpeg"), "cut off"), (uri(JPEG[:300], "image/jpeg"), "cut off"),
     (uri(b"\xff\xd8\xff", "image/jpeg"), "cut off"),
     (uri(b"\xff\xd8\xff\xd9" * 9, "image/jpeg"), ""),
-    ("data:image/png;base64,", "no JPEG, PNG or WebP"), ("data:image/png;base64,?!", "Base64"),
+    ("data:image/png;base64,", "no JPEG, PNG, WebP or GIF file, or is damaged or cut off near"),
+    ("data:image/png;base64,?!", "Base64"),
     ("data:image/png;base64,é", "Base64"), ("data:image/png;base64,AAAAA", "Base64"),
     ("data:image/png,abc", "must be like"), ("data:", "must be like"), ("data:,", "must be like"),
     (uri(RED).replace(";base64", ""), "must be like"), (uri(b"just text", "text/plain"), "no JPEG"),
-    (uri(saved(PICTURES[0], "GIF"), "image/gif"), "no JPEG"),
-    (uri(saved(PICTURES[0], "BMP"), "image/bmp"), "no JPEG"), (uri(WAV, "audio/wav"), "no JPEG"),
+    (uri(saved(PICTURES[0], "GIF")[:-300], "image/gif"), "cut off"),
+    (uri(saved(PICTURES[0], "GIF")[:5], "image/gif"), "cut off"),
+    (uri(saved(PICTURES[0], "BMP"), "image/bmp"), "no JPEG"),
+    (uri(saved(PICTURES[0], "TIFF"), "image/tiff"), "no JPEG"), (uri(WAV, "audio/wav"), "no JPEG"),
     (uri(b"ID3\4" + bytes(500), "audio/mpeg"), "no JPEG"),
-    (uri(b"\xff\xfb\x90\0" + bytes(500)), "no JPEG"), (uri(RED, "image/jpeg"), "was said"),
-    (uri(JPEG, "image/png"), "was said"), (uri(RED, "text/html"), "was said"),
+    (uri(b"\xff\xfb\x90\0" + bytes(500)), "no JPEG"),
     (uri(b"RIFF\0\0\0\0WEBPVP8 ", "image/webp"), "damaged"),
 ], ids=itertools.count())
 def test_broken_and_lying_images_are_refused_with_a_message(web, url, words):
@@ -325,6 +336,8 @@ def test_broken_and_lying_images_are_refused_with_a_message(web, url, words):
     uri(png(np.zeros((1, 1, 3), np.uint8))), uri(png(np.zeros((1, 5000, 3), np.uint8))),
     uri(png(np.zeros((60_000, 1, 3), np.uint8))), uri(RED, "image/*"), uri(RED, ""),
     uri(RED, "IMAGE/PNG"), uri(RED, "application/octet-stream"), uri(JPEG, "image/jpg"),
+    uri(RED, "image/jpeg"), uri(JPEG, "image/png"), uri(RED, "text/html"),  # read by their bytes
+    uri(a_png(1, 1, BLACK)),  # what is behind its only pixel is not unpacked
     uri(RED, "image/png;charset=utf-8"), uri(RED + b"more"), uri(JPEG + b"more", "image/jpeg"),
     "DATA" + uri(RED)[4:], uri(RED)[:99] + "\r\n " + uri(RED)[99:],
 ], ids=itertools.count())
@@ -362,14 +375,27 @@ def test_no_mutation_of_a_file_is_more_than_refused(web):
     assert seen[2::3].count(200) > 10  # a JPEG has no checksums
 
 
-def test_webp_needs_pillow(web, monkeypatch):
-    """Without it the message names it."""
+def test_images_need_pillow_and_nothing_else_does(web, monkeypatch):
+    """Without it the message says what to install, before a model is loaded."""
     blue, red = (saved(PICTURES[NAMES.index(name)], "WEBP") for name in ("blue", "red"))
     assert colors_in(answer(web, user(uri(blue, "image/webp")))[0]) == ["blue"]
     assert "damaged" in refusal(ask(web, user(uri(blue[:200], "image/webp"))))
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    assert "pip install pillow" in refusal(ask(web, user(uri(red, "image/webp"))))
+    for name in ("PIL", "PIL.Image", "PIL.ImageOps"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for file in (red, GREEN, JPEG):
+        message = refusal(ask(web, user(file)))
+        assert "pip install -r features/requirements.txt" in message
+    assert "Base64" in refusal(ask(web, user("data:image/png;base64,?!")))
+    assert ask(web, user(text="Hi"), max_tokens=1).status_code == 200
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP"])
+def test_of_an_animation_the_first_picture_is_read(web, kind):
+    """Its colours, and not those of the fifty that follow."""
+    red, blue = (PIL.Image.fromarray(PICTURES[NAMES.index(name)]) for name in ("red", "blue"))
+    assert colors_in(answer(web, user(saved(blue, kind)))[0]) == ["blue"]
+    file = saved(red, kind, save_all=True, append_images=[blue] * 50)
+    assert colors_in(answer(web, user(file))[0]) == ["red"]
 
 
 def test_a_text_cannot_forge_an_image(web):
@@ -439,10 +465,10 @@ def test_an_address_that_is_not_public_is_refused(web, site, host):
     ("/slow", "the 1 seconds"), ("/reset", "cannot fetch")])
 def test_an_image_is_fetched_within_limits(web, site, path, words, monkeypatch):
     """For once one address of ours is taken for a public one; each redirect is looked at."""
-    look = server.public_address
-    monkeypatch.setattr(server, "IMAGE_SECONDS", 1.0)
-    monkeypatch.setattr(server, "MAX_IMAGES_MB", 1)
-    monkeypatch.setattr(server, "public_address", lambda url: "127.0.0.1" if url.startswith(
+    look = vision.public_address
+    monkeypatch.setattr(vision, "IMAGE_SECONDS", 1.0)
+    monkeypatch.setattr(vision, "MAX_IMAGES_MB", 1)
+    monkeypatch.setattr(vision, "public_address", lambda url: "127.0.0.1" if url.startswith(
         site + "/") else look(url))
     started, reply = time.monotonic(), ask(web, user(site + path))
     assert time.monotonic() - started < 5
@@ -492,28 +518,186 @@ def test_what_stands_behind_a_pngs_pixels_costs_nothing():
     file = a_png(1, 1, zlib.compress(b"\0\0\0\0"))
     junk = b"".join(chunk(b"IDAT", bytes(500)) for _ in range(19_000))
     started = time.monotonic()
-    assert engine.image_size(file[:-len(PNG_END)] + junk + PNG_END) == (1, 1)
+    assert decoded(file[:-len(PNG_END)] + junk + PNG_END).tolist() == [[[0, 0, 0]]]
     assert time.monotonic() - started < 2
 
 
 def test_base64_of_blanks_only_is_read_at_once():
     started = time.monotonic()
-    with pytest.raises(engine.ImageError):
-        server.read_data_uri("data:image/png;base64," + " \n" * 4_000_000)
+    assert vision.read_data_uri("data:image/png;base64," + " \n" * 4_000_000) == b""
     assert time.monotonic() - started < 1
 
 
-def test_the_size_of_a_good_file_is_found(web):
+def test_a_good_file_of_any_mode_is_read(web):
     """Whatever stands before it in the file, such as a thumbnail."""
-    picture, exif = PIL.Image.new("RGB", (70, 50)), PIL.Image.Exif()
+    picture, exif = PIL.Image.new("RGB", (70, 50), (250, 10, 10)), PIL.Image.Exif()
     exif[0x010E] = saved(PICTURES[0]).decode("latin-1")
     for mode, options in itertools.product(("RGB", "L", "CMYK"), (
             {}, {"progressive": True}, {"exif": exif}, {"comment": b"\xff\xd9\xff\xc0" * 9})):
         file = saved(picture.convert(mode), **options)
-        assert engine.image_kind(file) == "image/jpeg" and engine.image_size(file) == (70, 50)
-        assert engine.image_size(file[:2] + b"\xff\xff" + file[2:]) == (70, 50)
-    for mode in ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"):
-        file = saved(picture.convert("L" if mode == "I;16" else "RGB").convert(mode), "PNG")
-        assert engine.image_kind(file) == "image/png" and engine.image_size(file) == (70, 50)
+        wanted = np.asarray(picture.convert(mode).convert("RGB"), np.int16)
+        for file in (file, file[:2] + b"\xff\xff" + file[2:]):
+            assert abs(decoded(file) - wanted).max() <= 2
+    for mode in ("RGB", "RGBA", "L", "LA", "P", "1"):
+        same = picture.convert(mode)
+        file = saved(same, "PNG")
+        assert (decoded(file) == np.asarray(same.convert("RGB"))).all()
         assert ask(web, user(file), max_tokens=1).status_code == 200
-    assert engine.image_kind(saved(picture, "WEBP")) == "image/webp"
+
+
+def test_sixteen_bits_become_eight():
+    """Pillow's own conversion of grey ones turns all above 255 into white."""
+    values = np.arange(60 * 70, dtype=np.uint16).reshape(60, 70) * 15
+    wanted = np.dstack([values >> 8] * 3)
+    assert (decoded(saved(PIL.Image.fromarray(values), "PNG")) == wanted).all()
+    rows = np.repeat(values.astype(">u2")[..., None], 3, 2).reshape(60, -1).view(np.uint8)
+    header = struct.pack(">IIBBBBB", 70, 60, 16, 2, 0, 0, 0)
+    data = zlib.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes())
+    file = PNG_START + chunk(b"IHDR", header) + chunk(b"IDAT", data) + PNG_END
+    assert (decoded(file) == wanted).all()
+
+
+@pytest.mark.parametrize("kind, mode", [
+    ("PNG", "RGBA"), ("PNG", "LA"), ("PNG", "P"), ("PNG", "RGB"), ("PNG", "L"), ("WEBP", "RGBA"),
+    ("GIF", "P")])
+def test_what_is_transparent_is_white(kind, mode):
+    """Black writing on nothing, of which a decoder that drops alpha leaves black on black."""
+    alpha = np.zeros((50, 70), np.uint8)
+    alpha[20:30, 20:50] = 255
+    picture, options = PIL.Image.new("RGBA", (70, 50), (0, 0, 0, 0)), {}
+    picture.putalpha(PIL.Image.fromarray(alpha))
+    if mode == "P":
+        picture = PIL.Image.fromarray((alpha == 0).astype(np.uint8), "P")
+        picture.putpalette([0, 0, 0, 0, 0, 0])
+        options = {"transparency": 1}
+    elif mode in ("RGB", "L"):  # a colour that stands for nothing
+        picture = PIL.Image.fromarray(np.where(alpha, 0, 9).astype(np.uint8)).convert(mode)
+        options = {"transparency": 9 if mode == "L" else (9, 9, 9)}
+    else:
+        picture = picture.convert(mode)
+    wanted = np.dstack([255 - alpha] * 3)
+    assert (decoded(saved(picture, kind, lossless=True, **options)) == wanted).all()
+
+
+def test_what_is_half_transparent_is_half_white():
+    picture = PIL.Image.new("RGBA", (9, 9), (0, 100, 200, 128))
+    assert decoded(saved(picture, "PNG"))[0, 0].tolist() == [127, 177, 227]
+
+
+TURNS = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
+         5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1),
+         7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: np.rot90}  # EXIF 2.32, 4.6.4 A: Orientation
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", TURNS)
+def test_a_photo_is_turned_as_its_exif_block_says(kind, orientation):
+    """Cameras store what their sensor saw. It once went to the model like that."""
+    picture = np.repeat(np.repeat(np.random.default_rng(5).integers(
+        0, 256, (3, 4, 3), dtype=np.uint8), 16, 0), 16, 1)  # no two corners are the same
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = orientation
+    options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {"lossless": True}
+    file = saved(picture, kind, exif=exif, **options)
+    seen = decoded(file)
+    with PIL.Image.open(io.BytesIO(file)) as image:
+        assert (seen == np.asarray(PIL.ImageOps.exif_transpose(image).convert("RGB"))).all()
+    assert seen.shape == TURNS[orientation](picture).shape
+    assert abs(seen.astype(np.int16) - TURNS[orientation](picture)).max() <= (kind == "JPEG") * 16
+
+
+def test_a_turned_photo_is_the_same_to_the_model(running):
+    """Its rows are those of the upright one."""
+    reader = vision.projectors[next(iter(running.pool.engines().values()))]
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = 6
+    lying = np.rot90(PICTURES[0])
+    upright, turned, untold = (reader.read(file)[0].rows for file in (
+        png(PICTURES[0]), saved(lying, "PNG", exif=exif), saved(lying, "PNG")))
+    assert (turned == upright).all() and (untold != upright).any()
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_an_exif_block_that_is_damaged_turns_nothing():
+    wanted = decoded(JPEG)
+    for block in (b"", b"II", b"II*\0\x08\0\0\0\xff\xff", b"MM\0*" + bytes(range(200)),
+                  b"II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\x63\0\0\0\0\0\0\0"):
+        block = b"Exif\0\0" + block
+        file = JPEG[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + JPEG[2:]
+        assert (decoded(file) == wanted).all()
+
+
+# ---- files made to cost more than they are worth
+
+FILE_BYTES = 12_000_000  # what fits a request, as Base64
+PNG, GIF = saved(PICTURES[0], "PNG"), saved(PICTURES[0], "GIF")
+GIF_PALETTE_END = 13 + 3 * 2 ** (GIF[10] % 8 + 1)
+PROGRESSIVE = saved(PIL.Image.new("RGB", (8000, 6250)), progressive=True)
+PACKED = zlib.compress(bytes(10**6))
+
+
+def segments(marker: int, data: bytes) -> bytes:
+    """As many of a JPEG's as fit, before a picture."""
+    one = b"\xff%c" % marker + struct.pack(">H", len(data) + 2) + data
+    return JPEG[:2] + one * (FILE_BYTES // len(one)) + JPEG[2:]
+
+
+def chunks(kind: bytes, data: bytes) -> bytes:
+    """As many of a PNG's as fit, before a picture."""
+    one = chunk(kind, data)
+    return PNG[:33] + one * (FILE_BYTES // len(one)) + PNG[33:]
+
+
+def gif_comment(block: bytes) -> bytes:
+    return GIF[:GIF_PALETTE_END] + b"\x21\xfe" + block * (FILE_BYTES // len(block)) + b"\0" \
+        + GIF[GIF_PALETTE_END:]
+
+
+def with_scans(file: bytes, n: int) -> bytes:
+    """A JPEG with its last scan n times more."""
+    return file[:-2] + file[file.rindex(b"\xff\xda"):-2] * n + file[-2:]
+
+
+BOMBS = {
+    "7100 x 7100": [HIDDEN],
+    "60000 x 60000": [
+        a_png(60_000, 60_000, BLACK), JPEG.replace(struct.pack(">HH", 48, 48), struct.pack(
+            ">HH", 60_000, 60_000)), GIF[:6] + struct.pack("<HH", 60_000, 60_000) + GIF[10:]],
+    "16383 x 4000": [saved(PIL.Image.new("RGB", (16383, 4000)), "WEBP", lossless=True, method=0)],
+    "too many pieces": [
+        segments(0xE1, b"Exif\0\0x"), segments(0xE1, b"Exif\0\0" + bytes(3000)),
+        segments(0xFE, b""), JPEG[:2] + b"\xff" * FILE_BYTES + JPEG[2:], chunks(b"tEXt", b"a\0b"),
+        chunks(b"IDAT", b""), chunks(b"iCCP", b"a\0\0" + PACKED), gif_comment(b"\1a")],
+    "too many scans": [with_scans(PROGRESSIVE, 60),
+                       with_scans(saved(PICTURES[0], progressive=True), 100_000)],
+    "damaged or cut off": [
+        chunks(b"zTXt", b"a\0\0" + PACKED), PNG[:33] + chunk(b"zTXt", b"a\0\0" + zlib.compress(
+            bytes(10**8))) + PNG[33:], a_png(7000, 7000, b"")]}
+
+
+@pytest.mark.parametrize("words, file", [(words, file) for words, files in BOMBS.items()
+                                         for file in files], ids=itertools.count())
+def test_a_bomb_is_refused_before_it_costs_much(words, file):
+    """Seconds of the processor, and memory: what is not unpacked takes none. It once took minutes
+    to join a million pieces of an EXIF block."""
+    started, n_bytes = time.thread_time(), resident_bytes()
+    with pytest.raises(vision.ImageError, match=words):
+        decoded(file)
+    assert time.thread_time() - started < vision.OPEN_SECONDS + 0.5
+    assert resident_bytes() - n_bytes < 200e6
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+@pytest.mark.parametrize("file", [
+    saved(PICTURES[0], "GIF", save_all=True, append_images=[
+        PIL.Image.new("P", (48, 48), i % 200) for i in range(5000)]),
+    gif_comment(b"\xff" + bytes(255)), with_scans(PROGRESSIVE, 38),
+    with_scans(saved(PICTURES[0], progressive=True), 30_000)], ids=itertools.count())
+def test_what_is_odd_but_cheap_is_read(file):
+    started = time.thread_time()
+    assert decoded(file).shape[2] == 3
+    assert time.thread_time() - started < 6  # a twentieth for all but the large one with 48 scans

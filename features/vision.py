@@ -1,0 +1,399 @@
+"""Vision: images in messages, for models that have a second GGUF file, the mmproj.
+
+What it is for. A vision model is two networks. The language model reads rows, one vector for each
+token. The other one, the projector, makes such rows of an image, and they stand in the prompt where
+the image stood in the message. To the engine they are a `Piece`: rows in place of tokens, with
+negative ids made of the image's content, by which the prefix cache knows it.
+
+How it works, in the order of the file:
+
+    1  get      a data: URI, or an address on the web, into the bytes of a file
+    2  decode   the file into RGB pixels, by Pillow, as people see it
+    3  encode   pixels into Pieces, by llama.cpp's mtmd
+    4  request  the three steps for the messages of a chat
+
+A file is read by its bytes, whatever its URI or the web says it is. It is turned as its EXIF block
+says, since cameras store what their sensor saw, and what is transparent is laid on white: under it
+most files are black, and black writing on it would be gone.
+
+What it costs. A file is decoded and encoded once, beside the engine, in the thread of its request,
+while streams go on; the rows of the last images are kept (Projector.CACHE_BYTES). An image of 50
+megapixels takes 0.6 (JPEG) to 3 seconds (PNG with alpha) to decode, and 500 to 900 MB of memory
+meanwhile, one image at a time for each model; Pillow gives the GIL away for all but 0.15 seconds.
+What would take longer is refused: see MAX_PIXELS, MAX_SCANS and OPEN_SECONDS.
+
+What it reads and sends. The fields are the `image_url` parts of user messages, the settings
+`mmproj` and `allow_image_urls`. Only with the latter does it send anything: requests for images, to
+public addresses. It needs Pillow (features/requirements.txt).
+"""
+
+import binascii
+import contextlib
+import ctypes
+import hashlib
+import http.client
+import io
+import ipaddress
+import os
+import socket
+import threading
+import time
+import urllib.parse
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from llama_cpp import llama_cpp as lib
+from llama_cpp import mtmd_cpp as mtmd  # mtmd.h by ctypes, name by name
+
+import engine
+import server
+
+
+class ImageError(ValueError):
+    """An image that cannot be read; the message says why."""
+
+
+# ==== 1. Get: a URI into a file =========================================================
+
+MAX_ABOUT = 200  # characters of a data: URI before its comma that are looked at
+MAX_REDIRECTS = 3
+IMAGE_SECONDS = 10.0  # for all images of a request that come from the web
+MAX_IMAGES_MB = 20  # of all these together
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # RFC 4291, 2.4
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
+
+
+def read_data_uri(url: str) -> bytes:
+    """The file in a data: URI (RFC 2397) in Base64; its type says nothing. Raises ImageError."""
+    about, comma, data = url.partition(",")
+    if not comma or "base64" not in about[:MAX_ABOUT].lower().split(";"):
+        raise ImageError("a data: URI must be like data:image/png;base64,...")
+    try:
+        return binascii.a2b_base64("".join(data.split()).encode("ascii"), strict_mode=True)
+    except ValueError:
+        raise ImageError("the data: URI is not valid Base64") from None
+
+
+def fetch_image(url: str, until: float, limit: int, check: Callable[[], None]) -> bytes:
+    """An image from the web: from public addresses only, also after a redirect, so that nobody
+    reaches through us what is not public. until: time.monotonic(); limit: bytes; check: called all
+    the time, may raise. Raises ImageError."""
+    def check_both() -> None:
+        check()
+        if time.monotonic() > until:
+            raise TimeoutError
+
+    headers = {"Accept": "image/*", "User-Agent": server.NAME}
+    try:
+        for _ in range(MAX_REDIRECTS + 1):
+            check_both()
+            with server.request_elsewhere("GET", url, None, headers, IMAGE_SECONDS, check_both,
+                                          public_address(url)) as response:
+                location = response.headers.get("Location")
+                if 300 <= response.status < 400 and location:
+                    with contextlib.suppress(ValueError):  # else public_address says it
+                        location = urllib.parse.urljoin(url, location)
+                    url = location
+                    continue
+                if response.status != 200:
+                    raise ImageError(f"{server.describe(url)} answered {response.status}")
+                return server.read_all(response, limit)
+    except TimeoutError:
+        raise ImageError("fetching images takes more than the "
+                         f"{IMAGE_SECONDS:g} seconds of a request") from None
+    except server.TooLarge:
+        raise ImageError("the images of a request that are fetched are more than "
+                         f"{MAX_IMAGES_MB} MB") from None
+    except (server.Unreachable, http.client.HTTPException) as error:
+        raise ImageError(f"cannot fetch {server.describe(url)}: "
+                         f"{server.describe(str(error))}") from None
+    raise ImageError(f"more than {MAX_REDIRECTS} redirects")
+
+
+def public_address(url: str) -> str:
+    """One address of a URL's host, all of which must be public. Raises ImageError."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
+            raise ValueError
+        found = socket.getaddrinfo(parts.hostname, parts.port or 0, type=socket.SOCK_STREAM)
+    except (OSError, ValueError):
+        raise ImageError(f"{server.describe(url)} is no address on the web") from None
+    addresses = [entry[4][0] for entry in found]
+    if not all(map(is_public, addresses)):
+        raise ImageError(f"{server.describe(url)} is not at a public address")
+    return addresses[0]
+
+
+def is_public(text: str) -> bool:
+    """Whether everybody can reach an address. One that stands for an IPv4 address is that."""
+    address = server.read_address(text)
+    if address is None or address.version == 4:
+        return address is not None and address.is_global and not address.is_multicast
+    inner = address.sixtofour or (address.teredo or (None, None))[1]
+    if address in NAT64:
+        inner = ipaddress.IPv4Address(int(address) % 2**32)
+    return is_public(str(inner)) if inner else address in GLOBAL_UNICAST and address.is_global
+
+
+# ==== 2. Decode: a file into pixels =====================================================
+
+# Pillow's names; it reads many more, which nobody sends. A JPEG that holds several is an MPO.
+KINDS = ("JPEG", "PNG", "WEBP", "GIF")
+MAX_PIXELS = 50_000_000  # of an image, which takes 3 to 4 bytes each: the largest phone cameras'
+# Each scan of a JPEG may go over the whole image, and be empty. Encoders write about ten. So many
+# of MAX_PIXELS take two seconds; of a smaller image there may be more, for the same seconds.
+MAX_SCANS = 50
+SCAN_START = b"\xff\xda"  # ITU-T T.81, table B.1: SOS; within a scan a 0 follows each 0xFF
+SCAN_PIXELS = 2**16  # what a scan costs besides, in pixels
+# Of processor time, for all that stands around the pixels; milliseconds for what cameras write.
+# subtle: Pillow reads that part in Python, piece by piece, and joins some of the pieces anew each
+# time: a file of 12 MB that is made of small ones takes it minutes.
+OPEN_SECONDS = 1.0
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd files, which are not ours to mend
+NO_PILLOW = ("images need Pillow on the server: have its operator run pip install -r "
+             "features/requirements.txt")
+
+
+class MeteredFile(io.BytesIO):
+    """A file in memory that may be read for OPEN_SECONDS of its thread's time. `read` raises
+    ImageError when they are over."""
+
+    def __init__(self, file: bytes):
+        super().__init__(file)
+        self.until = time.thread_time() + OPEN_SECONDS
+
+    def read(self, *size: int) -> bytes:
+        if time.thread_time() > self.until:
+            raise ImageError("the image has too many pieces around its pixels")
+        return super().read(*size)
+
+
+@contextlib.contextmanager
+def opened(file: io.BytesIO) -> Iterator["PIL.Image.Image"]:
+    """An image of which Pillow has read what stands before the pixels. What it raises within this
+    becomes an ImageError; so does Pillow where it is missing."""
+    try:
+        import PIL.Image
+    except ImportError:
+        raise ImageError(NO_PILLOW) from None
+    PIL.Image.MAX_IMAGE_PIXELS = None  # its own limit, above which it warns; ours is in `inspect`
+    try:
+        with PIL.Image.open(file, formats=KINDS) as image:
+            yield image
+    except ImageError:
+        raise
+    except PIL.UnidentifiedImageError:
+        raise ImageError("the image is no JPEG, PNG, WebP or GIF file, or is damaged or cut off "
+                         f"near its start, which is {file.getvalue()[:8]!r}") from None
+    except Exception as error:  # a decoder of other people's files: it can raise anything
+        raise ImageError("the image is damaged or cut off: "
+                         f"{server.describe(str(error))}") from None
+
+
+def inspect(file: bytes) -> None:
+    """Refuse what is no image, or would take too long or too much memory to decode. Raises
+    ImageError. It takes milliseconds; no pixel is unpacked."""
+    with opened(MeteredFile(file)) as image:
+        width, height, n_pixels = image.width, image.height, image.width * image.height
+        if not 0 < n_pixels <= MAX_PIXELS:
+            raise ImageError(f"the image has {width} x {height} pixels; the limit is {MAX_PIXELS} "
+                             "in all")
+        n_scans = file.count(SCAN_START) if image.format in ("JPEG", "MPO") else 0
+        if n_scans * (n_pixels + SCAN_PIXELS) > MAX_SCANS * MAX_PIXELS:
+            raise ImageError(f"the image has too many scans ({n_scans})")
+        image.verify()  # checksums of a PNG, up to its end: decoding may not go there
+
+
+def decode(file: bytes) -> np.ndarray:
+    """The pixels of a file that `inspect` let through, upright, on white, of an animation the first
+    picture: RGB, uint8 of shape (height, width, 3). Raises ImageError."""
+    with opened(io.BytesIO(file)) as image:
+        from PIL import ImageOps
+
+        image.load()
+        with contextlib.suppress(Exception):  # an EXIF block that is damaged turns nothing
+            ImageOps.exif_transpose(image, in_place=True)
+        return np.asarray(_on_white(image))
+
+
+def _on_white(image: "PIL.Image.Image") -> "PIL.Image.Image":
+    """A loaded image of any mode as RGB."""
+    import PIL.Image
+
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow itself would cut off at 255
+        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    image = image.convert("RGBA")
+    white = PIL.Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image)
+    return white
+
+
+# ==== 3. Encode: pixels into Pieces =====================================================
+
+N_ID_WORDS = 8  # of 31 bits each, of the SHA-256 of an image
+Pieces = list[np.ndarray | engine.Piece]  # and token ids that the model wants around them
+
+
+class Projector:
+    """Turns image files into Pieces, by llama.cpp's mtmd. Safe to use from any thread."""
+
+    CACHE_BYTES = 2**27  # of rows: the images of the last conversations
+
+    def __init__(self, model: engine.Model, path: Path, n_threads: int):
+        """model: the one that will read the rows. path: the mmproj. n_threads: for encoding.
+        Raises engine.ModelError."""
+        mtmd.mtmd_helper_log_set(engine.on_native_log, ctypes.c_void_p(None))
+        params = mtmd.mtmd_context_params_default()
+        params.use_gpu, params.print_timings, params.warmup = model.on_gpu, False, False
+        # As many as the engine has, beside which they run: with half of them streams pause for half
+        # a second at a time, because one of the engine's threads waits for the others.
+        params.n_threads = n_threads
+        engine.native_errors.clear()
+        self._mtmd = mtmd.mtmd_init_from_file(os.fsencode(path), model.pointer, params)
+        if not self._mtmd:
+            reason = engine.native_errors[0] if engine.native_errors else \
+                "is it for another model?"
+            raise engine.BrokenModel(f"cannot load the mmproj {path}: {reason}")
+        if not mtmd.mtmd_support_vision(self._mtmd):
+            mtmd.mtmd_free(self._mtmd)
+            raise engine.ModelError(f"the mmproj {path} is not for images")
+        self._n_embd = lib.llama_model_n_embd_inp(model.pointer)
+        self._marker = mtmd.mtmd_default_marker()
+        self._lock = threading.Lock()  # held for one image, from its file to its rows
+        self._cache: dict[bytes, Pieces] = {}  # by SHA-256, oldest use first
+        self._cached_bytes = 0
+
+    def close(self) -> None:
+        """Free it. No Piece of it may be decoded afterwards."""
+        self._cache.clear()
+        mtmd.mtmd_free(self._mtmd)
+
+    def read(self, file: bytes) -> Pieces:
+        """What an image file, inspected, is in a prompt. Raises ImageError."""
+        digest = hashlib.sha256(file).digest()
+        with self._lock:
+            pieces = self._cache.pop(digest, None)
+            if pieces is None:
+                pieces = self._encode(decode(file), digest)
+                self._cached_bytes += row_bytes(pieces)
+            self._cache[digest] = pieces
+            while self._cached_bytes > self.CACHE_BYTES and len(self._cache) > 1:
+                oldest = self._cache.pop(next(iter(self._cache)))
+                self._cached_bytes -= row_bytes(oldest)
+        return pieces
+
+    def _encode(self, pixels: np.ndarray, digest: bytes) -> Pieces:
+        """pixels: what `decode` gives."""
+        height, width, _ = pixels.shape
+        pixels = np.ascontiguousarray(pixels)
+        with contextlib.ExitStack() as stack:
+            bitmap = mtmd.mtmd_bitmap_init(  # which copies them
+                width, height, pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))
+            stack.callback(mtmd.mtmd_bitmap_free, bitmap)
+            chunks = mtmd.mtmd_input_chunks_init()
+            stack.callback(mtmd.mtmd_input_chunks_free, chunks)
+            text = mtmd.mtmd_input_text(self._marker, len(self._marker), False, True)
+            code = mtmd.mtmd_tokenize(self._mtmd, chunks, ctypes.byref(text),
+                                      (mtmd.mtmd_bitmap_p_ctypes * 1)(bitmap), 1)
+            if code != 0:
+                raise ImageError(f"the model cannot read the image (mtmd_tokenize: {code})")
+            return [self._piece(mtmd.mtmd_input_chunks_get(chunks, i), digest + bytes([i % 256]))
+                    for i in range(mtmd.mtmd_input_chunks_size(chunks))]
+
+    def _piece(self, chunk, digest: bytes) -> np.ndarray | engine.Piece:
+        """One of mtmd's chunks."""
+        n_tokens = mtmd.mtmd_input_chunk_get_n_tokens(chunk)
+        if mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_TEXT:
+            tokens = mtmd.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(ctypes.c_size_t()))
+            return np.ctypeslib.as_array(tokens, (n_tokens,)).astype(np.int32)
+        if mtmd.mtmd_encode_chunk(self._mtmd, chunk) != 0:
+            raise ImageError("the model cannot encode the image")
+        rows = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(self._mtmd),
+                                     (n_tokens, self._n_embd)).copy()
+        if not np.isfinite(rows).all():
+            raise ImageError("the model makes no numbers of the image: its mmproj may be damaged")
+        words = np.frombuffer(hashlib.sha256(digest).digest(), ">u4").astype(np.int64) % 2**31
+        positions = np.arange(mtmd.mtmd_input_chunk_get_n_pos(chunk))
+        ids = (-1 - words[positions % N_ID_WORDS]).astype(np.int32)
+        sees_ahead = mtmd.mtmd_decode_use_non_causal(self._mtmd, chunk)
+        if not (sees_ahead or mtmd.mtmd_decode_use_mrope(self._mtmd)):
+            return engine.Piece(ids, rows)
+        native = mtmd.mtmd_input_chunk_copy(chunk)
+
+        def decode_whole(context, position: int, seq_id: int, n_batch: int) -> int:
+            return mtmd.mtmd_helper_decode_image_chunk(
+                self._mtmd, context, native, rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
+                position, seq_id, n_batch, ctypes.byref(lib.llama_pos()),
+                mtmd.mtmd_helper_post_decode_callback(), ctypes.c_void_p(None))
+
+        piece = engine.Piece(ids, rows, decode_whole, sees_ahead)
+        weakref.finalize(piece, mtmd.mtmd_input_chunk_free, native)
+        return piece
+
+
+def row_bytes(pieces: Pieces) -> int:
+    """The memory that the rows of images take."""
+    return sum(piece.rows.nbytes for piece in pieces if isinstance(piece, engine.Piece))
+
+
+# By the engine whose model reads their rows; each is set before handlers have that engine.
+projectors: weakref.WeakKeyDictionary[engine.Engine, Projector] = weakref.WeakKeyDictionary()
+
+
+def equip(loaded: engine.Engine, mmproj: str) -> None:
+    """Let a model see. mmproj: a path, or hf:owner/repository/file.gguf. Loader thread, before
+    handlers have the engine. Raises engine.ModelError."""
+    model = loaded.model
+    path = engine.find_model_file(mmproj, model.path.parent, setting="mmproj")
+    projectors[loaded] = projector = Projector(model, path, loaded.context.n_threads)
+    model.parts.callback(projector.close)
+
+
+# ==== 4. Request: the images of a chat ==================================================
+
+
+def read_files(chat: server.ChatBody, fetches: bool, check: Callable[[], None]) -> None:
+    """Give all parts of a chat that are images their `file`, inspected. fetches: also from the web;
+    check: called meanwhile, may raise. Raises server.ApiError."""
+    until, room = time.monotonic() + IMAGE_SECONDS, MAX_IMAGES_MB * 2**20
+    for at, part in chat.image_parts():
+        url = part.image_url.url
+        with errors_at(at):
+            if url[:5].lower() == "data:":
+                part.file = read_data_uri(url)
+            elif fetches:
+                part.file = fetch_image(url, until, room, check)
+                room -= len(part.file)
+            else:
+                raise ImageError(f"{server.describe(url)} was sent; send a data: URI (or have "
+                                 "the server set allow_image_urls)")
+            inspect(part.file)
+
+
+def encode(loaded: engine.Engine, file: bytes, at: str) -> Pieces:
+    """An image file, inspected, as the model reads it. at: its place in the request. Raises
+    server.ApiError."""
+    with errors_at(at):
+        pieces = projectors[loaded].read(file)
+    n_batch = loaded.context.n_batch
+    for piece in pieces:
+        if isinstance(piece, engine.Piece) and piece.sees_ahead and piece.n_tokens > n_batch:
+            raise server.invalid(at, f"{at}: this model must read the {piece.n_tokens} tokens of "
+                                     f"an image at once, but n_batch is {n_batch}; raise n_batch "
+                                     "and n_ubatch")
+    return pieces
+
+
+@contextlib.contextmanager
+def errors_at(at: str) -> Iterator[None]:
+    """Make an ImageError within this a 400 that names the place."""
+    try:
+        yield
+    except ImageError as error:
+        raise server.invalid(at, f"{at}: {error}", "invalid_image") from None
