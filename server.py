@@ -1842,7 +1842,7 @@ class Handler(socketserver.StreamRequestHandler):
         if route.is_app:
             return route.answer(self, self.read_fields(route.reads, sent))
         name = sent.get("model")
-        target = self.server.models.find(name if isinstance(name, str) else None)
+        target = self.server.models.find(name if isinstance(name, str) and name else None)
         if isinstance(target, Upstream):
             return self.relay(target, sent, body)
         request = self.read_fields(route.reads, sent)
@@ -3012,7 +3012,7 @@ class ChatParser:
         while (found := (yield from self._choose(start, form.ending))) == start:
             if not (name := (yield from self._until(form.between))):
                 return False
-            quote, convert = ('"', quoted) if engine.is_text(properties.get(name)) else ("", str)
+            quote, convert = ('"', quoted) if structured.is_text(properties.get(name)) else ("", str)
             self._add_arguments(f'{before}"{quoted(name)}": {quote}')
             add = functools.partial(self._add_converted, convert)
             if (yield from self._until(end, add)) is not None:
