@@ -16,12 +16,15 @@ limits of time and memory. A child that dies or hangs is replaced, and the reque
 What it costs: 0.1 s once for the child and 0.2 s once for each model, when first used; then about a
 few milliseconds for each request, 10 us for a token, and 0.1 ms where the model must be corrected.
 
+It reads the fields `response_format`, `json_schema` and `grammar`, and sends nothing elsewhere.
+
 What is not exact, for llguidance cannot: members come in the schema's order, and those that it does
 not name behind them, whose names may repeat; a number with bounds has no exponent; a bound of more
 than 64 bits is not held.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import re
@@ -31,12 +34,14 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import numpy as np
 
 import engine
-from features.schemas import KNOWN, MAX_FORM, Schema, SchemaError
+import server
+from features.schemas import MAX_FORM, Schema, SchemaError
 
 # Where only one text may come, the model chooses its tokens, not llguidance.
 FREELY = '%llguidance {"no_forcing": true}\n'
@@ -66,16 +71,6 @@ def literal(text: str) -> str:
     return json.dumps(text)
 
 
-def is_text(schema) -> bool:
-    """Whether an XML parameter is bare text: a string with no rules but an enum. Else JSON."""
-    return isinstance(schema, dict) and schema.get("type") == "string" \
-        and schema.keys() & KNOWN <= {"type", "enum"} \
-        and all(isinstance(choice, str) for choice in schema.get("enum", []))
-
-
-NOT_A_CALL = r"/[^{](?s:.)*/"  # a reply where calls begin with a brace
-
-
 class Form:
     """What a reply may be, from its start or from a trigger on."""
 
@@ -83,7 +78,7 @@ class Form:
         self.triggers: tuple[str, ...] = ()  # texts that come before, one after the other
         self.root = ""  # the expression that must be written, in Lark; "" while there is none
         self._rules: dict[str, str] = {}
-        self._schemas: list[Schema] = []
+        self.schemas: list[Schema] = []
         self._gbnf: str | None = None
 
     def add(self, rule: str) -> str:
@@ -95,51 +90,13 @@ class Form:
     def add_schema(self, schema, at: str) -> str:
         """The name of a rule for a value of a JSON Schema, as JSON text. Raises SchemaError, which
         names the place, below `at`, of what is wrong or cannot be honoured."""
-        self._schemas.append(Schema(schema, at))
-        return self.add(f": %json {json.dumps(self._schemas[-1].compiled())}")
+        self.schemas.append(Schema(schema, at))
+        return self.add(f": %json {json.dumps(self.schemas[-1].compiled())}")
 
     def add_text_until(self, marker: str) -> str:
         """The name of a rule for any text and, where it ends, the marker."""
         pattern = re.escape(marker).replace("/", r"\/").replace("\n", "n")
         return self.add(f"[lazy]: /(?s:.*){pattern}/")
-
-    def add_arguments(self, form: engine.ToolFormat, schema: dict, at: str) -> str:
-        """The name of a rule for the arguments of a function with these `parameters`. XML
-        parameters come in the schema's order, and those not required may be left out."""
-        if schema.get("type", "object") != "object":
-            raise SchemaError(f"{at}.type: must be 'object', got {schema['type']!r:.60}")
-        if not form.xml:
-            return self.add_schema({**schema, "type": "object"}, at)
-        whole, elements = Schema(schema, at), []
-        whole.compiled()  # refuses what is wrong anywhere
-        self._schemas.append(whole)
-        if other := schema.keys() & KNOWN - {"type", "properties", "required",
-                                             "additionalProperties"}:
-            raise SchemaError(f"{at}.{min(other)}: is not supported in this model's format of calls")
-        for name, inner in schema.get("properties", {}).items():
-            opening, place = literal(engine.PARAMETER + name + form.between), f"{at}.properties.{name}"
-            if not is_text(inner):
-                value = self.add(f": %json {json.dumps(whole.compiled(inner, place))}")
-                element = f"{opening} {value} {literal(engine.PARAMETER_END)}"
-            elif "enum" in inner:
-                values = " | ".join(literal(f"{choice}{engine.PARAMETER_END}")
-                                    for choice in inner["enum"])
-                element = f"{opening} ({values})"
-            else:
-                element = f"{opening} {self.add_text_until(engine.PARAMETER_END)}"
-            elements.append(f"({element})" + ("" if name in schema.get("required", ()) else "?"))
-        return self.add(": " + (" ".join(elements) or '""'))
-
-    def calls(self, form: engine.ToolFormat, functions: list[tuple[str, str]], parallel: bool,
-              from_trigger: bool) -> str:
-        """The expression for a reply that is a call, or several if `parallel`; for what follows
-        the trigger, or the whole reply. functions: their names and the rules of their
-        arguments."""
-        ways = " | ".join(f"{literal(name + form.between)} {arguments} {literal(form.ending)}"
-                          for name, arguments in functions)
-        start = form.opening if from_trigger else form.trigger + form.opening
-        more = f"({literal(form.separator)} ({ways}))*" if parallel and form.separator else ""
-        return f"{literal(start)} ({ways}) {more} {literal(form.closing)}"
 
     def set_gbnf(self, text: str) -> None:
         """Take a whole grammar in llama.cpp's syntax (its grammars/README.md). Raises
@@ -181,7 +138,7 @@ class Form:
     @property
     def _at(self) -> str:
         """Where the form was asked for."""
-        return self._schemas[0].at if self._schemas else "grammar"
+        return self.schemas[0].at if self.schemas else "grammar"
 
     def _lark(self) -> str:
         rules = "\n".join(f"{name}{rule}" for name, rule in self._rules.items())
@@ -190,7 +147,7 @@ class Form:
     def _blame(self, error: str) -> SchemaError:
         """The error with the place of the innermost subschema that makes it alone."""
         until, error = time.monotonic() + BLAME_SECONDS, _words(error)
-        for schema in self._schemas:
+        for schema in self.schemas:
             part, at, waiting = schema.root, schema.at, [(schema.root, schema.at)]
             said, seen = None, set()
             while waiting and time.monotonic() < until:
@@ -441,3 +398,102 @@ class Reply(engine.Constraint):
     def _check(self) -> None:
         if self._matcher.is_error():
             raise engine.GrammarError(_words(self._matcher.get_error()))
+
+
+# ==== 4. Fields ==========================================================================
+
+
+@dataclasses.dataclass
+class JsonSchema:
+    """A schema that the reply must satisfy."""
+
+    name: str
+    schema: dict[str, Any] | None = None
+    description: str | None = server.option(no_effect=True)
+    strict: bool = server.option(False, no_effect=True)  # the reply always validates
+
+
+@dataclasses.dataclass
+class ResponseFormat:
+    """The form of the reply. `schema` beside `json_object` is llama-server's."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+    schema: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass
+class GenerationFields:
+    """Forms of any reply."""
+
+    grammar: str | None = None  # GBNF
+    json_schema: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass
+class ChatFields:
+    """The form of a chat's reply."""
+
+    response_format: ResponseFormat | None = None
+
+
+FIELDS = {"GenerationBody": GenerationFields, "ChatBody": ChatFields}
+AFTER_REASONING = "/[ \\n]{0,3}/ "  # what may stand between the reasoning and the form, in Lark
+
+
+def field_of(body) -> str | None:
+    """The field that asks for a form. Raises ApiError when there are several."""
+    wanted = [name for name in ("grammar", "json_schema") if getattr(body, name) is not None]
+    response_format = getattr(body, "response_format", None)
+    wanted += ["response_format"] * bool(response_format and response_format.type != "text")
+    if len(wanted) > 1:
+        raise server.invalid(wanted[0], f"{' and '.join(wanted)} were sent; the reply can follow "
+                                        "only one of them")
+    return next(iter(wanted), None)
+
+
+def schema_of(body) -> tuple[Any, str] | None:
+    """The JSON Schema of the reply, and where it was sent. Raises ApiError."""
+    field = field_of(body)
+    if field == "json_schema":
+        return body.json_schema, "json_schema"
+    if field != "response_format":
+        return None
+    wanted = body.response_format
+    if wanted.type == "json_object":
+        return server.given(wanted.schema, {"type": "object"}), "response_format.schema"
+    if wanted.json_schema is None:
+        raise server.invalid("response_format.json_schema", "response_format.json_schema is "
+                                                            "required", "missing_field")
+    return server.given(wanted.json_schema.schema, True), "response_format.json_schema.schema"
+
+
+def join(wanted: "server.Generation") -> None:
+    """Hold the reply to what its body asks for."""
+    if field := field_of(wanted.body):
+        wanted.constrained_by = field
+        wanted.constrain = functools.partial(constrain, wanted)
+
+
+def constrain(wanted: "server.Generation", prompt: str) -> Callable[[], Reply]:
+    """What makes the Reply of each choice. Raises ApiError."""
+    form, body = Form(), wanted.body
+    after = wanted.lead(prompt)
+    form.triggers = (after,) if after else ()
+    with schema_errors():
+        if body.grammar is not None:
+            if not body.grammar:
+                raise server.invalid("grammar", "grammar: is empty; leave it out")
+            form.set_gbnf(body.grammar)
+        else:
+            form.root = AFTER_REASONING * bool(after) + form.add_schema(*schema_of(body))
+        return form.replies(wanted.loaded.model, must_trigger=True)
+
+
+@contextlib.contextmanager
+def schema_errors() -> Iterator[None]:
+    """Make a refusal a 400 at its place, with which its message starts."""
+    try:
+        yield
+    except SchemaError as error:
+        raise server.invalid(str(error).split(":")[0], str(error)) from None

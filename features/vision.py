@@ -30,11 +30,15 @@ public addresses. It needs Pillow (features/requirements.txt).
 import binascii
 import contextlib
 import ctypes
+import dataclasses
+import functools
 import hashlib
 import http.client
 import io
 import ipaddress
 import os
+import re
+import secrets
 import socket
 import threading
 import time
@@ -43,6 +47,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from llama_cpp import llama_cpp as lib
@@ -50,6 +55,7 @@ from llama_cpp import mtmd_cpp as mtmd  # mtmd.h by ctypes, name by name
 
 import engine
 import server
+from features.web import TooLarge, Unreachable, read_all, request_elsewhere
 
 
 class ImageError(ValueError):
@@ -90,7 +96,7 @@ def fetch_image(url: str, until: float, limit: int, check: Callable[[], None]) -
     try:
         for _ in range(MAX_REDIRECTS + 1):
             check_both()
-            with server.request_elsewhere("GET", url, None, headers, IMAGE_SECONDS, check_both,
+            with request_elsewhere("GET", url, None, headers, IMAGE_SECONDS, check_both,
                                           public_address(url)) as response:
                 location = response.headers.get("Location")
                 if 300 <= response.status < 400 and location:
@@ -100,14 +106,14 @@ def fetch_image(url: str, until: float, limit: int, check: Callable[[], None]) -
                     continue
                 if response.status != 200:
                     raise ImageError(f"{server.describe(url)} answered {response.status}")
-                return server.read_all(response, limit)
+                return read_all(response, limit)
     except TimeoutError:
         raise ImageError("fetching images takes more than the "
                          f"{IMAGE_SECONDS:g} seconds of a request") from None
-    except server.TooLarge:
+    except TooLarge:
         raise ImageError("the images of a request that are fetched are more than "
                          f"{MAX_IMAGES_MB} MB") from None
-    except (server.Unreachable, http.client.HTTPException) as error:
+    except (Unreachable, http.client.HTTPException) as error:
         raise ImageError(f"cannot fetch {server.describe(url)}: "
                          f"{server.describe(str(error))}") from None
     raise ImageError(f"more than {MAX_REDIRECTS} redirects")
@@ -346,34 +352,147 @@ def row_bytes(pieces: Pieces) -> int:
 projectors: weakref.WeakKeyDictionary[engine.Engine, Projector] = weakref.WeakKeyDictionary()
 
 
-def equip(loaded: engine.Engine, mmproj: str) -> None:
-    """Let a model see. mmproj: a path, or hf:owner/repository/file.gguf. Loader thread, before
-    handlers have the engine. Raises engine.ModelError."""
-    model = loaded.model
-    path = engine.find_model_file(mmproj, model.path.parent, setting="mmproj")
-    projectors[loaded] = projector = Projector(model, path, loaded.context.n_threads)
-    model.parts.callback(projector.close)
+def equip(loaded: engine.Engine, settings: server.Config) -> None:
+    """Give a model its projector, if there is an mmproj for it. Raises engine.ModelError."""
+    if not (mmproj := mmproj_of(settings.mmproj, loaded.model.path)):
+        return
+    path = engine.find_model_file(mmproj, loaded.model.path.parent, setting="mmproj")
+    projector = Projector(loaded.model, path, loaded.context.n_threads)
+    loaded.model.parts.callback(projector.close)
+    projectors[loaded] = projector
+    loaded.capabilities.append("vision")
+
+
+def mmproj_of(setting: str | None, path: str | Path | None) -> str | None:
+    """With what a model sees: what the settings say, or else NAME.mmproj.gguf or mmproj-NAME.gguf
+    beside its file NAME.gguf."""
+    file = Path(os.path.expanduser(path or engine.HUB))
+    beside = [file.with_name(f"{file.stem}.mmproj.gguf"), file.with_name(f"mmproj-{file.name}")]
+    return setting or next((str(each) for each in beside if each.is_file()), None)
+
+
+def sees(target) -> bool:
+    """Whether a name stands for a model of this machine that reads images."""
+    return isinstance(target, server.LocalModel) and bool(
+        mmproj_of(target.settings.mmproj, target.path))
 
 
 # ==== 4. Request: the images of a chat ==================================================
 
 
-def read_files(chat: server.ChatBody, fetches: bool, check: Callable[[], None]) -> None:
-    """Give all parts of a chat that are images their `file`, inspected. fetches: also from the web;
-    check: called meanwhile, may raise. Raises server.ApiError."""
+@dataclasses.dataclass
+class Settings:
+    """How models see, and where images come from."""
+
+    mmproj: str | None = server.setting("model", None, is_file=True)
+    allow_image_urls: bool = server.setting("server", False)
+
+
+@dataclasses.dataclass
+class ImageUrl:
+    """Where an image is: a data: URI, or an address on the web."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = server.option(no_effect=True)
+
+
+@dataclasses.dataclass
+class PartFields:
+    """An image in a message."""
+
+    type: Literal["text", "refusal", "image_url"]
+    image_url: ImageUrl | None = None
+
+    file = b""  # what is there; `receive` gets it
+
+    def check(self, at: str) -> None:
+        """Refuse an image without an address, and the other way round."""
+        if (self.type == "image_url") != (self.image_url is not None):
+            raise server.invalid(f"{at}.image_url", f"{at}: the type image_url and a field "
+                                 'image_url, like {"url": "data:image/png;base64,..."}, belong '
+                                 "together", "missing_field")
+
+
+@dataclasses.dataclass
+class MessageFields:
+    """Who may send images."""
+
+    def check(self, at: str) -> None:
+        """Refuse images that are not a user's."""
+        for i, part in enumerate(self.content if isinstance(self.content, list) else ()):
+            if part.image_url and self.role != "user":
+                raise server.invalid(f"{at}.content[{i}]", f"{at}.content[{i}]: a {self.role} "
+                                     "message cannot have images; a user message can")
+
+
+FIELDS = {"Part": PartFields, "Message": MessageFields}
+
+
+def image_parts(chat: server.ChatBody) -> Iterator[tuple[str, PartFields]]:
+    """The parts that are images, and where they are."""
+    for i, message in enumerate(chat.messages):
+        for j, part in enumerate(message.content if isinstance(message.content, list) else ()):
+            if part.image_url:
+                yield f"messages[{i}].content[{j}]", part
+
+
+def receive(handler: server.Handler, body, target) -> None:
+    """Get the files of all images of a chat, inspected, before the model must be there. Raises
+    server.ApiError."""
+    images = [*image_parts(body)] if isinstance(body, server.ChatBody) else []
+    if images and not sees(target):
+        at = images[0][0]
+        raise server.invalid(at, f"{at}: {target.name} reads no images; ask a vision model (one "
+                                 "with an mmproj)", "unsupported_image")
     until, room = time.monotonic() + IMAGE_SECONDS, MAX_IMAGES_MB * 2**20
-    for at, part in chat.image_parts():
+    for at, part in images:
         url = part.image_url.url
         with errors_at(at):
             if url[:5].lower() == "data:":
                 part.file = read_data_uri(url)
-            elif fetches:
-                part.file = fetch_image(url, until, room, check)
+            elif handler.server.config.allow_image_urls:
+                part.file = fetch_image(url, until, room, handler.check_connection)
                 room -= len(part.file)
             else:
                 raise ImageError(f"{server.describe(url)} was sent; send a data: URI (or have "
                                  "the server set allow_image_urls)")
             inspect(part.file)
+
+
+def join(wanted: server.Generation) -> None:
+    """Encode the images of a chat, and put marks in their places that nobody else can write."""
+    if not isinstance(wanted, server.Chat):
+        return
+    handler, marked, n_tokens = wanted.handler, {}, 0
+    for message, sent in zip(wanted.messages, wanted.body.messages):
+        for part in message["content"] if isinstance(message["content"], list) else ():
+            part.pop("image_url", None)
+    for at, part in image_parts(wanted.body):
+        handler.check_connection()
+        mark = f"<image {secrets.token_hex(16)}>"
+        i, j = map(int, re.findall(r"\d+", at))
+        wanted.messages[i]["content"][j]["text"] = mark
+        marked[mark] = pieces = encode(wanted.loaded, part.file, at)
+        n_tokens += sum(len(getattr(piece, "rows", piece)) for piece in pieces)
+        handler.check_length(n_tokens, at, 1)
+    if marked:
+        wanted.read_prompt = functools.partial(read_prompt, wanted, marked)
+        wanted.show = lambda prompt: re.sub("|".join(marked), "<image>", prompt)
+
+
+def read_prompt(chat: server.Chat, marked: dict[str, Pieces], prompt: str
+                ) -> tuple[np.ndarray, dict[int, engine.Piece]]:
+    """The tokens of a prompt, and the images in it by where they begin. Raises server.ApiError."""
+    if any(prompt.count(mark) != 1 for mark in marked):
+        raise server.invalid("messages", "messages: the model's chat template does not write each "
+                                         "image once", "template_error")
+    parts = re.split(f"({'|'.join(map(re.escape, marked))})", prompt)
+    chat.handler.check_fewest("".join(part for part in parts if part not in marked), "messages", 1)
+    tokens, pieces = chat.loaded.model.tokenize_parts([marked.get(part, part) for part in parts])
+    chat.handler.check_length(len(tokens) + engine.extra_tokens(pieces), "messages", 1)
+    if tokens[-1] < 0:
+        raise server.invalid("messages", "messages: the prompt ends with an image; add text")
+    return tokens, pieces
 
 
 def encode(loaded: engine.Engine, file: bytes, at: str) -> Pieces:
