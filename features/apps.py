@@ -180,7 +180,7 @@ def post_unload(handler, request: UnloadBody) -> None:
 
 def find_model(handler, name: str | None, sees: bool):
     """What a name stands for; for None the default model, or the one for images if it `sees`.
-    Raises server.ApiError."""
+    Raises ApiError."""
     models, config = handler.server.models, handler.server.config
     if name is not None or not sees:
         return models.find(name)
@@ -202,7 +202,7 @@ def post_app_chat(handler, request: AppBody, **how) -> None:
         answer_app(handler, request, **how)
     except server.ApiError as error:
         if error.status == 503:
-            error.message = f"Chat service server.unavailable: {error.message}"
+            error.message = f"Chat service unavailable: {error.message}"
         raise
 
 

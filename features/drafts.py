@@ -349,7 +349,7 @@ FIELDS = {"ChatBody": ChatFields}
 
 
 def join(wanted: server.Generation) -> None:
-    """Read the prediction. Raises server.ApiError."""
+    """Read the prediction. Raises ApiError."""
     predicted = getattr(wanted.body, "prediction", None)
     text = server.text_of(dataclasses.asdict(predicted)["content"]) if predicted else ""
     if text:

@@ -80,7 +80,7 @@ def check_upstream(at: str, base_url: str | None, api_key: str | None) -> None:
         if not is_right:
             raise server.invalid(at, f"{at}: must be like http://box:8000/v1, without user or query")
     if api_key is not None and not re.fullmatch("[!-~]+", api_key):
-        raise server.invalid(at, f"{at}: the key beside it must be server.printable ASCII without spaces")
+        raise server.invalid(at, f"{at}: the key beside it must be printable ASCII without spaces")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Upstream:
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
     def mask(self, text: str) -> str:
-        """A text of its for our clients and the server.log: it may quote our key."""
+        """A text of its for our clients and the log: it may quote our key."""
         return text.replace(self.api_key, "***") if self.api_key else text
 
 
@@ -142,7 +142,7 @@ def start(running: "server.Server") -> None:
 
 
 def list_elsewhere(handler, upstream: "Upstream") -> list[dict]:
-    """The entries of an engine's own list of models. Raises server.ApiError."""
+    """The entries of an engine's own list of models. Raises ApiError."""
     with ask(handler, upstream, "GET", "/models", None, seconds=LIST_SECONDS) as response:
         if response.status != 200:
             raise server.ApiError(502, f"{upstream.name} answers {response.status} when asked for its "
@@ -185,7 +185,7 @@ def relay(handler, upstream: "Upstream", sent: dict, body: bytes) -> None:
 
 
 def for_upstream(upstream: Upstream, sent: dict) -> bytes:
-    """A body with the model's name there. Raises server.ApiError."""
+    """A body with the model's name there. Raises ApiError."""
     named = {**sent, "model": upstream.model or sent.get("model")}
     try:
         return json.dumps(named, allow_nan=False).encode()
@@ -198,7 +198,7 @@ def ask(handler, upstream: Upstream, method: str, path: str, body: bytes | None,
         seconds: float | None = None,
         reads_errors: bool = False) -> Iterator[http.client.HTTPResponse]:
     """The response of an engine elsewhere, while our client is there. seconds: for all of
-    it, besides its timeout. reads_errors: its refusals are errors here, too. Raises server.ApiError."""
+    it, besides its timeout. reads_errors: its refusals are errors here, too. Raises ApiError."""
     via, until = handler.head.headers.get("via", ""), time.monotonic() + (seconds or math.inf)
     if VIA in via:
         raise server.ApiError(508, f"{upstream.name} leads back to this server", code="relay_loop")
@@ -266,7 +266,7 @@ class FarChunk:
 
 def read_chunks(response: http.client.HTTPResponse, upstream: "Upstream",
                 house: "server.House") -> Iterator[dict]:
-    """The chunks of a streamed chat completion. Raises server.ApiError."""
+    """The chunks of a streamed chat completion. Raises ApiError."""
     for line in read_lines(response, MAX_FAR_BODY):
         if not line.startswith(b"data:"):
             continue

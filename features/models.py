@@ -128,7 +128,7 @@ class Pool(server.Models):
     """
 
     def __init__(self, config, stopping: threading.Event):
-        """Raises server.ConfigError."""
+        """Raises ConfigError."""
         super().__init__(config, stopping)
         if config.models_dir and not Path(os.path.expanduser(config.models_dir)).is_dir():
             raise server.ConfigError(f"models_dir: {config.models_dir} is not a folder")
@@ -152,7 +152,7 @@ class Pool(server.Models):
 
     def settle(self) -> None:
         """The default model is loaded at the start. If it never can be, `fatal_error` says why, and
-        `stopping` is set. Raises server.ConfigError."""
+        `stopping` is set. Raises ConfigError."""
         name = self.config.default_regular_model or next(iter(self.named), None)
         try:
             self.default = server.Models.find(self, name) if name else None

@@ -51,7 +51,7 @@ class MessageFields:
         return super().is_empty() and not self.reasoning_content
 
 
-FIELDS = {"server.ChatBody": ChatFields, "Message": MessageFields}
+FIELDS = {"ChatBody": ChatFields, "Message": MessageFields}
 
 def unclosed_reasoning(prompt: str) -> str:
     """The close tag of the reasoning that the last words of a prompt open, else ""."""

@@ -172,12 +172,11 @@ class Schema:
         return self._pattern(name, at)
 
     def _pattern(self, pattern: str, at: str) -> str:
-        """A regular expression. In a class, `[`, `&` and `~` mean nothing to ECMAScript."""
+        """A regular expression. What Rust reads otherwise than ECMAScript means itself there: in a
+        class `[`, `&`, `~` and `--`, outside `\\<` and `\\>`."""
         if len(self._is(str, pattern, at)) > MAX_PATTERN:
             raise SchemaError(f"{at}: has {len(pattern)} characters, the limit is {MAX_PATTERN}")
-        return CLASS.sub(lambda m: m[0][0] + re.sub(r"\\.|[\[&~]|--", lambda n: n[0] if n[0][0] ==
-                                                    "\\" else "\\" + "\\".join(n[0]), m[0][1:]),
-                         pattern)
+        return ESCAPED_OR_CLASS.sub(_as_in_ecmascript, pattern)
 
     def _take(self, made: dict, key: str, value, at: str) -> None:
         """Copy a keyword without subschemas; one that is unknown is an annotation."""
@@ -320,7 +319,16 @@ MISSING = object()  # where a reference leads nowhere
 KNOWN = REFUSED.union(COUNTS, BOUNDS, LISTS, MAPS, (
     "$ref type const enum items additionalItems additionalProperties required pattern format "
     "multipleOf then else").split())
-CLASS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+ESCAPED_OR_CLASS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+
+
+def _as_in_ecmascript(match: re.Match) -> str:
+    """An escape or a class of a pattern, as Rust should read it."""
+    if match[0][0] == "\\":
+        return match[0].lstrip("\\") if match[0] in ("\\<", "\\>") else match[0]
+    inner = re.sub(r"\\.|[\[&~]|--", lambda part: part[0] if part[0][0] == "\\" else
+                   "".join("\\" + char for char in part[0]), match[0][1:])
+    return "[" + inner
 
 
 def exact(value, at: str):

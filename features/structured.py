@@ -154,7 +154,7 @@ class Form:
                 inner, place = waiting.pop(0)
                 found = self._refusal(schema, inner, place) if id(inner) not in seen else None
                 seen.add(id(inner))
-                if found and (said is None or found == said):
+                if found and (said is None or _is_cause(found, place, said)):
                     part, at, said = inner, place, found
                     waiting = [*schema.parts(part, at)]
             if said:
@@ -178,6 +178,16 @@ KEYS = {  # what llguidance says: where that is, and in other words
                                     "or a constant of its own"),
     "regex": (".pattern", ""), "lookarounds": (".pattern", ""),
     "min/maxProperties": (".minProperties", "")}
+
+
+def _is_cause(found: str, place: str, said: str) -> bool:
+    """Whether what is wrong with a part, at its place, is why the whole is refused."""
+    if named := re.search("required property '(.*)' is unsatisfiable", said):
+        return place.endswith(f".{named[1]}")
+    return found == said or said.startswith(UNSATISFIABLE) and found.startswith(UNSATISFIABLE)
+
+
+UNSATISFIABLE = "Unsatisfiable schema"
 
 
 def _words(error: str) -> str:

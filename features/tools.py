@@ -149,7 +149,7 @@ class ChatFields:
                      mode == "required", self.parallel_tool_calls and not is_named, where)
 
 
-FIELDS = {"server.ChatBody": ChatFields, "Message": MessageFields}
+FIELDS = {"ChatBody": ChatFields, "Message": MessageFields}
 
 
 @dataclasses.dataclass
@@ -177,7 +177,7 @@ class Offer:
 @dataclasses.dataclass(frozen=True)
 class ToolFormat:
     """The literals around tool calls, for the grammar, the parser and the history alike: trigger
-    opening CALL (separator CALL)* closing, where CALL is server.NAME between ARGUMENTS ending."""
+    opening CALL (separator CALL)* closing, where CALL is NAME between ARGUMENTS ending."""
 
     pattern: str  # found in the source of a template that makes its model write this
     trigger: str  # what makes a reply a call
@@ -378,7 +378,7 @@ def new_call_id(form: ToolFormat) -> str:
     return "".join(letters[:9]) if form.short_ids else "call_" + "".join(letters)
 
 
-# ==== 4. server.Prompts: tools, calls and results as templates take them ========================
+# ==== 4. Prompts: tools, calls and results as templates take them ========================
 
 TOOLS_TEXT = ("You can call these functions, described with JSON Schema:\n\n{}\n\nTo call one, "
               "write its name and arguments in exactly this form:\n{}\nIf none helps, just answer.")

@@ -438,7 +438,7 @@ def image_parts(chat: server.ChatBody) -> Iterator[tuple[str, PartFields]]:
 
 def receive(handler: server.Handler, body, target) -> None:
     """Get the files of all images of a chat, inspected, before the model must be there. Raises
-    server.ApiError."""
+    ApiError."""
     images = [*image_parts(body)] if isinstance(body, server.ChatBody) else []
     if images and not sees(target):
         at = images[0][0]
@@ -482,7 +482,7 @@ def join(wanted: server.Generation) -> None:
 
 def read_prompt(chat: server.Chat, marked: dict[str, Pieces], prompt: str
                 ) -> tuple[np.ndarray, dict[int, engine.Piece]]:
-    """The tokens of a prompt, and the images in it by where they begin. Raises server.ApiError."""
+    """The tokens of a prompt, and the images in it by where they begin. Raises ApiError."""
     if any(prompt.count(mark) != 1 for mark in marked):
         raise server.invalid("messages", "messages: the model's chat template does not write each "
                                          "image once", "template_error")
@@ -497,7 +497,7 @@ def read_prompt(chat: server.Chat, marked: dict[str, Pieces], prompt: str
 
 def encode(loaded: engine.Engine, file: bytes, at: str) -> Pieces:
     """An image file, inspected, as the model reads it. at: its place in the request. Raises
-    server.ApiError."""
+    ApiError."""
     with errors_at(at):
         pieces = projectors[loaded].read(file)
     n_batch = loaded.context.n_batch
