@@ -20,6 +20,7 @@ import pytest
 import openai_schemas
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SETTINGS = {"N_CTX": "1024", "PARALLEL": "4", "DRAIN_SECONDS": "2",
             "MODEL_ALIASES": "[gpt-4o-mini, text-embedding-3-small]"}
 
@@ -27,6 +28,12 @@ SETTINGS = {"N_CTX": "1024", "PARALLEL": "4", "DRAIN_SECONDS": "2",
 collect_ignore = [] if importlib.util.find_spec("langchain_openai") else ["test_clients.py"]
 # So do Ray's, in that of requirements-ray.txt.
 collect_ignore += [] if importlib.util.find_spec("ray") else ["test_ray.py"]
+
+
+def blocks_of(language: str, files: list[Path] = DOCS) -> list[str]:
+    """The fenced blocks of a language in the docs, in their order."""
+    return [block for file in files for block in re.findall(
+        rf"^```{language}\n(.*?)^```$", file.read_text(), re.M | re.S)]
 
 
 def pytest_addoption(parser):

@@ -1,7 +1,7 @@
-"""The README's tables of request fields, made from the dataclasses in server.py.
+"""The tables of request fields in docs/api.md, made from the dataclasses in server.py.
 
-`python tests/field_table.py` writes them between the two markers in README.md; a test checks that
-they are there as made. What becomes of a field and its limits come from its metadata, the notes
+`python tests/field_table.py` writes them between the two markers there; a test checks that they
+stand there as made. What becomes of a field and its limits come from its metadata, the notes
 from NOTES below.
 """
 
@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 import engine  # noqa: E402
 import server  # noqa: E402
 
+FILE = ROOT / "docs" / "api.md"
 BEGIN, END = "<!-- fields -->\n", "<!-- /fields -->\n"
 BODIES = {server.ChatBody: "chat", server.CompletionBody: "completions",
           server.EmbeddingBody: "embeddings", server.TokenizeBody: "tokenize",
@@ -39,10 +40,10 @@ NOTES = {
     "chat logprobs": "true or false; with `bytes`",
     "completions logprobs": "the legacy shape",
     "top_logprobs": "needs `logprobs: true`",
-    "response_format": "see Structured output",
-    "prediction": "see Drafts",
+    "response_format": "see [Structured output](#structured-output)",
+    "prediction": "see [Predicted outputs](#predicted-outputs)",
     "prediction.content": "a string or text parts",
-    "tools": "functions; see Tools",
+    "tools": "functions; see [Tools](#tools)",
     "tool_choice": "or a named function, or `allowed_tools`",
     "parallel_tool_calls": "false: one call at most; default: true",
     "functions": "the deprecated form of `tools`",
@@ -196,16 +197,15 @@ def make() -> str:
     return "\n".join(lines) + "\n"
 
 
-def parts(readme: str) -> tuple[str, str, str]:
+def parts(text: str) -> tuple[str, str, str]:
     """What stands before, between and behind the markers."""
-    before, _, rest = readme.partition(BEGIN)
+    before, _, rest = text.partition(BEGIN)
     between, end, after = rest.partition(END)
     if not end:
-        raise SystemExit(f"README.md lacks the markers {BEGIN.strip()} and {END.strip()}")
+        raise SystemExit(f"{FILE.name} lacks the markers {BEGIN.strip()} and {END.strip()}")
     return before + BEGIN, between, END + after
 
 
 if __name__ == "__main__":
-    file = ROOT / "README.md"
-    before, _, after = parts(file.read_text())
-    file.write_text(before + make() + after)
+    before, _, after = parts(FILE.read_text())
+    FILE.write_text(before + make() + after)
