@@ -1580,7 +1580,7 @@ class Connection(socketserver.StreamRequestHandler):
         if not route.needs_model:
             return route.answer(self, self.read_fields(route.reads, sent))
         name = sent.get("model")
-        target = self.server.models.find(name if isinstance(name, str) else None)
+        target = self.server.models.find(name if isinstance(name, str) and name else None)
         target.answer(self, route, sent, body)
 
     @contextlib.contextmanager

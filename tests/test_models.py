@@ -520,6 +520,7 @@ def test_a_dotenv_file_beside_the_server_is_used(tmp_path, gguf):
     """But what the environment says itself wins."""
     for name in ("server.py", "engine.py"):
         shutil.copy(conftest.ROOT / name, tmp_path)
+    shutil.copytree(conftest.ROOT / "features", tmp_path / "features")
     (tmp_path / "mine.gguf").symlink_to(gguf)
     (tmp_path / ".env").write_text(f"PORT=0\nexport MODEL_ID='{tmp_path}/mine.gguf'\nBATCH_MAX=3"
                                    "\nN_CTX=4096\n")
