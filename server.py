@@ -960,6 +960,7 @@ class LocalModel:
     name: str
     path: str | None  # as engine.find_model_file takes it
     settings: Config
+    house: House
     engine: "engine.Engine | None" = None
     progress: float | None = None  # 0 to 1, while it loads
     error: str | None = None  # why it could not be loaded the last time
@@ -991,7 +992,7 @@ class LocalModel:
             for equip in house.having("equip"):
                 equip(loaded, config)
 
-        config, house = self.settings, self.settings.house
+        config, house = self.settings, self.house
         path = engine.find_model_file(self.path, download_dir, on_progress)
         self.path = str(path)
         log.info("loading %s", path.name)
@@ -1035,10 +1036,11 @@ class Models:
 
     n_loads = n_waiting = 0  # models loaded; requests that wait for one
 
-    def __init__(self, config: Config, stopping: threading.Event):
+    def __init__(self, config: Config, house: House, stopping: threading.Event):
         """stopping: ends everything; set here where the model can never be loaded."""
-        self.config, self._stopping = config, stopping
-        self.default: Any = LocalModel(model_name(config.model_path), config.model_path, config)
+        self.config, self._house, self._stopping = config, house, stopping
+        self.default: Any = LocalModel(model_name(config.model_path), config.model_path, config,
+                                       house)
         self.named: dict[str, Any] = {self.default.name: self.default}  # what answers to a name
         self.otherwise: Any = None  # what takes the names that are not known
         self.fatal_error: str | None = None
@@ -1317,8 +1319,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.config = config
         self.stopping = threading.Event()  # set by a signal or a fatal error
         self.is_over = False  # what is under way has had its time
-        self.house: House = config.house
-        self.models = Models(config, self.stopping)
+        self.house: House = getattr(config, "house", None) or House(())
+        self.models = Models(config, self.house, self.stopping)
         for start in self.house.having("start"):
             start(self)
         self.models.settle()

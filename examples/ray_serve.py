@@ -74,9 +74,9 @@ class Replica:
         logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(message)s")
         self.server = Server(config)
         self.name = serve.get_replica_context().replica_id.unique_id
-        self.server.pool.start()
-        if self.server.pool.fatal_error:
-            raise RuntimeError(self.server.pool.fatal_error)
+        self.server.models.start()
+        if self.server.models.fatal_error:
+            raise RuntimeError(self.server.models.fatal_error)
 
     def check_health(self) -> None:
         """Ray asks every few seconds, and replaces a replica that raises."""

@@ -127,17 +127,17 @@ class Pool(server.Models):
     nothing else waits for it but who wants a model that is not there.
     """
 
-    def __init__(self, config, stopping: threading.Event):
+    def __init__(self, config: server.Config, house: server.House, stopping: threading.Event):
         """Raises ConfigError."""
-        super().__init__(config, stopping)
+        super().__init__(config, house, stopping)
         if config.models_dir and not Path(os.path.expanduser(config.models_dir)).is_dir():
             raise server.ConfigError(f"models_dir: {config.models_dir} is not a folder")
-        local = {name: PooledModel(name, entry.model_path, entry.settings(config))
+        local = {name: PooledModel(name, entry.model_path, entry.settings(config), house)
                  for name, entry in config.models.items() if entry.is_here()}
         own, wanted = server.model_name(config.model_path), config.default_regular_model
         if config.model_path or not (wanted or config.models) or \
                 wanted == own and not getattr(config, "openai_base_url", None):
-            local = {own: PooledModel(own, config.model_path, config), **local}
+            local = {own: PooledModel(own, config.model_path, config, house), **local}
         self._models, self.named = local, dict(local)
         self._stopping, self._download_dir = stopping, server.HERE / "models"
         self.default = None
@@ -201,7 +201,7 @@ class Pool(server.Models):
         folder = Path(os.path.expanduser(self.config.models_dir or ""))
         files = engine.model_files(folder) if self.config.models_dir else []
         settings = ModelEntry().settings(self.config)
-        return [PooledModel(file.stem, str(file), settings, is_in_folder=True)
+        return [PooledModel(file.stem, str(file), settings, self._house, is_in_folder=True)
                 for file in files if re.fullmatch(MODEL_NAME, file.stem)]
 
     @property
@@ -403,4 +403,4 @@ class Pool(server.Models):
 
 def start(running: "server.Server") -> None:
     """Put the pool in the place of the one model."""
-    running.models = Pool(running.config, running.stopping)
+    running.models = Pool(running.config, running.house, running.stopping)

@@ -5,6 +5,7 @@ The server runs under this Python, if llama_cpp is installed here; else under th
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -38,6 +39,20 @@ def blocks_of(language: str, files: list[Path] = DOCS) -> list[str]:
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="the long form of test_soak.py")
+
+
+def config(**settings):
+    """Settings with all features that config.yaml names, for a server in this process."""
+    return house().Config(**settings)
+
+
+@functools.cache
+def house():
+    """All features that config.yaml names."""
+    sys.path.insert(0, str(ROOT))
+    import server  # not in the environments of other clients
+    import yaml
+    return server.House(yaml.safe_load((ROOT / "config.yaml").read_text())["features"])
 
 
 def server_python() -> str:

@@ -13,6 +13,7 @@ import field_table
 from conftest import DOCS, ROOT, blocks_of
 
 sys.path.insert(0, str(ROOT))
+import conftest  # noqa: E402
 import server  # noqa: E402
 
 README = ROOT / "README.md"
@@ -115,7 +116,7 @@ def test_the_ladder_names_what_is_there():
 
 def test_metrics_are_listed_by_their_names():
     """What /metrics gives, of a server that has answered nothing yet."""
-    idle = server.Server(server.Config(port=0))
+    idle = server.Server(conftest.config(port=0))
     idle.server_close()
     told = re.findall(rf"^# TYPE {server.NAME}_(\w+) ", server.metrics(idle), re.M)
     text = (ROOT / "docs" / "operate.md").read_text()

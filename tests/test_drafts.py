@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 import engine  # noqa: E402
 import make_deep_model  # noqa: E402
+import conftest  # noqa: E402
 import server  # noqa: E402
 from test_embeddings_gguf import POOLING, write_bert  # noqa: E402
 from test_models import CHAT, get, post  # noqa: E402
@@ -641,12 +642,12 @@ NAMED = {"type": "json_schema", "json_schema": {"name": "towns", "schema": {
 def serving(**options):
     """A server in this process with its default model; a row costs a tenth of a decode, whatever
     else the machine does."""
-    running = server.Server(server.Config(**{
+    running = server.Server(conftest.config(**{
         "port": 0, "n_ctx": 512, "parallel": 4, "n_batch": 32, "n_threads": 1, **options}))
     threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
-    running.pool.start()
+    running.models.start()
     try:
-        running.engine = running.pool.loaded()[0].engine
+        running.engine = running.models.loaded()[0].engine
         running.engine._drafter.pace = SetPace(0.1)
         yield running
     finally:
@@ -975,7 +976,7 @@ def test_a_models_entry_has_a_draft_model_of_its_own(gguf, degraded):
         replies = []
         for name in entries:
             assert chat(running, STORY, model=name, max_tokens=1)
-            by_name = {model.name: model.engine for model in running.pool.loaded()}
+            by_name = {model.name: model.engine for model in running.models.loaded()}
             drafter = by_name[name]._drafter
             assert bool(drafter.model) == (name == "fast")
             drafter.pace = SetPace(0.02)

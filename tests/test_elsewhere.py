@@ -146,7 +146,7 @@ def there():
     """A second server of ours."""
     with listening(api_keys=[KEY_THERE], model_path=MODEL, model_aliases=[THERE],
                    **SMALL) as running:
-        running.pool.start()
+        running.models.start()
         yield running
 
 
@@ -180,7 +180,7 @@ def here(there, cpp):
                                          model=there.models.regular.name),
                "cpp": server.ModelEntry(base_url=f"{cpp}/v1", api_key=KEY_THERE, model="org/smol")}
     with listening(api_keys=[KEY], models=entries, max_body_mb=0.1, **SMALL) as running:
-        running.pool.start()
+        running.models.start()
         yield running
 
 
@@ -210,7 +210,7 @@ def summary(answer):
     ("/v1/embeddings", {"input": "Once upon"})])
 def test_an_engine_says_the_same_through_us(here, name, path, body):
     """Direct and relayed, streamed or not, at temperature 0."""
-    far = here.models.upstreams[name]
+    far = here.models.named[name]
     direct = summary(post(far.base_url, path[3:], {**body, "model": far.model}, KEY_THERE))
     assert summary(post(here.url, path, {**body, "model": name})) == direct
     assert direct[4][0][0] == far.model and (direct[2] or direct[4][0][2])
@@ -305,7 +305,7 @@ def test_a_hang_up_frees_the_slot(here, there, path, model):
         "model_key": model, "config": {"maxTokens": 450}}
     story = [{"role": "user", "content": "Count from 1 to 1000, all of them, one a line."}]
     target = here if model == "small" else there
-    busy = lambda: sum(m.engine.stats.n_busy for m in target.pool.loaded())  # noqa: E731
+    busy = lambda: sum(m.engine.stats.n_busy for m in target.models.loaded())  # noqa: E731
     raw = send_raw(here, path, {"messages": story, **more}, read=300 * ("stream" in str(more)))
     wait_for(busy)
     raw.close()
@@ -500,8 +500,8 @@ def test_a_loop_is_a_508(n_servers):
             openai_base_url="http://unused/v1", default_regular_model="far", drain_seconds=1))
             for _ in range(n_servers)]
         for one, other in zip(ring, [*ring[1:], ring[0]]):
-            one.models.others = server.Upstream("upstream", f"{other.url}/v1")
-            one.models.regular = server.dataclasses.replace(one.models.others, model="far")
+            one.models.otherwise = server.Upstream("upstream", f"{other.url}/v1")
+            one.models.regular = server.dataclasses.replace(one.models.otherwise, model="far")
         refusals(ring[0], 508, "leads back")
         for path in ("/v1/models", "/models"):
             assert httpx.get(ring[0].url + path, timeout=20).status_code == 200
@@ -534,7 +534,7 @@ def test_unknown_names_go_to_openai_base_url(there, caplog):
     settings = {"openai_api_key": KEY_THERE, "default_regular_model": THERE,
                 "models": {"own": server.ModelEntry(model_path=MODEL)}, "drain_seconds": 1}
     with listening(openai_base_url=f"{there.url}/v1", **settings) as running:
-        running.pool.start()
+        running.models.start()
         assert httpx.get(running.url + "/health").json() == {"status": "ok"}
         direct = post(there.url, CHATS[0], CHAT, KEY_THERE).json()
         for chosen in ({}, {"model": THERE}):
@@ -554,7 +554,7 @@ def test_unknown_names_go_to_openai_base_url(there, caplog):
         assert listed == {"loaded": [], "available": [
             {"model_key": "own", "vision": False, "loaded": False},
             *({"model_key": name, "engine": "upstream"} for name in names)]}
-        assert not running.pool.loaded()
+        assert not running.models.loaded()
     with Fake() as gone:
         pass
     with listening(openai_base_url=gone.url, **settings) as running:

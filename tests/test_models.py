@@ -40,15 +40,15 @@ def gguf():
 def listening(models, **settings):
     """A server in this process, its default model loaded; models: {name: file}."""
     entries = {name: server.ModelEntry(model_path=str(file)) for name, file in models.items()}
-    running = server.Server(server.Config(**{
+    running = server.Server(conftest.config(**{
         "port": 0, "turn_seconds": 0.0, **SIZES, "models": entries, **settings}))
     threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
-    running.pool.start()
+    running.models.start()
     try:
         yield running
     finally:
         running.stopping.set()
-        ended = running.pool.ended(10)
+        ended = running.models.ended(10)
         assert running.drain() and ended
 
 
@@ -150,7 +150,7 @@ def test_with_room_for_one_a_request_for_another_changes_them(gguf):
     """The old one goes, the new one comes, and both say the same."""
     with listening({"a": gguf, "b": gguf}) as running:
         alone = text_of(ask(running, "a", 12))
-        assert text_of(ask(running, None, 12)) == alone and running.pool.n_loads == 1
+        assert text_of(ask(running, None, 12)) == alone and running.models.n_loads == 1
         assert text_of(ask(running, "b", 12)) == alone and {*listed(running, "loaded")} == {"b"}
         assert text_of(ask(running, "a", 12)) == alone and {*listed(running, "loaded")} == {"a"}
         assert "twofile_model_loads_total 3" in get(running, "/metrics").text
@@ -161,9 +161,9 @@ def test_with_room_for_two_the_least_recently_used_one_goes(gguf):
     with listening(dict.fromkeys("abc", gguf), max_loaded=2) as running:
         alone = text_of(ask(running, "a", 12))
         assert text_of(ask(running, "b", 12)) == alone
-        assert text_of(ask(running, "a", 12)) == alone and running.pool.n_loads == 2
+        assert text_of(ask(running, "a", 12)) == alone and running.models.n_loads == 2
         assert text_of(ask(running, "c", 12)) == alone
-        assert {*listed(running, "loaded")} == {"a", "c"} and running.pool.n_loads == 3
+        assert {*listed(running, "loaded")} == {"a", "c"} and running.models.n_loads == 3
 
 
 def test_running_work_is_finished_before_its_model_goes(gguf):
@@ -195,7 +195,7 @@ def test_two_busy_clients_do_not_make_the_models_change_places_all_the_time(gguf
 
         with ThreadPoolExecutor() as threads:
             waits = [wait for each in threads.map(client, "ab") for wait in each]
-        assert running.pool.n_loads <= 6 and len(waits) == 24 and max(waits) < 10
+        assert running.models.n_loads <= 6 and len(waits) == 24 and max(waits) < 10
 
 
 # ==== Loading and unloading by hand =======================================================
@@ -270,7 +270,7 @@ def test_unloading_does_not_wait_for_a_loading_after_it(gate):
             assert unloading.result(timeout=10).json() == {"unloaded": True, "models": ["slow"]}
         finally:
             gate.set()
-        assert is_whole(stream.result()) and text_of(late.result()) and running.pool.n_loads == 2
+        assert is_whole(stream.result()) and text_of(late.result()) and running.models.n_loads == 2
 
 
 def test_the_end_does_not_wait_for_an_unloading(gguf):
@@ -294,7 +294,7 @@ def test_load_has_its_shapes_and_takes_names_only(gguf):
             assert refused.status_code == 404 and refused.json() == {
                 "loaded": False, "error": "Failed to load model: Model not found"}, name
             assert ask(running, name).status_code == 404
-        assert running.pool.n_loads == 2 and {*listed(running)} == {"a", "org/b", gguf.stem}
+        assert running.models.n_loads == 2 and {*listed(running)} == {"a", "org/b", gguf.stem}
         entry = {"model_key": "org/b", "vision": False, "loaded": True}
         assert listed(running, "loaded") == {"org/b": entry} and listed(running)["org/b"] == entry
         assert listed(running)["a"] == {"model_key": "a", "vision": False, "loaded": False}
@@ -361,7 +361,7 @@ def test_what_clients_see_while_a_model_loads(gguf, gate):
     forgotten, and at most max_queue wait."""
     with listening({"a": gguf, "slow": gate.file}, max_loaded=2, max_queue=3) as running, \
             streaming(running, "a", 30) as other, ThreadPoolExecutor() as threads:
-        quick, pool, seen, told = text_of(ask(running, "a")), running.pool, [], []
+        quick, pool, seen, told = text_of(ask(running, "a")), running.models, [], []
         stream = threads.submit(stream_lines, running, CHAT, seen, model="slow", stream=True,
                                 max_tokens=4, ignore_eos=True)
         app = threads.submit(stream_lines, running, "/chat/stream", told, model_key="slow",
@@ -472,7 +472,7 @@ def test_wrong_names_stop_the_server():
                         ("default_vision_model", 'default_vision_model: the model "x" does not'),
                         ("models_dir", "models_dir: x is not a folder")):
         with pytest.raises(server.ConfigError, match=words):
-            server.Server(server.Config(port=0, **{name: "x"}))
+            server.Server(conftest.config(port=0, **{name: "x"}))
 
 
 def test_paths_in_a_file_are_relative_to_it(tmp_path):
@@ -595,12 +595,12 @@ def test_a_models_broken_projector_is_read_again_when_it_is_whole(gguf, tmp_path
     (tmp_path / "eyes.gguf").symlink_to(gguf)
     whole = (conftest.ROOT / "tests" / "tiny-vision.mmproj.gguf").read_bytes()
     with listening({}, models_dir=str(tmp_path), default_regular_model="eyes") as running:
-        assert not running.pool.models()["eyes"].mmproj
-        running.pool.unload(running.pool.loaded(), lambda: None)
+        assert not running.models.local_models()["eyes"].mmproj
+        running.models.unload(running.models.loaded(), lambda: None)
         (tmp_path / "eyes.mmproj.gguf").write_bytes(whole[:9000])
         failed = httpx.post(running.url + "/models/load", json={"model_key": "eyes"}, timeout=30)
         assert failed.status_code == 503 and "mmproj" in failed.json()["error"]
         (tmp_path / "eyes.mmproj.gguf").write_bytes(whole)
         loaded = httpx.post(running.url + "/models/load", json={"model_key": "eyes"}, timeout=30)
         assert loaded.json() == {"loaded": True, "model": "eyes"}
-        assert running.pool.engines()["eyes"] in vision.projectors
+        assert running.models.engines()["eyes"] in vision.projectors

@@ -454,7 +454,7 @@ SMALL = {"n_ctx": 512, "parallel": 2, "n_batch": 32, "n_threads": 2, "draft": No
 def plain_turns():
     with listening({}, cache_ram_mib=0, **SMALL) as running:
         turns = talk(running)
-        assert restored(running) == 0 and len(running.pool.loaded()[0].engine._store) == 0
+        assert restored(running) == 0 and len(running.models.loaded()[0].engine._store) == 0
     return turns
 
 
@@ -476,7 +476,7 @@ def test_six_conversations_on_two_slots_keep_their_prefixes(plain_turns):
 def test_a_small_store_stays_small_and_changes_no_reply(plain_turns):
     """Of six conversations of some MiB, three MiB hold one or two."""
     with listening({}, cache_ram_mib=3, **SMALL) as running:
-        store, most = running.pool.loaded()[0].engine._store, 0
+        store, most = running.models.loaded()[0].engine._store, 0
         put = store.put
 
         def watched(tokens, state):

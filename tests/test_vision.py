@@ -65,7 +65,7 @@ def running():
     with listening(model_path=path, mmproj=str(PRODUCT), n_ctx=768, parallel=4, max_loaded=2,
                    prefill_chunk=10, model_aliases=["seer"], n_gpu_layers=0, cache_ram_mib=0,
                    models={"blind": server.ModelEntry(model_path=path, n_ctx=256)}) as running:
-        running.pool.start()
+        running.models.start()
         yield running
 
 
@@ -203,7 +203,7 @@ def test_a_conversation_about_an_image_comes_back_to_a_slot():
     path = str(engine.find_model_file(None, ROOT / "models"))
     with listening(model_path=path, mmproj=str(PRODUCT), n_ctx=512, parallel=1,
                    n_gpu_layers=0) as running:
-        running.pool.start()
+        running.models.start()
         with httpx.Client(base_url=running.url, timeout=60) as web:
             said, n_prompt, _ = answer(web, user(RED))
             assert colors_in(said) == ["red"]
@@ -608,7 +608,7 @@ def test_a_photo_is_turned_as_its_exif_block_says(kind, orientation):
 
 def test_a_turned_photo_is_the_same_to_the_model(running):
     """Its rows are those of the upright one."""
-    reader = vision.projectors[next(iter(running.pool.engines().values()))]
+    reader = vision.projectors[next(iter(running.models.engines().values()))]
     exif = PIL.Image.Exif()
     exif[PIL.ExifTags.Base.Orientation] = 6
     lying = np.rot90(PICTURES[0])
