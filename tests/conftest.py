@@ -46,6 +46,12 @@ def config(**settings):
     return house().Config(**settings)
 
 
+def entry(**settings):
+    """An entry of `models`, as for `config`."""
+    from features import models
+    return house().type_of(models.ModelEntry)(**settings)
+
+
 @functools.cache
 def house():
     """All features that config.yaml names."""

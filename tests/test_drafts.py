@@ -970,8 +970,8 @@ def test_a_server_refuses_an_unusable_draft_model_in_one_sentence(tmp_path):
 
 def test_a_models_entry_has_a_draft_model_of_its_own(gguf, degraded):
     """It drafts for that one only; the reply is the same."""
-    entries = {"fast": server.ModelEntry(model_path=str(gguf), draft_model_path=str(degraded)),
-               "slow": server.ModelEntry(model_path=str(gguf))}
+    entries = {"fast": conftest.entry(model_path=str(gguf), draft_model_path=str(degraded)),
+               "slow": conftest.entry(model_path=str(gguf))}
     with serving(models=entries, n_ctx=256, max_loaded=2, draft=None) as running:
         replies = []
         for name in entries:

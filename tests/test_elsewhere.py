@@ -101,7 +101,7 @@ def delta(text: str, end=None) -> dict:
 @contextlib.contextmanager
 def relaying(url, more=None, **entry):
     """A server whose only model, `far`, is elsewhere."""
-    far = server.ModelEntry(base_url=url, **entry)
+    far = conftest.entry(base_url=url, **entry)
     with listening(models={"far": far}, **{"drain_seconds": 1, **(more or {})}) as running:
         yield running
 
@@ -175,10 +175,10 @@ def cpp():
 @pytest.fixture(scope="module")
 def here(there, cpp):
     """The server that is asked: it has a model, and knows the other two."""
-    entries = {"small": server.ModelEntry(model_path=MODEL),
-               "ours": server.ModelEntry(base_url=f"{there.url}/v1/", api_key=KEY_THERE,
+    entries = {"small": conftest.entry(model_path=MODEL),
+               "ours": conftest.entry(base_url=f"{there.url}/v1/", api_key=KEY_THERE,
                                          model=there.models.regular.name),
-               "cpp": server.ModelEntry(base_url=f"{cpp}/v1", api_key=KEY_THERE, model="org/smol")}
+               "cpp": conftest.entry(base_url=f"{cpp}/v1", api_key=KEY_THERE, model="org/smol")}
     with listening(api_keys=[KEY], models=entries, max_body_mb=0.1, **SMALL) as running:
         running.models.start()
         yield running
@@ -532,7 +532,7 @@ def test_unknown_names_go_to_openai_base_url(there, caplog):
     """Its models are in both lists; while it is down these still work, with a warning. A default
     model there means that nothing is loaded here, and that all is well."""
     settings = {"openai_api_key": KEY_THERE, "default_regular_model": THERE,
-                "models": {"own": server.ModelEntry(model_path=MODEL)}, "drain_seconds": 1}
+                "models": {"own": conftest.entry(model_path=MODEL)}, "drain_seconds": 1}
     with listening(openai_base_url=f"{there.url}/v1", **settings) as running:
         running.models.start()
         assert httpx.get(running.url + "/health").json() == {"status": "ok"}

@@ -39,7 +39,7 @@ def gguf():
 @contextlib.contextmanager
 def listening(models, **settings):
     """A server in this process, its default model loaded; models: {name: file}."""
-    entries = {name: server.ModelEntry(model_path=str(file)) for name, file in models.items()}
+    entries = {name: conftest.entry(model_path=str(file)) for name, file in models.items()}
     running = server.Server(conftest.config(**{
         "port": 0, "turn_seconds": 0.0, **SIZES, "models": entries, **settings}))
     threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()

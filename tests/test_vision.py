@@ -64,7 +64,7 @@ def running():
     path = str(engine.find_model_file(None, ROOT / "models"))
     with listening(model_path=path, mmproj=str(PRODUCT), n_ctx=768, parallel=4, max_loaded=2,
                    prefill_chunk=10, model_aliases=["seer"], n_gpu_layers=0, cache_ram_mib=0,
-                   models={"blind": server.ModelEntry(model_path=path, n_ctx=256)}) as running:
+                   models={"blind": conftest.entry(model_path=path, n_ctx=256)}) as running:
         running.models.start()
         yield running
 
