@@ -171,7 +171,7 @@ class Config:
     n_gpu_layers: int = setting("model", -1, low=-1, high=INT32_MAX)
     flash_attn: bool | Literal["auto"] = setting("model", "auto")
     cache_ram_mib: float = setting("model", 512.0, low=0, high=2**20)
-    draft: Literal["prompt-lookup"] | None = setting("model", engine.PROMPT_LOOKUP)
+    draft: Literal["prompt-lookup"] | None = setting("model", "prompt-lookup")
     draft_model_path: str | None = setting("model", None)
     draft_n_ctx: int = setting("model", 0, low=0, high=MAX_N_CTX)
     draft_n_gpu_layers: int = setting("model", -1, low=-1, high=INT32_MAX)
@@ -1479,19 +1479,20 @@ class Models:
 
     def local(self, name: str, entry: "Config | ModelEntry", is_in_folder: bool = False
               ) -> engine.LocalModel:
+        settings = {key: getattr(self.config, key)
+                    for key in ("cache_ram_mib", "draft", "draft_n_ctx", "draft_n_gpu_layers")}
         return engine.LocalModel(
             name, entry.model_path, self.load_options(entry),
+            settings | {"draft_model_path": entry.draft_model_path}, ("draft_model_path",),
             mmproj=entry.mmproj or mmproj_beside(entry.model_path), is_in_folder=is_in_folder)
 
     def load_options(self, entry: "Config | ModelEntry") -> dict:
         """For engine.load_engine: the settings, unless the entry has its own."""
         names = ("n_ctx", "parallel", "n_batch", "n_ubatch", "n_threads", "n_gpu_layers",
-                 "flash_attn", "prefill_chunk", "max_queue", "cache_ram_mib", "draft",
-                 "draft_n_ctx", "draft_n_gpu_layers")
+                 "flash_attn", "prefill_chunk", "max_queue")
         options = {name: given(getattr(entry, name, None), getattr(self.config, name))
                    for name in names}
-        return options | {"chat_template_file": entry.chat_template_file,
-                          "draft_model_path": entry.draft_model_path}
+        return options | {"chat_template_file": entry.chat_template_file}
 
     @staticmethod
     def upstream(name: str, entry: ModelEntry) -> Upstream:
@@ -1540,6 +1541,10 @@ def mmproj_beside(path: str | None) -> str | None:
 
 def equip(model: engine.LocalModel, loaded: engine.Engine) -> None:
     """Give a model what features add to it. Loader thread. Raises engine.ModelError."""
+    from features import drafts, memory
+    options = model.options | model.settings
+    drafts.equip(loaded, options)
+    memory.equip(loaded, options)
     if mmproj := model.mmproj:  # read once: a look at models_dir may change it
         from features import vision
         vision.equip(loaded, mmproj)
@@ -2286,8 +2291,9 @@ class Handler(socketserver.StreamRequestHandler):
                                         f"vectors have {size}")
         texts = self.read_prompts(request.input, "input", n_reply=0)
         self.tally.prompt = sum(map(len, texts))
+        from features import embeddings
         with engine_errors():
-            vectors = loaded.embed(texts, self.check_connection)
+            vectors = embeddings.embed(loaded, texts, self.check_connection)
         if request.dimensions:  # a shorter vector is the longer one's beginning, of length 1 again
             vectors = vectors[:, : request.dimensions]
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
@@ -2552,12 +2558,10 @@ class Handler(socketserver.StreamRequestHandler):
             param = "n" if n_each > 1 else "prompt"
             raise invalid(param, f"{param}: {len(prompts)} prompts with {n_each} replies each were "
                                  f"asked for; the limit is {MAX_CHOICES} replies in one request")
-        prediction, new_reply = self.read_prediction(body), None
+        expected, new_reply = self.read_prediction(body), None
         if constraint:
             with schema_errors():
                 new_reply = constraint.replies(model, must_trigger)
-        lookups = [lookup for prompt in prompts
-                   for lookup in loaded.lookups(prompt, prediction, n_each)]
         for index in range(n_choices):
             prompt = prompts[index // n_each]
             if body.seed is not None:
@@ -2568,7 +2572,7 @@ class Handler(socketserver.StreamRequestHandler):
                 prompt, sampler, limit, stops, 0 if n_each > body.n and n_top is None else n_top,
                 index, scores_prompt=body.scores_prompt() and index % n_each == 0,
                 reuses=body.cache_prompt, events=events,
-                lookup=lookups[index]))
+                expected=expected))
         return choices
 
     def read_prediction(self, body: GenerationBody) -> np.ndarray | None:
