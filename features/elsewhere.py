@@ -17,6 +17,7 @@ import re
 import secrets
 import time
 import urllib.parse
+import weakref
 from collections.abc import Iterator
 
 import server
@@ -29,7 +30,8 @@ MAX_FAR_LINE = 2**20  # bytes of an event from an engine elsewhere
 MAX_FAR_BODY = 2**26  # bytes of a reply of its that we read, in place of passing it on
 OTHERS = "upstream"  # the name of the one in openai_base_url
 
-VIA = f"1.1 {server.NAME}-{secrets.token_hex(4)}"  # who relayed a request (RFC 9110, 7.6.3)
+# By server, how it names itself in what it relays (RFC 9110, 7.6.3).
+names: "weakref.WeakKeyDictionary[server.Server, str]" = weakref.WeakKeyDictionary()
 
 @dataclasses.dataclass
 class Settings:
@@ -200,11 +202,12 @@ def ask(handler, upstream: Upstream, method: str, path: str, body: bytes | None,
     """The response of an engine elsewhere, while our client is there. seconds: for all of
     it, besides its timeout. reads_errors: its refusals are errors here, too. Raises ApiError."""
     via, until = handler.head.headers.get("via", ""), time.monotonic() + (seconds or math.inf)
-    if VIA in via:
+    own = names.setdefault(handler.server, f"1.1 {server.NAME}-{secrets.token_hex(4)}")
+    if own in via:
         raise server.ApiError(508, f"{upstream.name} leads back to this server", code="relay_loop")
     handler.tally.notes["upstream"] = upstream.name
     headers = {"Content-Type": "application/json", **upstream.headers(),
-               "Via": f"{via}, {VIA}" if via else VIA}
+               "Via": f"{via}, {own}" if via else own}
 
     def check() -> None:
         handler.check_connection()

@@ -390,18 +390,24 @@ def prepare_tools(tools: list[dict] | None, form: ToolFormat) -> list[dict] | No
             for tool in tools] if tools and form.native else None
 
 
-def prepare(chat: "server.Chat", offer: Offer, form: ToolFormat) -> None:
-    """Make the messages of a chat what its template takes. Where that is not native, calls and
-    results become text, and the system message describes the tools."""
-    chat.messages = [_prepare(message, form) for message in chat.messages]
-    if not form.native:
-        chat.joined |= {("tool", "tool"), ("tool", "user")}
-    if offer.tools and not form.native:
-        lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in offer.tools)
+def prepare_messages(messages: list[dict], tools: list[dict], form: ToolFormat) -> list[dict]:
+    """Messages with calls and results as a template takes them. Where that is not native, they
+    become text, results the beginning of what the user says next, and the system message describes
+    the tools."""
+    turns, was_result = [], False
+    for message in messages:
+        turn, is_result = _prepare(message, form), message["role"] in ("tool", "function")
+        if not form.native and was_result and turn["role"] == "user":
+            text = server.text_of(turn["content"])
+            turn["content"] = f"{turns.pop()['content']}\n\n{text}"
+        turns.append(turn)
+        was_result = is_result
+    if tools and not form.native:
+        lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
         text = TOOLS_TEXT.format(lines, _write_calls(form, [("NAME", "{...}")]))
-        has_system = chat.messages[0]["role"] in ("system", "developer")
-        chat.messages.insert(has_system, {"role": "system", "content": text})
-    chat.options["tools"] = prepare_tools(offer.tools, form)
+        has_system = bool(turns) and turns[0]["role"] in ("system", "developer")
+        turns.insert(has_system, {"role": "system", "content": text})
+    return turns
 
 
 def _prepare(message: dict, form: ToolFormat) -> dict:
@@ -419,7 +425,7 @@ def _prepare(message: dict, form: ToolFormat) -> dict:
     if turn["role"] == "tool":
         turn["tool_call_id"] = new_id(message.get("tool_call_id") or message.get("name") or "")
         if not form.native:
-            turn = {"role": "tool", "content": f"<tool_response>\n{content}\n</tool_response>"}
+            turn = {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
     elif calls and form.native:
         turn["tool_calls"] = [{"id": new_id(call["id"]), "type": "function", "function": {
             **call["function"], "arguments": _read_object(call["function"]["arguments"])}}
@@ -462,7 +468,8 @@ def join(wanted: "server.Generation") -> None:
     if not isinstance(wanted, server.Chat):
         return
     offer, form = wanted.body.offer, forms[wanted.loaded]
-    prepare(wanted, offer, form)
+    wanted.messages = prepare_messages(wanted.messages, offer.tools, form)
+    wanted.options["tools"] = prepare_tools(offer.tools, form)
     if not offer.allowed:
         return
     field = structured.field_of(wanted.body)

@@ -403,7 +403,7 @@ class PartFields:
     type: Literal["text", "refusal", "image_url"]
     image_url: ImageUrl | None = None
 
-    file = b""  # what is there; `receive` gets it
+    file = b""  # what is there, which `receive` gets; `text` is then a mark in its place
 
     def check(self, at: str) -> None:
         """Refuse an image without an address, and the other way round."""
@@ -457,22 +457,17 @@ def receive(handler: server.Handler, body, target) -> None:
                 raise ImageError(f"{server.describe(url)} was sent; send a data: URI (or have "
                                  "the server set allow_image_urls)")
             inspect(part.file)
+        part.text = f"<image {secrets.token_hex(16)}>"  # a mark that nobody else can write
 
 
 def join(wanted: server.Generation) -> None:
-    """Encode the images of a chat, and put marks in their places that nobody else can write."""
+    """Encode the images of a chat, for the marks in their places."""
     if not isinstance(wanted, server.Chat):
         return
     handler, marked, n_tokens = wanted.handler, {}, 0
-    for message, sent in zip(wanted.messages, wanted.body.messages):
-        for part in message["content"] if isinstance(message["content"], list) else ():
-            part.pop("image_url", None)
     for at, part in image_parts(wanted.body):
         handler.check_connection()
-        mark = f"<image {secrets.token_hex(16)}>"
-        i, j = map(int, re.findall(r"\d+", at))
-        wanted.messages[i]["content"][j]["text"] = mark
-        marked[mark] = pieces = encode(wanted.loaded, part.file, at)
+        marked[part.text] = pieces = encode(wanted.loaded, part.file, at)
         n_tokens += sum(len(getattr(piece, "rows", piece)) for piece in pieces)
         handler.check_length(n_tokens, at, 1)
     if marked:

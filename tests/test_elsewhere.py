@@ -19,6 +19,7 @@ import pytest
 import conftest
 import engine
 import server
+from features import elsewhere
 from test_limits import HI, listening, wait_for
 
 KEY, KEY_THERE = "sk-of-our-client", "sk-for-the-engine-there"
@@ -500,8 +501,8 @@ def test_a_loop_is_a_508(n_servers):
             openai_base_url="http://unused/v1", default_regular_model="far", drain_seconds=1))
             for _ in range(n_servers)]
         for one, other in zip(ring, [*ring[1:], ring[0]]):
-            one.models.otherwise = server.Upstream("upstream", f"{other.url}/v1")
-            one.models.regular = server.dataclasses.replace(one.models.otherwise, model="far")
+            one.models.otherwise = elsewhere.Upstream("upstream", f"{other.url}/v1")
+            one.models.default = server.dataclasses.replace(one.models.otherwise, model="far")
         refusals(ring[0], 508, "leads back")
         for path in ("/v1/models", "/models"):
             assert httpx.get(ring[0].url + path, timeout=20).status_code == 200

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import engine  # noqa: E402
-from features import schemas, structured  # noqa: E402
+from features import schemas, structured, tools  # noqa: E402
 
 FORMATS = Draft202012Validator.FORMAT_CHECKER
 PROPERTY = settings(database=None, deadline=None, print_blob=True,
@@ -563,10 +563,10 @@ def test_a_refusal_names_the_place(model, schema, place, words):
     assert words.lower() in said.lower()
 
 
-XML = engine.TOOL_FORMATS["qwen3-coder"]
+XML = tools.TOOL_FORMATS["qwen3-coder"]
 
 
-@pytest.mark.parametrize("form", [engine.GENERIC, XML], ids=["json", "xml"])
+@pytest.mark.parametrize("form", [tools.GENERIC, XML], ids=["json", "xml"])
 @pytest.mark.parametrize("parameters", [
     {"properties": 3}, {"properties": {"a": 1}}, {"properties": {"a": False}, "required": ["a"]},
     {"properties": {"a": NULL}, "required": 3}, {"properties": {"a": {"type": "string", "enum": 3}}},
@@ -574,7 +574,7 @@ XML = engine.TOOL_FORMATS["qwen3-coder"]
 def test_arguments_that_cannot_be_honoured_are_refused(model, form, parameters):
     with pytest.raises(schemas.SchemaError, match=r"^here\b"):
         reply = structured.Form()
-        reply.root = reply.add_arguments(form, parameters, "here")
+        reply.root = tools.add_arguments(reply, form, parameters, "here")
         reply.replies(model, must_trigger=True)
 
 

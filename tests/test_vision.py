@@ -29,6 +29,7 @@ import PIL.Image
 import PIL.ImageOps
 import pytest
 
+import conftest
 import engine
 import server
 from conftest import ROOT
