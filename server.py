@@ -475,7 +475,7 @@ class House:
             for target, extension in added.items():
                 extensions.setdefault(target, []).append(extension)
                 self._check_fields(module, target, extensions[target])
-        self._extensions, self._types, self._hints = extensions, {}, {}
+        self.extensions, self._types, self._hints = extensions, {}, {}
         self.Config = self.type_of(Config)
         self.dialects = {path: route.dialect for (_, path), route in self.routes.items()}
         self._off = fields_of_others({module.__name__ for module in self.modules})
@@ -523,7 +523,7 @@ class House:
         """A dataclass with the fields that features add to it and to what it is made of."""
         if cls not in self._types:
             bases = [extension for each in cls.__mro__
-                     for extension in self._extensions.get(each.__name__, ())]
+                     for extension in self.extensions.get(each.__name__, ())]
             self._types[cls] = dataclasses.make_dataclass(
                 cls.__name__, [], bases=(*bases, cls), namespace={
                     "house": self, "__doc__": cls.__doc__, "__module__": cls.__module__}) \

@@ -7,10 +7,9 @@ negative ids made of the image's content, by which the prefix cache knows it.
 
 How it works, in the order of the file:
 
-    1  get      a data: URI, or an address on the web, into the bytes of a file
-    2  decode   the file into RGB pixels, by Pillow, as people see it
-    3  encode   pixels into Pieces, by llama.cpp's mtmd
-    4  request  the three steps for the messages of a chat
+    1  decode   a file (files.py gets it) into RGB pixels, by Pillow, as people see it
+    2  encode   pixels into Pieces, by llama.cpp's mtmd
+    3  request  these steps for the messages of a chat
 
 A file is read by its bytes, whatever its URI or the web says it is. It is turned as its EXIF block
 says, since cameras store what their sensor saw, and what is transparent is laid on white: under it
@@ -27,25 +26,20 @@ What it reads and sends. The fields are the `image_url` parts of user messages, 
 public addresses. It needs Pillow (features/requirements.txt).
 """
 
-import binascii
 import contextlib
 import ctypes
 import dataclasses
 import functools
 import hashlib
-import http.client
 import io
-import ipaddress
 import os
 import re
 import secrets
-import socket
 import threading
 import time
-import urllib.parse
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -55,97 +49,13 @@ from llama_cpp import mtmd_cpp as mtmd  # mtmd.h by ctypes, name by name
 
 import engine
 import server
-from features.web import TooLarge, Unreachable, read_all, request_elsewhere
+from features.files import (
+    IMAGE_SECONDS, MAX_IMAGES_MB, ImageError, fetch_image, read_data_uri)
 
 
-class ImageError(ValueError):
-    """An image that cannot be read; the message says why."""
 
 
-# ==== 1. Get: a URI into a file =========================================================
-
-MAX_ABOUT = 200  # characters of a data: URI before its comma that are looked at
-MAX_REDIRECTS = 3
-IMAGE_SECONDS = 10.0  # for all images of a request that come from the web
-MAX_IMAGES_MB = 20  # of all these together
-GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # RFC 4291, 2.4
-NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
-
-
-def read_data_uri(url: str) -> bytes:
-    """The file in a data: URI (RFC 2397) in Base64; its type says nothing. Raises ImageError."""
-    about, comma, data = url.partition(",")
-    if not comma or "base64" not in about[:MAX_ABOUT].lower().split(";"):
-        raise ImageError("a data: URI must be like data:image/png;base64,...")
-    try:
-        return binascii.a2b_base64("".join(data.split()).encode("ascii"), strict_mode=True)
-    except ValueError:
-        raise ImageError("the data: URI is not valid Base64") from None
-
-
-def fetch_image(url: str, until: float, limit: int, check: Callable[[], None]) -> bytes:
-    """An image from the web: from public addresses only, also after a redirect, so that nobody
-    reaches through us what is not public. until: time.monotonic(); limit: bytes; check: called all
-    the time, may raise. Raises ImageError."""
-    def check_both() -> None:
-        check()
-        if time.monotonic() > until:
-            raise TimeoutError
-
-    headers = {"Accept": "image/*", "User-Agent": server.NAME}
-    try:
-        for _ in range(MAX_REDIRECTS + 1):
-            check_both()
-            with request_elsewhere("GET", url, None, headers, IMAGE_SECONDS, check_both,
-                                          public_address(url)) as response:
-                location = response.headers.get("Location")
-                if 300 <= response.status < 400 and location:
-                    with contextlib.suppress(ValueError):  # else public_address says it
-                        location = urllib.parse.urljoin(url, location)
-                    url = location
-                    continue
-                if response.status != 200:
-                    raise ImageError(f"{server.describe(url)} answered {response.status}")
-                return read_all(response, limit)
-    except TimeoutError:
-        raise ImageError("fetching images takes more than the "
-                         f"{IMAGE_SECONDS:g} seconds of a request") from None
-    except TooLarge:
-        raise ImageError("the images of a request that are fetched are more than "
-                         f"{MAX_IMAGES_MB} MB") from None
-    except (Unreachable, http.client.HTTPException) as error:
-        raise ImageError(f"cannot fetch {server.describe(url)}: "
-                         f"{server.describe(str(error))}") from None
-    raise ImageError(f"more than {MAX_REDIRECTS} redirects")
-
-
-def public_address(url: str) -> str:
-    """One address of a URL's host, all of which must be public. Raises ImageError."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-            raise ValueError
-        found = socket.getaddrinfo(parts.hostname, parts.port or 0, type=socket.SOCK_STREAM)
-    except (OSError, ValueError):
-        raise ImageError(f"{server.describe(url)} is no address on the web") from None
-    addresses = [entry[4][0] for entry in found]
-    if not all(map(is_public, addresses)):
-        raise ImageError(f"{server.describe(url)} is not at a public address")
-    return addresses[0]
-
-
-def is_public(text: str) -> bool:
-    """Whether everybody can reach an address. One that stands for an IPv4 address is that."""
-    address = server.read_address(text)
-    if address is None or address.version == 4:
-        return address is not None and address.is_global and not address.is_multicast
-    inner = address.sixtofour or (address.teredo or (None, None))[1]
-    if address in NAT64:
-        inner = ipaddress.IPv4Address(int(address) % 2**32)
-    return is_public(str(inner)) if inner else address in GLOBAL_UNICAST and address.is_global
-
-
-# ==== 2. Decode: a file into pixels =====================================================
+# ==== 1. Decode: a file into pixels =====================================================
 
 # Pillow's names; it reads many more, which nobody sends. A JPEG that holds several is an MPO.
 KINDS = ("JPEG", "PNG", "WEBP", "GIF")
@@ -240,7 +150,7 @@ def _on_white(image: "PIL.Image.Image") -> "PIL.Image.Image":
     return white
 
 
-# ==== 3. Encode: pixels into Pieces =====================================================
+# ==== 2. Encode: pixels into Pieces =====================================================
 
 N_ID_WORDS = 8  # of 31 bits each, of the SHA-256 of an image
 Pieces = list[np.ndarray | engine.Piece]  # and token ids that the model wants around them
@@ -377,7 +287,7 @@ def sees(target) -> bool:
         mmproj_of(target.settings.mmproj, target.path))
 
 
-# ==== 4. Request: the images of a chat ==================================================
+# ==== 3. Request: the images of a chat ==================================================
 
 
 @dataclasses.dataclass

@@ -15,17 +15,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import conftest  # noqa: E402
 import engine  # noqa: E402
 import server  # noqa: E402
+from features import embeddings, tokens  # noqa: E402
+
+HOUSE = conftest.house()
 
 FILE = ROOT / "docs" / "api.md"
 BEGIN, END = "<!-- fields -->\n", "<!-- /fields -->\n"
 BODIES = {server.ChatBody: "chat", server.CompletionBody: "completions",
-          server.EmbeddingBody: "embeddings", server.TokenizeBody: "tokenize",
-          server.DetokenizeBody: "detokenize"}
+          embeddings.EmbeddingBody: "embeddings", tokens.TokenizeBody: "tokenize",
+          tokens.DetokenizeBody: "detokenize"}
 # In this order the fields are listed: OpenAI's of each path, those that paths share, samplers.
-ORDER = [server.ChatBody, server.CompletionBody, server.EmbeddingBody, server.TokenizeBody,
-         server.DetokenizeBody, server.GenerationBody, engine.SamplingParams]
+ORDER = [server.ChatBody, server.CompletionBody, embeddings.EmbeddingBody, tokens.TokenizeBody,
+         tokens.DetokenizeBody, server.GenerationBody, engine.SamplingParams]
 KINDS = ("honoured", "no effect", "refused")
 SETTING = "default: the setting"
 LOCAL = "local"
@@ -163,7 +167,8 @@ def dataclasses_in(hint, path: str):
 def rows_of(cls, place: str, path: str, seen: set) -> list[tuple[str, str, str, str]]:
     """(path, kind, place, limits) of each field, then of those inside; a class is listed once."""
     rows, inside = [], []
-    hints = typing.get_type_hints(cls)
+    cls = HOUSE.type_of(cls)
+    hints = HOUSE.hints(cls)
     for field in dataclasses.fields(cls):
         name = path + field.name
         rows.append((name, kind_of(field), place, limits_of(field, hints[field.name])))
@@ -176,7 +181,8 @@ def rows_of(cls, place: str, path: str, seen: set) -> list[tuple[str, str, str, 
 
 def make() -> str:
     """Both tables, in Markdown."""
-    order = [name for cls in ORDER for name in inspect.get_annotations(cls)]
+    order = [name for cls in ORDER for each in (cls, *HOUSE.extensions.get(cls.__name__, ()))
+             for name in inspect.get_annotations(each)]
     unused, seen, found = set(NOTES), set(), {}  # {(path, kind, rest of the row): places}
     for cls, place in BODIES.items():
         for path, kind, place, limits in rows_of(cls, place, "", seen):

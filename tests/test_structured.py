@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import engine  # noqa: E402
-from features import schemas, structured, tools  # noqa: E402
+from features import calls, schemas, structured  # noqa: E402
+from features.trial import Trial  # noqa: E402
 
 FORMATS = Draft202012Validator.FORMAT_CHECKER
 PROPERTY = settings(database=None, deadline=None, print_blob=True,
@@ -563,10 +564,10 @@ def test_a_refusal_names_the_place(model, schema, place, words):
     assert words.lower() in said.lower()
 
 
-XML = tools.TOOL_FORMATS["qwen3-coder"]
+XML = calls.TOOL_FORMATS["qwen3-coder"]
 
 
-@pytest.mark.parametrize("form", [tools.GENERIC, XML], ids=["json", "xml"])
+@pytest.mark.parametrize("form", [calls.GENERIC, XML], ids=["json", "xml"])
 @pytest.mark.parametrize("parameters", [
     {"properties": 3}, {"properties": {"a": 1}}, {"properties": {"a": False}, "required": ["a"]},
     {"properties": {"a": NULL}, "required": 3}, {"properties": {"a": {"type": "string", "enum": 3}}},
@@ -574,7 +575,7 @@ XML = tools.TOOL_FORMATS["qwen3-coder"]
 def test_arguments_that_cannot_be_honoured_are_refused(model, form, parameters):
     with pytest.raises(schemas.SchemaError, match=r"^here\b"):
         reply = structured.Form()
-        reply.root = tools.add_arguments(reply, form, parameters, "here")
+        reply.root = calls.add_arguments(reply, form, parameters, "here")
         reply.replies(model, must_trigger=True)
 
 
@@ -871,7 +872,7 @@ def test_a_chain_of_rules_is_refused_in_time_or_harmless(model, n):
 
 def test_a_trial_that_ends_is_started_again(model):
     """Killed from outside, or by its own limits."""
-    trial = structured.Trial()
+    trial = Trial()
     assert "lark" in trial.run({"lark": 'start: "a"'})
     first = trial._child
     first.kill()
@@ -881,7 +882,7 @@ def test_a_trial_that_ends_is_started_again(model):
 
 
 def test_a_trial_has_a_limit_of_time_and_of_memory(monkeypatch):
-    trial = structured.Trial()
+    trial = Trial()
     monkeypatch.setattr(trial, "SECONDS", 0.01)
     slow = json.dumps({"type": "integer", "multipleOf": 999_983})
     assert "0.01 seconds" in trial.run({"lark": f"start: %json {slow}"})["limit"]
