@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import conftest  # noqa: E402
 import engine  # noqa: E402
 from features import drafts, memory  # noqa: E402
 from test_models import CHAT, get, listening, post  # noqa: E402

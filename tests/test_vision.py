@@ -31,7 +31,6 @@ import pytest
 
 import conftest
 import engine
-import server
 from conftest import ROOT
 from features import vision
 from make_vision_model import COLORS, PRODUCT, SEED, SHAPES, pictures, png
