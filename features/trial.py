@@ -9,6 +9,7 @@ It costs 0.1 s once, and about a millisecond for each grammar.
 import contextlib
 import functools
 import json
+import os
 import select
 import subprocess
 import sys
@@ -48,6 +49,7 @@ def compile(vocabulary, limits, asked):
 
 def answer_all():
     vocabulary, options = llguidance.LLTokenizer("byte"), llguidance.LLParserLimits(**limits)
+    print(flush=True)  # ready
     for line in sys.stdin:
         try:
             answer = compile(vocabulary, options, json.loads(line))
@@ -63,11 +65,17 @@ threading.Thread(target=answer_all).start()
 """
 
 
+def has_answered(child: subprocess.Popen, seconds: float) -> bool:
+    """Wait for a child to write, or to end."""
+    return bool(select.select([child.stdout], [], [], seconds)[0])
+
+
 class Trial:
     """A child process that compiles what was sent before this process does. Safe to use from any
     thread; one question at a time."""
 
     SECONDS = 3.0  # the largest of real schemas take 0.3
+    PATIENCE, NICENESS = 0.1, 10  # who takes longer than that computes behind the streams
     MAX_BYTES = 2**30  # of address space
     STACK_BYTES = 2**22  # half of what a thread of ours has: what fits there is sure to fit here
     N_STEPS = 8  # tokens written at random, to see what they take
@@ -90,22 +98,32 @@ class Trial:
                     self._end()
                     continue
                 until = time.monotonic() + self.SECONDS
-                answer = child.stdout.readline() if select.select(
-                    [child.stdout], [], [], self.SECONDS)[0] else b""
+                is_quick = has_answered(child, self.PATIENCE)
+                if not is_quick:
+                    with contextlib.suppress(OSError):  # it has ended
+                        os.setpriority(os.PRIO_PROCESS, child.pid, self.NICENESS)
+                answer = child.stdout.readline() if is_quick or has_answered(
+                    child, max(0, self.SECONDS - self.PATIENCE)) else b""
+                if not is_quick:
+                    self._end()  # the next one is in no way behind
                 if answer.endswith(b"\n"):
                     return json.loads(answer)
-                self._end()
+                if is_quick:
+                    self._end()
                 return {"limit": f"it takes more than {self.SECONDS:g} seconds to compile; make it "
                                  "smaller" if time.monotonic() >= until else
                                  "it is nested too deeply or needs too much memory"}
         return {"limit": "the process that tries grammars out cannot be started"}
 
     def _start(self) -> subprocess.Popen:
-        return subprocess.Popen(  # Ctrl-C is the server's: a session of its own
+        """A new child, ready to be asked."""
+        child = subprocess.Popen(  # Ctrl-C is the server's: a session of its own
             [sys.executable, "-c", CHILD, json.dumps([self.MAX_BYTES, self.STACK_BYTES, LIMITS,
                                                       FREELY])],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             start_new_session=True)
+        child.stdout.readline()  # or its end, which the first question finds
+        return child
 
     def _end(self) -> None:
         """Let go of a child that cannot be used any more."""

@@ -948,3 +948,24 @@ def test_what_the_model_writes_at_temperature_1_validates(http):
     wrong = [reply for reply in replies if reply[2] not in (None, "length")]
     assert not wrong, "\n\n".join(f"{json.dumps(schema)}\n  {text}\n  {why}" for schema, text, why in wrong)
     assert sum(why == "length" for *_, why in replies) <= N_SCHEMAS // 3  # at temperature 1 digits may go on and on
+
+
+def test_streams_go_on_while_a_hostile_schema_is_tried_out(http):
+    """The longest gap of a stream beside two of them; each is refused within its time."""
+    body = {"messages": [{"role": "user", "content": "Count."}], "temperature": 0, "max_tokens": 90,
+            "stream": True, "ignore_eos": True}
+    heavy = {"messages": body["messages"], "max_tokens": 2, "json_schema": HEAVY["patterns that meet"]}
+
+    def refuse(_) -> tuple[int, float]:
+        began = time.monotonic()
+        return http.post("/v1/chat/completions", json=heavy, timeout=60).status_code, time.monotonic() - began
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        refused = [pool.submit(refuse, n) for n in range(2)]
+        times = []
+        with http.stream("POST", "/v1/chat/completions", json=body, timeout=60) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    times.append(time.monotonic())
+        assert [future.result()[0] for future in refused] == [400, 400]
+    assert len(times) > 60 and max(b - a for a, b in zip(times, times[1:])) < 2
