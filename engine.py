@@ -2,8 +2,9 @@
 
 This file knows nothing of HTTP, and no JSON. It turns prompts (arrays of token ids) into events
 (pieces of text), for many requests at once, with one llama.cpp context for each model. Read it from
-top to bottom; each of its eleven parts uses only what stands above it; the tenth is the loop. Part 4
-can wait for a second reading.
+top to bottom; each of its nine parts uses only what stands above it; the last is the loop. What not
+every server needs goes through four small classes whose default does nothing, and which a
+feature may replace: Constraint, Piece, Drafter, PrefixStore.
 Words: a *slot* is a lane of the context, a *request* its guest; *prefill* reads a prompt into the
 KV cache, *decode* produces one token per *step*, or several where *drafted* ones come true; a
 *batch* is the rows of one llama_decode.

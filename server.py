@@ -1,9 +1,9 @@
 """The server: HTTP in, OpenAI JSON checked by dataclasses, tokens out as they come.
 
-This file is all of HTTP. It knows of the model what engine.py lets it ask; engine.py knows nothing of
-HTTP. What not every server needs is a feature: a file in features/, which plugs in at part 4 if the
-settings name it. In the order of the file, which is the way of a request but for what must be known
-first:
+This file is all of HTTP. It knows of the model what engine.py lets it ask; engine.py knows nothing
+of HTTP. What not every server needs is a feature: a file in features/, which plugs in at part 4 if
+the settings name it. In the order of the file, which is the way of a request but for what must be
+known first:
 
     1  settings     config.yaml, environment, flags
     2  errors       refusals in the OpenAI shape
@@ -18,8 +18,8 @@ first:
     11 rendering    events into chunks; the unstreamed reply is folded from the chunks
     12 main         start, signals, drain
 
-Threads: the main thread waits for the end, others for signals, for new connections and for the model
-to load; each connection has one that handles its requests, and each engine has its own.
+Threads: the main thread waits for the end, others for signals, for new connections and for the
+model to load; each connection has one that handles its requests, and each engine has its own.
 """
 
 import argparse
@@ -437,8 +437,8 @@ def read_object(cls, value: dict, at: str, reading: Reading):
     for name in value.keys() - hints.keys():
         feature = reading.house.feature_of(cls, name)
         if feature and value[name] not in (None, False, "", [], {}):
-            raise invalid(prefix + name, f"{prefix}{name}: needs the feature {feature}, which is off; "
-                          "leave it out, or have it named in `features` of the settings",
+            raise invalid(prefix + name, f"{prefix}{name}: needs the feature {feature}, which is "
+                          "off; leave it out, or have it named in `features` of the settings",
                           "feature_off")
     reading.ignored += [prefix + name for name in value if name not in hints]
     whole = cls(**given)
@@ -512,8 +512,8 @@ class House:
         *before, last = extensions
         for name in last.__annotations__:
             if any(name in other.__annotations__ for other in before):
-                raise ConfigError(f"features: {module.__name__} claims the field {name} of {target},"
-                                  " which another feature has")
+                raise ConfigError(f"features: {module.__name__} claims the field {name} of "
+                                  f"{target}, which another feature has")
 
     def having(self, name: str) -> list[Callable]:
         """What the features export under a name, in their order."""
@@ -546,7 +546,7 @@ class House:
         if feature := self.feature_of(Config, name):
             return f"unknown key {name!r}: it needs the feature {feature} (see `features`)"
         fields = dataclasses.fields(self.Config)
-        names = [*(field.name for field in fields), *(field.metadata["section"] for field in fields)]
+        names = [name for field in fields for name in (field.name, field.metadata["section"])]
         near = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0)[0]
         return f"unknown key {name!r}; the nearest is {near!r}"
 
@@ -937,16 +937,6 @@ class RateLimiter:
         return headers
 
 
-# ---- requests of our own: to engines elsewhere, and of features
-
-CONNECT_SECONDS = 10.0
-LIST_SECONDS = 5.0  # for the list of models elsewhere
-PASSED_ON = ("Content-Type", "Content-Encoding", "Retry-After", "Location")  # of its headers
-PIECE = 65536  # bytes passed on at a time, at most
-MAX_FAR_LINE = 2**20  # bytes of an event from an engine elsewhere
-MAX_FAR_BODY = 2**26  # bytes of a reply of its that we read, in place of passing it on
-
-
 # ==== 7. Models: which names there are ===================================================
 
 RELOAD_SECONDS = 2.0  # between looks whether a model file that could not be loaded has changed
@@ -1067,7 +1057,8 @@ class Models:
             raise engine.ModelFailed(self.default.error)
         if self.is_starting:
             progress = self.default.progress or 0.0
-            raise engine.ModelLoading(f"the model is still loading ({progress:.0%}), try again soon")
+            raise engine.ModelLoading(f"the model is still loading ({progress:.0%}), try again "
+                                      "soon")
 
     def names(self) -> dict[str, Any]:
         """Every name that is known, and what it stands for."""
@@ -2216,7 +2207,8 @@ def merge(whole: dict, part: dict) -> dict:
         old = whole.get(name)
         if isinstance(value, dict):
             whole[name] = merge(old or {}, value)
-        elif isinstance(value, list) and value and isinstance(value[0], dict) and "index" in value[0]:
+        elif isinstance(value, list) and value and isinstance(value[0], dict) \
+                and "index" in value[0]:
             items = whole.setdefault(name, [])
             for item in value:
                 items += [{} for _ in range(len(items), item["index"] + 1)]

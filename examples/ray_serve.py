@@ -52,6 +52,9 @@ class Handler(server.Handler):
         super().answer()
 
 
+PIECE = 65536  # bytes passed on at a time, at most
+
+
 class Server(server.Server):
     """A server that listens nowhere; process_request gives it its connections."""
 
@@ -114,7 +117,7 @@ class Replica:
                 while size := int(await reader.readline(), 16):
                     yield (await reader.readexactly(size + 2))[:-2]
             else:
-                while piece := await reader.read(server.PIECE):
+                while piece := await reader.read(PIECE):
                     yield piece
         finally:
             writer.close()
