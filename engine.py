@@ -1286,7 +1286,8 @@ class Engine:
         with self.changed:
             self._deadline = time.monotonic() + drain_seconds
             self.changed.notify()
-        self._thread.join(drain_seconds + LAST_STEP_SECONDS)
+        if self._thread.ident:  # it was started
+            self._thread.join(drain_seconds + LAST_STEP_SECONDS)
         if self._thread.is_alive():
             return False
         with self.model_lock:

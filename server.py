@@ -190,8 +190,11 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     found |= {name: ("flag", value) for name, value in flags.items() if value is not None}
     reading = Reading(house)
     try:
-        return read_object(house.Config, {name: value for name, (_, value) in found.items()}, "",
-                           reading)
+        config = read_object(house.Config, {name: value for name, (_, value) in found.items()}, "",
+                             reading)
+        if reading.ignored:
+            raise invalid(reading.ignored[0], f"unknown key {reading.ignored[0]!r}")
+        return config
     except ApiError as error:
         source, _ = found.get(re.split(r"[.\[]", error.param)[0], ("settings", None))
         raise ConfigError(f"{source}: {error.message}") from error
@@ -246,7 +249,10 @@ def sort_settings(house: "House", file: Path, content: dict) -> dict[str, tuple[
                 raise ConfigError(f"{file}: {name} belongs in section {right}, not {section}")
             if name in found:
                 raise ConfigError(f"{file}: {name} is set twice")
-            found[name] = (str(file), resolve_paths(fields, name, value, file.parent))
+            try:
+                found[name] = (str(file), resolve_paths(fields, name, value, file.parent))
+            except RecursionError:  # YAML knows cycles
+                raise ConfigError(f"{file}: {name} is nested too deeply") from None
     return found
 
 
@@ -709,6 +715,16 @@ class CompletionBody(GenerationBody):
     suffix: str | None = None
     best_of: int | None = option(low=1, high=128)
 
+    def check(self, at: str) -> None:
+        """Refuse what fields together make impossible."""
+        super().check(at)
+        best_of = self.best_of or self.n
+        if best_of < self.n or (best_of > self.n and self.stream):
+            raise invalid("best_of", f"best_of: {best_of} was sent; it must be at least n "
+                                     f"({self.n}), and equal to n in a stream")
+        if self.suffix is not None and not isinstance(self.prompt, str):
+            raise invalid("suffix", "suffix: the prompt must be one string")
+
     def reply_limit(self) -> int | None:
         return LEGACY_MAX_TOKENS if self.max_tokens is None else self.max_tokens
 
@@ -960,6 +976,8 @@ class LocalModel:
         names = [field.name for field in dataclasses.fields(self.settings)
                  if field.metadata.get("is_file") and field.name != "model_path"]
         files = {"model_path": self.path, **{name: getattr(self.settings, name) for name in names}}
+        for files_of in self.house.having("files_of"):
+            files |= files_of(self)
         return {name: file for name, file in files.items() if file}
 
     def look(self) -> tuple:
@@ -1159,6 +1177,11 @@ class Generation:
         """What makes the Constraint of each choice, or None. Raises ApiError."""
         return None
 
+    def lead(self, prompt: str) -> str:
+        """The text that must come before the answer, because the prompt has begun something else;
+        "" where it has not."""
+        return ""
+
 
 class Chat(Generation):
     """A conversation: its messages become a prompt, its reply deltas."""
@@ -1191,11 +1214,6 @@ class Chat(Generation):
     def read_prompt(self, prompt: str) -> tuple[np.ndarray, dict[int, engine.Piece]]:
         """The tokens of a prompt, and pieces in it by where they begin. Raises ApiError."""
         return self.handler.tokenize(prompt, "messages"), {}
-
-    def lead(self, prompt: str) -> str:
-        """The text that must come before the answer, because the prompt has begun something else;
-        "" where it has not."""
-        return ""
 
     def show(self, prompt: str) -> str:
         """A prompt for people to read."""

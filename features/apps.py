@@ -178,6 +178,15 @@ def post_unload(handler, request: UnloadBody) -> None:
     handler.send_json({"unloaded": True, "models": names})
 
 
+def start(running: "server.Server") -> None:
+    """See to it that the model that sees is there. Raises ConfigError."""
+    if name := running.config.default_vision_model:
+        try:
+            running.models.find(name)
+        except server.ApiError as error:
+            raise server.ConfigError(f"default_vision_model: {error.message}") from None
+
+
 def find_model(handler, name: str | None, sees: bool):
     """What a name stands for; for None the default model, or the one for images if it `sees`.
     Raises ApiError."""

@@ -61,6 +61,8 @@ class FarEntry:
     def check(self, at: str) -> None:
         """Refuse what is neither here nor there, or both."""
         local = self.given_settings()
+        if self.base_url and self.model_path:
+            raise server.invalid(at, f"{at}: name either a model_path or a base_url")
         if self.base_url and local:
             raise server.invalid(at, f"{at}: {min(local)} means nothing beside a base_url")
         for name in ("api_key", "model", "timeout"):

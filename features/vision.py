@@ -281,6 +281,11 @@ def mmproj_of(setting: str | None, path: str | Path | None) -> str | None:
     return setting or next((str(each) for each in beside if each.is_file()), None)
 
 
+def files_of(model: "server.LocalModel") -> dict[str, str | None]:
+    """The file with which a model sees, which may come and go beside its own."""
+    return {"mmproj": mmproj_of(model.settings.mmproj, model.path)}
+
+
 def sees(target) -> bool:
     """Whether a name stands for a model of this machine that reads images."""
     return isinstance(target, server.LocalModel) and bool(

@@ -48,6 +48,11 @@ def config(**settings):
     return house().Config(**settings)
 
 
+def with_features(text: str) -> str:
+    """The text of a config file, with the list of all features in front."""
+    return f"features: [{', '.join(FEATURES)}]\n{text}"
+
+
 def entry(**settings):
     """An entry of `models`, as for `config`."""
     from features import models

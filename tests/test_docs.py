@@ -100,7 +100,7 @@ def test_settings_that_are_shown_can_be_used(file, tmp_path):
     """Each block of YAML is a config file that starts a server."""
     for text in blocks_of("yaml", [file]):
         if "features:" not in text:
-            text = (f"features: {conftest.FEATURES}\n" + text).replace("'", "")
+            text = conftest.with_features(text)
         (tmp_path / "config.yaml").write_text(text)
         assert server.load_config(["--config", str(tmp_path / "config.yaml")], {})
 

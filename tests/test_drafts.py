@@ -1018,7 +1018,7 @@ def test_a_models_entry_has_a_draft_model_of_its_own(gguf, degraded):
 
 def read(tmp_path, text="", **environ) -> server.Config:
     file = tmp_path / "config.yaml"
-    file.write_text(text)
+    file.write_text(conftest.with_features(text))
     return server.load_config(["--config", str(file)], environ)
 
 

@@ -364,7 +364,7 @@ def test_an_error_of_the_servers_own_is_not_taken_for_a_client_that_left(monkeyp
     """Too many open files is an OSError, too."""
     def fail(handler):
         raise OSError(24, "Too many open files")
-    monkeypatch.setitem(server.ROUTES, ("GET", "/fail"), server.Route(fail, "fails"))
+    monkeypatch.setitem(conftest.house().routes, ("GET", "/fail"), server.Route(fail, "fails"))
     with listening() as running:
         assert ask(running, "/fail").status_code == 500
 
@@ -436,7 +436,7 @@ def test_who_dawdles_is_timed_out_however_regularly_bytes_come(pieces, words):
 def test_at_the_limit_idle_connections_make_room_and_busy_ones_are_not_disturbed(monkeypatch):
     """503 only when every connection is being answered; the oldest debtor goes first."""
     finish = threading.Event()
-    monkeypatch.setitem(server.ROUTES, ("GET", "/slow"),
+    monkeypatch.setitem(conftest.house().routes, ("GET", "/slow"),
                         server.Route(lambda handler: finish.wait(20) and handler.send_json(
                             {"done": True}), "takes a while"))
     with listening(max_connections=4) as running:

@@ -23,7 +23,7 @@ import pytest
 import conftest
 import engine
 import server
-from features import vision
+from features import models, vision
 
 KEY = "sk-a-secret-key"
 HI = [{"role": "user", "content": "Say hello."}]
@@ -264,7 +264,7 @@ def test_unloading_does_not_wait_for_a_loading_after_it(gate):
             ThreadPoolExecutor() as threads:
         gate.clear()
         unloading = threads.submit(post, running, "/models/unload", 30, model_key="slow")
-        wait_for(lambda: running.models.regular.is_leaving)
+        wait_for(lambda: running.models.default.is_leaving)
         late = threads.submit(ask, running, "slow")
         try:
             assert unloading.result(timeout=10).json() == {"unloaded": True, "models": ["slow"]}
@@ -278,7 +278,7 @@ def test_the_end_does_not_wait_for_an_unloading(gguf):
     with listening({"a": gguf}, drain_seconds=0.5) as running, streaming(running, "a", 200), \
             ThreadPoolExecutor() as threads:
         unloading = threads.submit(post, running, "/models/unload", 3, model_key="a")
-        wait_for(lambda: running.models.regular.is_leaving)
+        wait_for(lambda: running.models.default.is_leaving)
         running.stopping.set()
         assert unloading.result().status_code == 503
 
@@ -288,7 +288,7 @@ def test_load_has_its_shapes_and_takes_names_only(gguf):
     with listening({"a": gguf, "org/b": gguf}, models_dir=str(gguf.parent)) as running:
         done = post(running, "/models/load", model_key="org/b")
         assert done.status_code == 200 and done.json() == {"loaded": True, "model": "org/b"}
-        for name in ("x", "", "../a", f"../models/{gguf.stem}", str(gguf), gguf.name, f"./{gguf}",
+        for name in ("x", "../a", f"../models/{gguf.stem}", str(gguf), gguf.name, f"./{gguf}",
                      "hf:a/b/c.gguf", "org%2fb", "%2e/a", "a/", "A", "a\0", "a/../a"):
             refused = post(running, "/models/load", model_key=name)
             assert refused.status_code == 404 and refused.json() == {
@@ -299,13 +299,14 @@ def test_load_has_its_shapes_and_takes_names_only(gguf):
         assert listed(running, "loaded") == {"org/b": entry} and listed(running)["org/b"] == entry
         assert listed(running)["a"] == {"model_key": "a", "vision": False, "loaded": False}
         helped = get(running, "/help").json()["routes"]
-        assert [(each["method"], each["path"]) for each in helped] == list(server.ROUTES)
+        assert [(each["method"], each["path"]) for each in helped] == list(
+            conftest.house().routes)
         assert ["exclusive", "model_key"] in [each["body"] for each in helped]
 
 
 def test_a_model_without_its_file_harms_no_other(tmp_path, gguf, monkeypatch):
     """503 with the reason; the others go on. Each time that the file appears, it is served."""
-    monkeypatch.setattr(engine, "RELOAD_SECONDS", 0.1)
+    monkeypatch.setattr(models, "RELOAD_SECONDS", 0.1)
     file, away = tmp_path / "late.gguf", tmp_path / "away"
     os.link(gguf, away)
     with listening({"a": gguf, "late": file}) as running:
@@ -425,7 +426,7 @@ def test_a_signal_ends_the_loading(gguf, gate):
 
 def config_of(tmp_path, text="", environ=()):
     file = tmp_path / "c.yaml"
-    file.write_text(text)
+    file.write_text(conftest.with_features(text))
     return server.load_config(["--config", str(file)], dict(environ))
 
 
@@ -522,7 +523,7 @@ def test_a_dotenv_file_beside_the_server_is_used(tmp_path, gguf):
         shutil.copy(conftest.ROOT / name, tmp_path)
     shutil.copytree(conftest.ROOT / "features", tmp_path / "features")
     (tmp_path / "mine.gguf").symlink_to(gguf)
-    (tmp_path / ".env").write_text(f"PORT=0\nexport MODEL_ID='{tmp_path}/mine.gguf'\nBATCH_MAX=3"
+    (tmp_path / ".env").write_text(f"PORT=0\nFEATURES=apps\nexport MODEL_ID='{tmp_path}/mine.gguf'\nBATCH_MAX=3"
                                    "\nN_CTX=4096\n")
     with running_process(tmp_path / "server.py", folder="/", N_CTX="256") as (_, url, line):
         assert line.startswith("ready: mine on") and "3 slots of 256 tokens" in line
@@ -595,7 +596,7 @@ def test_a_models_broken_projector_is_read_again_when_it_is_whole(gguf, tmp_path
     (tmp_path / "eyes.gguf").symlink_to(gguf)
     whole = (conftest.ROOT / "tests" / "tiny-vision.mmproj.gguf").read_bytes()
     with listening({}, models_dir=str(tmp_path), default_regular_model="eyes") as running:
-        assert not running.models.local_models()["eyes"].mmproj
+        assert not vision.sees(running.models.local_models()["eyes"])
         running.models.unload(running.models.loaded(), lambda: None)
         (tmp_path / "eyes.mmproj.gguf").write_bytes(whole[:9000])
         failed = httpx.post(running.url + "/models/load", json={"model_key": "eyes"}, timeout=30)

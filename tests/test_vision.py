@@ -32,7 +32,7 @@ import pytest
 import conftest
 import engine
 from conftest import ROOT
-from features import vision
+from features import files, vision
 from make_vision_model import COLORS, PRODUCT, SEED, SHAPES, pictures, png
 from test_limits import listening, wait_for
 
@@ -465,10 +465,12 @@ def test_an_address_that_is_not_public_is_refused(web, site, host):
     ("/slow", "the 1 seconds"), ("/reset", "cannot fetch")])
 def test_an_image_is_fetched_within_limits(web, site, path, words, monkeypatch):
     """For once one address of ours is taken for a public one; each redirect is looked at."""
-    look = vision.public_address
+    look = files.public_address
     monkeypatch.setattr(vision, "IMAGE_SECONDS", 1.0)
+    monkeypatch.setattr(files, "IMAGE_SECONDS", 1.0)
     monkeypatch.setattr(vision, "MAX_IMAGES_MB", 1)
-    monkeypatch.setattr(vision, "public_address", lambda url: "127.0.0.1" if url.startswith(
+    monkeypatch.setattr(files, "MAX_IMAGES_MB", 1)
+    monkeypatch.setattr(files, "public_address", lambda url: "127.0.0.1" if url.startswith(
         site + "/") else look(url))
     started, reply = time.monotonic(), ask(web, user(site + path))
     assert time.monotonic() - started < 5
