@@ -1108,7 +1108,7 @@ class Stats:
     n_generated: int = 0
     n_accepted: int = 0  # of these, tokens that were drafted
     n_rejected: int = 0  # tokens drafted in vain
-    n_restored: int = 0  # prefixes that came back from host memory
+    n_restored: int = 0  # prefixes that came back from the store
     n_decode_errors: int = 0
     batch: Histogram = dataclasses.field(  # tokens in each batch
         default_factory=functools.partial(Histogram, BATCH_BOUNDS))

@@ -1938,6 +1938,7 @@ class Handler(Connection):
 
     def post_chat(self, body: ChatBody, write: Callable | None = None) -> None:
         """write: takes the chunks, in place of our own ways to send them."""
+        self.check_generates()
         chat = self.join(Chat(self, body))
         prompt = chat.render()
         tokens, pieces = chat.read_prompt(prompt)
@@ -1945,6 +1946,7 @@ class Handler(Connection):
             ChatRenderer, chat.parse(prompt)), pieces=pieces, write=write)
 
     def post_completion(self, body: CompletionBody) -> None:
+        self.check_generates()
         loaded, best_of = self.loaded, body.best_of or body.n
         prompts = self.read_prompts(body.prompt, "prompt")
         if body.suffix is not None:
@@ -1956,6 +1958,12 @@ class Handler(Connection):
             prompts = [prompt]
         wanted = self.join(Generation(self, body))
         self.generate(wanted, prompts, wanted.constrain(""), TextRenderer, best_of)
+
+    def check_generates(self) -> None:
+        """400 for a model that makes no text."""
+        model = self.loaded.model
+        if not model.generates:
+            raise invalid("model", f"{model.name} makes embeddings only; ask /v1/embeddings")
 
     def join(self, wanted):
         """Let features change what is wanted. Returns it."""
@@ -2003,8 +2011,6 @@ class Handler(Connection):
         the engine hears of it."""
         body, loaded = wanted.body, self.loaded
         stops, n_top = body.stops(), body.n_top_logprobs()
-        if not loaded.model.generates:
-            raise invalid("model", f"{loaded.model.name} makes embeddings only; ask /v1/embeddings")
         params = {field.name: getattr(body, field.name)
                   for field in dataclasses.fields(engine.SamplingParams)}
         params["logit_bias"] = self.read_bias(body)

@@ -1,9 +1,9 @@
 """Memory: prefixes that have lost their slot wait in host memory, and come back.
 
 What it is for. A conversation's next turn begins with all that was said before, and the engine
-computes only what is new, as long as a slot still holds the rest. With more conversations than slots
-the next one takes a slot, and the prefix would be gone. Here it is kept: to copy the state of a slot
-takes milliseconds, to compute it again takes seconds.
+computes only what is new, as long as a slot still holds the rest. With more conversations than
+slots the next one takes a slot, and the prefix would be gone. Here it is kept: to copy the state of
+a slot takes milliseconds, to compute it again takes seconds.
 
 How it works. Before the engine overwrites a slot it offers what nobody else holds to the store,
 which asks llama.cpp for the slot's keys and values, as bytes. A new prompt is compared with all

@@ -115,9 +115,6 @@ class SetPrice(drafts.Price):
 class SmallModel(FakeModel):
     vocab = None
 
-    def close(self):
-        pass
-
 
 def fake_draft_model(guess, **options) -> drafts.DraftModel:
     """guess: (token, how sure it is) after a prefix."""
@@ -298,8 +295,8 @@ def test_without_lookup_and_prediction_nothing_is_drafted():
         fake = drafting_engine(0.0)
         fake.drafter, fake.model.can_rewind = engine.Drafter(), can_rewind
         fake.model.generates, fake.model.parts = True, contextlib.ExitStack()
-        drafts.equip(fake, {"draft": drafts.PROMPT_LOOKUP if looks_up else None,
-                            "draft_model_path": None})
+        drafts.equip(fake, types.SimpleNamespace(**{"draft": drafts.PROMPT_LOOKUP if looks_up else None,
+                            "draft_model_path": None}))
         request = ask(b"abcabcabc", 30, FakeSampler(lambda prefix: prefix[-3]),
                       prediction=prediction)
         fake.submit([request])
@@ -349,7 +346,7 @@ def test_long_prompts_at_once_do_not_end_the_draft_model():
 MAX_SLOWDOWN = 1.03  # what is promised
 
 
-def after(outcomes, n_letters=3):
+def after(outcomes):
     """A lookup whose guesses for matches of two tokens came true or not, and its odds of it."""
     lookup = drafts.PromptLookup(np.array([1, 2, 3], dtype=np.int32))
     for outcome in outcomes:
@@ -365,9 +362,10 @@ def test_odds_begin_with_the_length_of_the_match_and_follow_what_happens():
     fresh = after([])._odds
     assert fresh == sorted(fresh) and fresh[0] < 0.4 and fresh[-1] > 0.95
     right, wrong = after([True] * 100)._odds, after([False] * 100)._odds
-    assert right[1] > 0.93 and wrong[1] < 0.07
-    assert right[2:] == wrong[2:] == fresh[2:]
-    assert after([True] * 100 + [False] * 100)._odds[1] < 0.07  # the world may change
+    of_two = (2).bit_length()
+    assert right[of_two] > 0.93 and wrong[of_two] < 0.07
+    assert right[of_two + 1 :] == wrong[of_two + 1 :] == fresh[of_two + 1 :]
+    assert after([True] * 100 + [False] * 100)._odds[of_two] < 0.07  # the world may change
 
 
 @given(outcomes=st.lists(st.booleans(), max_size=60))
@@ -874,7 +872,8 @@ def loaded(gguf, **options):
                 "draft_model_path": None, "draft_n_ctx": 0, "draft_n_gpu_layers": 0, **options}
     running = engine.load_engine(gguf, n_ctx=512, parallel=2, n_gpu_layers=0, prefill_chunk=32,
                                  max_queue=9, **context_options,
-                                 equip=lambda loaded: drafts.equip(loaded, settings))
+                                 equip=lambda loaded: drafts.equip(
+                                     loaded, types.SimpleNamespace(**settings)))
     running.drafter.price = SetPrice(0.05)
     try:
         yield running

@@ -178,7 +178,7 @@ def here(there, cpp):
     """The server that is asked: it has a model, and knows the other two."""
     entries = {"small": conftest.entry(model_path=MODEL),
                "ours": conftest.entry(base_url=f"{there.url}/v1/", api_key=KEY_THERE,
-                                         model=there.models.regular.name),
+                                         model=there.models.default.name),
                "cpp": conftest.entry(base_url=f"{cpp}/v1", api_key=KEY_THERE, model="org/smol")}
     with listening(api_keys=[KEY], models=entries, max_body_mb=0.1, **SMALL) as running:
         running.models.start()
@@ -683,7 +683,7 @@ def test_without_a_model_the_chat_service_is_unavailable(path):
         answer = post(running.url, path, APP)
         assert answer.status_code == 503 and "retry-after" in answer.headers
         assert answer.json()["detail"].startswith("Chat service unavailable: the model is still")
-        running.models.regular.is_off = True  # unloaded by hand
+        running.models.default.is_off = True  # unloaded by hand
         answer = post(running.url, path, APP)
         assert answer.status_code == 503
         assert answer.json() == {"detail": "Chat service unavailable: No model loaded"}
@@ -692,7 +692,7 @@ def test_without_a_model_the_chat_service_is_unavailable(path):
 @pytest.mark.parametrize("path", ["/chat", "/chat/stream"])
 def test_a_failure_amid_a_chat_is_told(here, monkeypatch, path):
     """As a status where nothing was sent, else as the last line; the slot is free."""
-    loaded, calls = here.models.regular.engine, []
+    loaded, calls = here.models.default.engine, []
     decode = loaded.context.decode
     monkeypatch.setattr(loaded.context, "decode", lambda chunks: (
         calls.append(0), decode(chunks) if len(calls) < 6 else 1 / 0)[1])

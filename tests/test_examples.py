@@ -11,11 +11,10 @@ import numpy as np
 import openai
 import pytest
 
-from conftest import DOCS, ROOT, blocks_of, serve
+from conftest import DOCS, ROOT, blocks_of, house, serve
 from make_vision_model import COLORS, PRODUCT, SHAPES, pictures, png
 
 sys.path.insert(0, str(ROOT))
-import server  # noqa: E402
 
 GREEN = list(COLORS).index("green")
 # Beside the shells' own: what fails is the end, and an HTTP error is a failure.
@@ -49,7 +48,7 @@ def test_every_curl_line_of_the_docs_works_and_every_route_has_one(url, picture)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr
     assert done.stdout.count("green") >= 3, "the picture's color, three ways"
     seen = set(re.findall(r'route="(\S+ \S+)",status="200"', httpx.get(f"{url}/metrics").text))
-    assert seen == {f"{method} {path}" for method, path in server.ROUTES}
+    assert seen == {f"{method} {path}" for method, path in house().routes}
 
 
 def run_snippet(word: str, url: str) -> str:
