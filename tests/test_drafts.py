@@ -968,8 +968,8 @@ def test_a_draft_model_with_another_vocabulary_is_refused_by_its_token(gguf, tmp
         context = types.SimpleNamespace(n_ctx=64, parallel=1)
         return drafts.load_draft_model(
             str(path), types.SimpleNamespace(model=target, context=context),
-            {"draft_n_ctx": 64, "draft_n_gpu_layers": 0, "n_batch": 64, "n_ubatch": 64,
-             "n_threads": 1, "flash_attn": "auto"})
+            types.SimpleNamespace(draft_n_ctx=64, draft_n_gpu_layers=0, n_batch=64, n_ubatch=64,
+                                  n_threads=1, flash_attn="auto"))
     try:
         with pytest.raises(engine.ModelError) as caught:
             load_draft_model(path, model)

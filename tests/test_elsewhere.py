@@ -654,7 +654,7 @@ BAD = [  # status, words of the detail, body
 
 def test_every_bad_value_is_refused_with_a_detail(here):
     """In all six paths, streamed or not, the same status and nothing but the detail."""
-    paths = [path for (method, path), route in server.ROUTES.items() if path.startswith("/chat")]
+    paths = [path for _, path in conftest.house().routes if path.startswith("/chat")]
     assert len(paths) == 6
 
     def check(answer, status, words):
