@@ -13,8 +13,8 @@ ones are used as they are. Greedy sampling, end-of-text biased away (`--eos` nam
 so every reply has the length asked for, unless a scenario says otherwise. Prompts are new in every
 round and the same for every server. The last line is JSON.
 
-`--write` keeps the results in docs/bench.json, beside those of scenarios measured before, and draws
-plots and the README's table from it; `--from-json` does so without measuring, plots beside FILE.
+`--write` keeps the results in docs/bench.json, beside those of scenarios measured before, draws plots
+and writes the table in docs/measure.md; `--from-json` does so without measuring, plots beside FILE.
 """
 
 import argparse
@@ -42,6 +42,7 @@ from typing import Callable, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "docs" / "bench.json"
+REPORT = HERE / "docs" / "measure.md"  # has the table, between two marks
 START_SECONDS = 120  # a server that does not answer by then has failed
 MB = 1e6
 WORDS = ("time year people way day man thing woman life child world school state family student "
@@ -626,7 +627,7 @@ def describe_machine(options: argparse.Namespace) -> dict:
 
 
 class Row(NamedTuple):
-    """A row of the README's table."""
+    """A row of the table."""
     text: str
     scenario: str
     figure: str
@@ -703,7 +704,7 @@ def table(document: dict) -> str:
 
 
 def write_all(document: dict, folder: Path) -> None:
-    """Draw the plots, and renew the table between the marks in the README."""
+    """Draw the plots, and renew the table between the marks in REPORT."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -724,14 +725,13 @@ def write_all(document: dict, folder: Path) -> None:
             # Without a date, the same results give the same file.
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight",
                            facecolor="white")
-    readme = HERE / "README.md"
     text, n_tables = re.subn(r"(?s)(<!-- bench -->\n).*?(<!-- /bench -->)",
                              lambda marks: f"{marks[1]}{table(document)}\n{marks[2]}",
-                             readme.read_text())
+                             REPORT.read_text())
     if n_tables:
-        readme.write_text(text)
+        REPORT.write_text(text)
     else:
-        print("README.md has no <!-- bench --> and <!-- /bench -->: no table", file=sys.stderr)
+        print(f"{REPORT} has no <!-- bench --> and <!-- /bench -->: no table", file=sys.stderr)
 
 
 def draw_lines(pyplot, document: dict, scenario: str, xs: tuple[int, ...], x_label: str,
@@ -806,9 +806,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--scenarios", type=lambda text: text.split(","), default=list(SCENARIOS),
                         help=f"which, comma-separated, of {','.join(SCENARIOS)}")
     parser.add_argument("--write", action="store_true",
-                        help="keep the results in docs/, draw the plots and the README's table")
+                        help="keep the results in docs/, draw the plots, write the table")
     parser.add_argument("--from-json", type=Path, metavar="FILE",
-                        help="measure nothing: plots beside FILE, and the README's table")
+                        help="measure nothing: plots beside FILE, and the table")
     options = parser.parse_args()
     if unknown := set(options.scenarios) - set(SCENARIOS):
         parser.error(f"no such scenario: {', '.join(sorted(unknown))}")

@@ -2,8 +2,9 @@
 
 This file knows nothing of HTTP, and no JSON. It turns prompts (arrays of token ids) into events
 (pieces of text), for many requests at once, with one llama.cpp context for each model. Read it from
-top to bottom; each of its eleven parts uses only what stands above it; the tenth is the loop. Part 4
-can wait for a second reading.
+top to bottom; each of its nine parts uses only what stands above it; the last is the loop. What not
+every server needs goes through four small classes whose default does nothing, and which a
+feature may replace: Constraint, Piece, Drafter, PrefixStore.
 Words: a *slot* is a lane of the context, a *request* its guest; *prefill* reads a prompt into the
 KV cache, *decode* produces one token per *step*, or several where *drafted* ones come true; a
 *batch* is the rows of one llama_decode.
@@ -36,7 +37,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jinja2
@@ -261,112 +262,7 @@ def fetch_from_hub(name: str) -> Path:
         raise ModelError(f"cannot fetch {name}: {' '.join(str(error).split())}") from error
 
 
-# ==== 4. Chat formats ===================================================================
-
-NO_SYSTEM = "System role not supported"  # in a template's source: see prepare_messages
-FAMILIES = {  # name: (pattern, opening, each message `m`, the reply's beginning)
-    "chatml": ("qwen|smollm|internlm2|chatml|dolphin|openorca|openhermes|hermes-?[23]", "",
-               "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n"),
-    "zephyr": ("zephyr|tinyllama", "", "<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n",
-               "<|assistant|>\n"),
-    "glm4": ("(?<!chat)glm-?4", "[gMASK]<sop>", "<|{{ m.role }}|>\n{{ m.content }}",
-             "<|assistant|>\n"),
-    "chatglm": ("chatglm", "[gMASK]sop", "<|{{ m.role }}|>\n {{ m.content }}", "<|assistant|>"),
-    "gemma": ("gemma", "{# " + NO_SYSTEM + " #}{{ bos_token }}",
-              "<start_of_turn>{{ 'model' if m.role == 'assistant' else 'user' }}\n"
-              "{{ m.content | trim }}<end_of_turn>\n", "<start_of_turn>model\n"),
-    "mistral": ("mi[sx]tral", "{# " + NO_SYSTEM + " #}{{ bos_token }}",
-                "{% if m.role == 'assistant' %} {{ m.content | trim }}{{ eos_token }}"
-                "{% else %}[INST] {{ m.content }} [/INST]{% endif %}", ""),
-    "llama3": ("llama[-_ ]?3", "{{ bos_token }}", "<|start_header_id|>{{ m.role }}<|end_header_id|>"
-               "\n\n{{ m.content | trim }}<|eot_id|>",
-               "<|start_header_id|>assistant<|end_header_id|>\n\n"),
-    "llama2": ("llama[-_ ]?2|codellama", "", "{% if m.role == 'assistant' %}"
-               " {{ m.content | trim }} {{ eos_token }}{% else %}{% if loop.first or "
-               "loop.previtem.role != 'system' %}{{ bos_token }}[INST] {% endif %}"
-               "{% if m.role == 'system' %}{{ '<<SYS>>\n' ~ m.content ~ '\n<</SYS>>\n\n' }}"
-               "{% else %}{{ m.content | trim }} [/INST]{% endif %}{% endif %}", ""),
-    "plain": ("$^", "", "{{ m.role }}: {{ m.content }}\n", "assistant:"),
-}
-FAMILY_TEMPLATES = {
-    name: (opening + "{% for m in messages %}" + message + "{% endfor %}"
-           "{% if add_generation_prompt %}" + reply + "{% endif %}")
-    for name, (_, opening, message, reply) in FAMILIES.items()}
-
-
-def family_of(architecture: str, file_name: str) -> str:
-    """The family of a GGUF: by its `general.architecture` where that decides (several share
-    `llama`, two share `chatglm`), then by its file's name."""
-    decides = architecture not in ("llama", "chatglm")
-    return next((family for name in (architecture * decides, file_name, architecture)
-                 for family, (pattern, *_) in FAMILIES.items()
-                 if re.search(pattern, name.lower() or " ")), "plain")
-
-
-# ---- how a model writes reasoning and tool calls
-
-REASONING_TAGS = {  # open: close
-    "<think>": "</think>", "[THINK]": "[/THINK]", "<seed:think>": "</seed:think>",
-    "<|START_THINKING|>": "<|END_THINKING|>",
-    "<|channel|>analysis<|message|>": "<|end|><|start|>assistant<|channel|>final<|message|>",
-    "<|channel|>final<|message|>": "",  # gpt-oss without reasoning: only the tag goes
-}
-
-
-def unclosed_reasoning(prompt: str) -> str:
-    """The close tag of the reasoning that the last words of a prompt open, else ""."""
-    return next((close for tag, close in REASONING_TAGS.items()
-                 if prompt.rstrip().endswith(tag)), "")
-
-
-@dataclasses.dataclass(frozen=True)
-class ToolFormat:
-    """The literals around tool calls, for the grammar, the parser and the history alike: trigger
-    opening CALL (separator CALL)* closing, where CALL is NAME between ARGUMENTS ending."""
-
-    pattern: str  # found in the source of a template that makes its model write this
-    trigger: str  # what makes a reply a call
-    opening: str
-    between: str
-    ending: str
-    separator: str = ""  # empty: one call only
-    closing: str = ""
-    at_start: bool = False  # the trigger counts only where the reply (after reasoning) begins
-    xml: bool = False  # ARGUMENTS are <parameter=P> elements, not a JSON object
-    short_ids: bool = False  # the template takes ids of exactly 9 alphanumerics
-    native: bool = True  # the template describes the tools, and renders calls and results
-
-
-TOOL_FORMATS = {  # the first whose pattern is found wins
-    "qwen3-coder": ToolFormat(
-        r"<tool_call>.{0,20}<function=.*<parameter=", "<tool_call>", "\n<function=", ">\n",
-        "</function>\n</tool_call>", "\n<tool_call>\n<function=", xml=True),
-    "mistral": ToolFormat(r"\[TOOL_CALLS\].*\[ARGS\]", "[TOOL_CALLS]", "", "[ARGS]", "",
-                          "[TOOL_CALLS]", short_ids=True),
-    "mistral-nemo": ToolFormat(r"\[TOOL_CALLS\] ?\[", "[TOOL_CALLS]", '[{"name": "',
-                               '", "arguments": ', "}", ', {"name": "', "]", short_ids=True),
-    "llama3": ToolFormat(r'\{"name": function name, "parameters": ', '{"name": "', "",
-                         '", "parameters": ', "}", at_start=True),
-    "hermes": ToolFormat(  # xml_tools: SmolLM 3 takes tools by that name, and renders no calls
-        r'^(?!.*xml_tools).*<tool_call>.{0,30}\{\\?"name\\?":', "<tool_call>", '\n{"name": "',
-        '", "arguments": ', "}\n</tool_call>", '\n<tool_call>\n{"name": "'),
-}
-GENERIC = dataclasses.replace(TOOL_FORMATS["hermes"], native=False)
-NO_CALLS = ToolFormat("", "", "", "", "")
-PARAMETER, PARAMETER_END = "<parameter=", "\n</parameter>\n"
-# subtle: [TOOL_CALLS], [THINK] and others are control tokens, which show as nothing in a reply.
-# The engine must show a control token that is part of one of these texts.
-SHOWN_TEXTS = [*REASONING_TAGS, *REASONING_TAGS.values()] + [
-    text for form in TOOL_FORMATS.values() for text in (form.trigger, form.between, form.ending)]
-
-
-def tool_format_of(template_source: str | None) -> ToolFormat:
-    """How a template makes its model write calls; GENERIC where that is not known."""
-    return next((form for form in TOOL_FORMATS.values()
-                 if re.search(form.pattern, template_source or "", re.DOTALL)), GENERIC)
-
-
-# ==== 5. The model ======================================================================
+# ==== 4. The model ======================================================================
 
 NATIVE_ERROR = 4  # ggml.h: GGML_LOG_LEVEL_ERROR
 native_errors: collections.deque[str] = collections.deque(maxlen=8)  # llama.cpp's last complaints
@@ -382,6 +278,9 @@ def on_native_log(level: int, text: bytes, _user_data) -> None:
 # Tokens that a text may name: control, user defined, unknown (llama.h: enum llama_token_attr).
 SPECIAL_TOKEN = (lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_USER_DEFINED
                  | lib.LLAMA_TOKEN_ATTR_UNKNOWN)
+NO_SYSTEM = "System role not supported"  # in the source of a template that takes no such message
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 MAX_METADATA = 256  # bytes of a value
 MAX_TEMPLATE_SECONDS = 2.0  # a long conversation takes milliseconds
 TEMPLATE_FILE = "<template>"  # what Jinja calls the code of a template
@@ -480,7 +379,7 @@ class Model:
         self._read_vocabulary()
         self.parts = contextlib.ExitStack()  # what features made of the weights; is freed first
         try:
-            self._template, self.tool_format = self._load_chat_template(chat_template_file)
+            self._load_chat_template(chat_template_file)
         except ModelError:
             lib.llama_model_free(self.pointer)
             raise
@@ -499,24 +398,33 @@ class Model:
         specials = {self._piece(token, True).decode("utf-8", "replace"): token for token in tokens
                     if lib.llama_vocab_get_attr(self.vocab, token) & SPECIAL_TOKEN}
         self._specials = {text: token for text, token in specials.items() if text}
-        # Control tokens that a chat format writes: they belong to the text.
-        self._shown = {self._specials[text] for text in SHOWN_TEXTS if text in self._specials}
+        self._shown: set[int] = set()  # control tokens that belong to the text
 
-    def _load_chat_template(self, file: str | None):
-        """The chat template, compiled, and the ToolFormat that it asks for."""
+    def _load_chat_template(self, file: str | None) -> None:
+        """Take the chat template of a file, or else the GGUF's own."""
         native = lib.llama_model_chat_template(self.pointer, None)
+        self.has_template = bool(file or native)
+        try:
+            source = Path(os.path.expanduser(file)).read_text() if file else None
+        except (OSError, ValueError) as error:
+            raise ModelError(f"the chat template in {file} is unusable: {error}") from error
+        self.set_template(source or (native or CHATML.encode()).decode("utf-8", "replace"),
+                          file or self.path)
+
+    def set_template(self, source: str, where: str | Path = "this family") -> None:
+        """Render chats by a Jinja template. where: it is from. Raises ModelError."""
         bos, eos = (self.piece(token, special=True).decode() if token >= 0 else ""
                     for token in (self._bos, lib.llama_vocab_eos(self.vocab)))
         try:
-            source = Path(os.path.expanduser(file)).read_text() if file else \
-                native.decode("utf-8", "replace") if native else \
-                FAMILY_TEMPLATES[family_of(self.architecture, self.path.name)]
-            formatter = llama_chat_format.Jinja2ChatFormatter(source, eos_token=eos, bos_token=bos)
-        except Exception as error:  # OSError or jinja2's; a template is a program
-            raise ModelError(f"the chat template in {file or self.path} is unusable: "
-                             f"{error}") from error
+            self._template = llama_chat_format.Jinja2ChatFormatter(
+                source, eos_token=eos, bos_token=bos)
+        except Exception as error:  # jinja2's; a template is a program
+            raise ModelError(f"the chat template in {where} is unusable: {error}") from error
         self.template_source = source
-        return formatter, tool_format_of(source)
+
+    def show(self, texts: Iterable[str]) -> None:
+        """Let control tokens that are such texts be part of what a reply shows."""
+        self._shown |= {self._specials[text] for text in texts if text in self._specials}
 
     def _metadata(self, key: str) -> str:
         """A value from the GGUF's header as text; "" where there is none."""
@@ -649,7 +557,7 @@ class Model:
             try:
                 return template(messages=messages, **(options or {})).prompt
             except (TypeError, jinja2.UndefinedError):
-                if not options or options["tools"] is not None:
+                if not options or options.get("tools") is not None:
                     raise
                 return template(messages=messages, **options | {"tools": []}).prompt  # some need it
         except Exception as error:  # a template is a program: it can raise anything
@@ -658,7 +566,7 @@ class Model:
             sys.settrace(tracer)
 
 
-# ==== 6. Sampling: from one row of logits to one token ==================================
+# ==== 5. Sampling: from one row of logits to one token ==================================
 
 GREEDY_BELOW = 1e-3  # temperature: dividing logits by less overflows, and changes nothing anyway
 N_SEEDS = 2**32 - 1  # seeds are 32 bit, and llama.h keeps 0xFFFFFFFF for "random"
@@ -876,7 +784,7 @@ def token_logprob(logits: np.ndarray, token: int, n_top: int) -> TokenLogprob:
     return TokenLogprob(token, float(logprobs[token]), tuple((t, float(logprobs[t])) for t in top))
 
 
-# ==== 7. The context: one KV cache split into slots, one batch at a time ================
+# ==== 6. The context: one KV cache split into slots, one batch at a time ================
 
 DECODE_OK, DECODE_NO_ROOM = 0, 1  # what llama_decode returns (llama.h)
 FLASH_ATTN = {"auto": lib.LLAMA_FLASH_ATTN_TYPE_AUTO, True: lib.LLAMA_FLASH_ATTN_TYPE_ENABLED,
@@ -981,15 +889,6 @@ class Context:
         pointer = lib.llama_get_logits_ith(self.pointer, row)
         return np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
 
-    def hidden_states(self, n_rows: int) -> np.ndarray:
-        """The last layer's output for the first rows of the last batch, shape (n_rows, n_embd)."""
-        return np.ctypeslib.as_array(lib.llama_get_embeddings(self.pointer), (n_rows, self.n_embd))
-
-    def pooled(self, seq_id: int) -> np.ndarray:
-        """The vector, of shape (n_embd,), that a pooling model made of a slot in the last batch."""
-        return np.ctypeslib.as_array(lib.llama_get_embeddings_seq(self.pointer, seq_id),
-                                     (self.n_embd,))
-
     def copy(self, source: int, target: int) -> None:
         """Make slot `target` a copy of slot `source`, which may be running. llama.cpp moves the
         cells of the whole slot, at the start of the next decode."""
@@ -1025,7 +924,7 @@ class Context:
         return 0
 
 
-# ==== 8. Requests and slots =============================================================
+# ==== 7. Requests and slots =============================================================
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -1059,7 +958,8 @@ class Request:
     reuses: bool = True  # may take a cached prefix
     events: queue.SimpleQueue | None = None  # shared by the choices of a reply; None: its own
     images: dict[int, Piece] = dataclasses.field(default_factory=dict)  # by their first position
-    lookup: "PromptLookup | None" = None  # drafts what stood in the text before
+    expected: np.ndarray | None = None  # token ids, int32, shape (n,): what the reply may be like
+    drafting: object = None  # what the engine's drafter keeps for it
 
     def __post_init__(self, stops: list[str]):
         self.events = self.events or queue.SimpleQueue()
@@ -1208,7 +1108,7 @@ class Stats:
     n_generated: int = 0
     n_accepted: int = 0  # of these, tokens that were drafted
     n_rejected: int = 0  # tokens drafted in vain
-    n_restored: int = 0  # prefixes that came back from host memory
+    n_restored: int = 0  # prefixes that came back from the store
     n_decode_errors: int = 0
     batch: Histogram = dataclasses.field(  # tokens in each batch
         default_factory=functools.partial(Histogram, BATCH_BOUNDS))
@@ -1231,504 +1131,65 @@ class Stats:
                        for field in dataclasses.fields(self)])
 
 
-TINY = 1e-12  # in place of a length of 0
+# ==== 8. What features may add ==========================================================
 
-
-class Embedder:
-    """Texts to vectors, in a context of its own. Under the model lock.
-
-    A generative model's vector is the mean of its hidden states, added up over batches of any
-    size. A model that pools itself needs each text whole in one batch.
-    """
-
-    MAX_TEXTS = 16  # in one batch
-    N_BATCH = 96  # rows, for a model that does not pool: streams wait for one batch at a time
-
-    def __init__(self, model: Model, n_ctx: int, n_threads: int):
-        self._pools = model.pools
-        n_batch = n_ctx if model.pools else min(n_ctx, self.N_BATCH)
-        self._context = Context(model, n_ctx, self.MAX_TEXTS, n_batch, n_ubatch=n_batch,
-                                n_threads=n_threads, embeds=True)
-
-    def close(self) -> None:
-        self._context.close()
-
-    def batches(self, texts: list[np.ndarray]) -> Iterator[list[int]]:
-        """Yield the indices of the texts (token ids) that go together."""
-        batch: list[int] = []
-        room = self._context.n_batch
-        for index, text in enumerate(texts):
-            if batch and (len(text) > room or len(batch) == self.MAX_TEXTS):
-                yield batch
-                batch, room = [], self._context.n_batch
-            batch.append(index)
-            room -= len(text)
-        if batch:
-            yield batch
-
-    def embed(self, texts: list[np.ndarray]) -> Iterator[np.ndarray | None]:
-        """One batch of `batches` to vectors of length 1: float32, shape (len(texts), n_embd).
-        Yield None after each decode but the last. No other batch may begin meanwhile."""
-        context = self._context
-        for seq_id in range(context.parallel):  # a batch that broke off has left something
-            context.trim(seq_id, 0)
-        vectors = np.zeros((len(texts), context.n_embd), dtype=np.float32)
-        slots = [Slot(index, 0) for index in range(len(texts))]
-        for start in range(0, max(map(len, texts)), context.n_batch):
-            chunks = [Chunk(slot, text[start:start + context.n_batch], True, True)
-                      for slot, text in zip(slots, texts)]
-            code = context.decode(chunks)
-            if code != DECODE_OK:
-                raise EngineFault(f"llama_decode failed with {code}")
-            states = None if self._pools else context.hidden_states(chunks[-1].row + 1)
-            for chunk, vector in zip(chunks, vectors):
-                last = chunk.row + 1
-                vector += context.pooled(chunk.slot.seq_id) if self._pools else \
-                    states[last - len(chunk.tokens):last].sum(axis=0)
-                chunk.slot.n_cached += len(chunk.tokens)
-            if start + context.n_batch < max(map(len, texts)):
-                yield None
-        yield vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), TINY)
-
-
-# ==== 9. Drafts and stored prefixes =====================================================
-
-# A decode of several rows costs less than as many decodes of one. So tokens are drafted: looked up
-# where the text said the same before, or guessed by a smaller model. One batch verifies them: row
-# by row the request's own sampler chooses, for as long as it chooses what was drafted. All that it
-# chooses counts; a drafted token only decides whether the next row may be used. So a reply is
-# distributed as it would be without drafts (speculative decoding: arxiv.org/abs/2211.17192).
-
-PROMPT_LOOKUP = "prompt-lookup"
-MAX_DRAFT = 32  # tokens for a slot in one step: hardly any gain is left in more
-MAX_SLOWDOWN = 1.03  # what a step may cost those that gain nothing by its drafts
-MIN_GAIN = 1.05  # tokens by seconds that one more row must promise, over those so far: odds err
-
-
-class Odds:
-    """How often drafted tokens come true (0 to 1), for each level of confidence in them."""
-
-    WEIGHT = 8.0  # how many tokens of one's own count as much as what was known before
-    KEEP = 0.99  # of older counts at each new one
-
-    def __init__(self, before: "tuple[float, ...] | Odds"):
-        """before: what was known, by level; if those are Odds, they learn from these, too."""
-        self._before = before
-        self._true, self._tried = [0.0] * len(before), [0.0] * len(before)
-
-    def __len__(self) -> int:
-        return len(self._before)
-
-    def __getitem__(self, level: int) -> float:
-        return (self.WEIGHT * self._before[level] + self._true[level]) / (
-            self.WEIGHT + self._tried[level])
-
-    def note(self, level: int, came_true: bool) -> None:
-        self._true[level] = self.KEEP * self._true[level] + came_true
-        self._tried[level] = self.KEEP * self._tried[level] + 1
-        if isinstance(self._before, Odds):
-            self._before.note(level, came_true)
-
-
-class PromptLookup:
-    """Drafts for one request: its text goes on as it did where its last two tokens stood before.
-    What is not drafted is compared, too, so the odds cost nothing to learn. After `submit`: engine
-    thread only."""
-
-    MAX_MATCH = 128  # tokens looked back to see how long a match is
-    # By the bits of a match's length.
-    FIRST_ODDS = (0.0, 0.3, 0.6, 0.75, 0.85, 0.95, 0.97, 0.985, 0.99)
-
-    def __init__(self, odds: Odds, prompt: np.ndarray, prediction: np.ndarray | None = None):
-        """odds: of all requests. prompt, prediction: token ids; the reply may be like the
-        prediction."""
-        self._odds, self._tokens = Odds(odds), prompt.tolist()
-        # The text may go on with tokens[_next], because the n_matched tokens before it are those
-        # at the text's end; none: nothing is known.
-        self._next = self.n_matched = 0
-        if prediction is not None and len(prediction):
-            self._next, self.n_matched = len(self._tokens), 1
-            self._tokens += prediction.tolist()
-        # Where each pair of tokens stood last: the index of what followed it. Before the reply,
-        # which choices share, and in the reply.
-        self._before = dict(zip(itertools.pairwise(self._tokens), itertools.count(2)))
-        self._behind: dict[tuple[int, int], int] = {}
-
-    def again(self, odds: Odds) -> "PromptLookup":
-        """The same for another choice, before either has begun. odds: of all requests."""
-        other = copy.copy(self)
-        other._odds, other._tokens, other._behind = Odds(odds), self._tokens.copy(), {}
-        return other
-
-    def feed(self, token: int) -> None:
-        """Take the next token of the reply."""
-        tokens = self._tokens
-        if self.n_matched:
-            came_true = tokens[self._next] == token
-            self._odds.note(self._level(self.n_matched), came_true)
-            self.n_matched = self.n_matched + 1 if came_true else 0
-            self._next += 1
-        pair = (tokens[-1], token)
-        tokens.append(token)
-        found = self._behind.get(pair) or self._before.get(pair)
-        if not self.n_matched and found:
-            self._next, n = found, 2
-            while n < min(self.MAX_MATCH, self._next) and tokens[self._next - 1 - n] == tokens[~n]:
-                n += 1
-            self.n_matched = n
-        self._behind[pair] = len(tokens)
-
-    def _level(self, n_matched: int) -> int:
-        return min(n_matched.bit_length(), len(self._odds) - 1)
-
-    def guesses(self) -> Iterator[tuple[int, float]]:
-        """What may come, token by token, each with the odds that it does if those before did."""
-        ahead: list[int] = []
-        while self.n_matched:
-            index = self._next + len(ahead)
-            beyond = index - len(self._tokens)  # where a text repeats itself without end
-            token = self._tokens[index] if beyond < 0 else ahead[beyond]
-            if token < 0:
-                return  # a part of an image
-            ahead.append(token)
-            yield token, self._odds[self._level(self.n_matched + len(ahead) - 1)]
-
-
-class Pace:
-    """The seconds of a decode by its rows: a line through those so far, the latest above all."""
-
-    WEIGHT = 0.05  # of the latest decode
-    FIRST_SHARE = 0.5  # what one more row costs, in decodes of one row, until decodes have told
-    KNOWN = 1.0  # what is known of a row weighs as much as decodes whose rows vary by so much
-    OUTLIER = 4.0  # times what was expected: something else had the processor
-
-    def __init__(self):
-        self._rows = self._seconds = 0.0  # their means, ...
-        self._variance = self._covariance = 0.0
-        self._share = self.FIRST_SHARE  # remembered while all decodes have the same rows
-
-    def measure(self, context: Context) -> None:
-        """Learn from decodes of one row and of several. Raises ModelError."""
-        (_, one), (rows, more) = time_decode(context, 1), time_decode(context, 8)
-        if rows > 1:
-            self._share = min(max((more - one) / one / (rows - 1), 0.0), 1.0)
-        self.note(1, one)
-
-    def note(self, rows: int, seconds: float) -> None:
-        if not self._seconds:
-            self._rows, self._seconds = rows, seconds
-        off_rows = rows - self._rows
-        off_seconds = min(seconds, self.OUTLIER * self.seconds_of(rows)) - self._seconds
-        self._rows += self.WEIGHT * off_rows
-        self._seconds += self.WEIGHT * off_seconds
-        rest = 1 - self.WEIGHT
-        self._variance = rest * (self._variance + self.WEIGHT * off_rows**2)
-        self._covariance = rest * (self._covariance + self.WEIGHT * off_rows * off_seconds)
-        if self._variance > self.KNOWN:
-            share = min(max(self.row_seconds / self.seconds_of(1), 0.0), 1.0)
-            self._share += self.WEIGHT * (share - self._share)
-
-    @property
-    def row_seconds(self) -> float:
-        """Seconds of one more row."""
-        known = self._share * self._seconds / (1 + self._share * max(0.0, self._rows - 1))
-        return max(0.0, (self._covariance + self.KNOWN * known) / (self._variance + self.KNOWN))
-
-    def seconds_of(self, rows: int) -> float:
-        """Seconds of a decode with so many rows."""
-        return max(self._seconds + self.row_seconds * (rows - self._rows), self.row_seconds)
-
-
-class Plan:
-    """The drafts of one step, a token for each slot at a time."""
-
-    def __init__(self, pace: Pace, slots: list[Slot], n_prefill: int, room: int):
-        """slots: those that decode. n_prefill: rows of prompts in the same batch. room: rows that
-        drafts may have."""
-        self.drafts: dict[Slot, list[int]] = {slot: [] for slot in slots}
-        self._chance = dict.fromkeys(slots, 1.0)  # that all of a slot's draft comes true
-        self._gain = dict.fromkeys(slots, 1.0)  # tokens expected
-        self._row, self._room, self._is_shared = pace.row_seconds, room, n_prefill > 0
-        self.seconds = self._without = pace.seconds_of(len(slots) + n_prefill)
-
-    def pays(self, slot: Slot, odds: float, more_seconds: float = 0.0) -> bool:
-        """Whether another token for a slot makes all of them faster together: whether tokens by
-        seconds grow, by MIN_GAIN at that place. more_seconds: what it costs to draft it."""
-        request, more = slot.request, self._chance[slot] * odds
-        return len(self.drafts[slot]) < request.max_tokens - request.n_generated - 1 and \
-            more * self.seconds > MIN_GAIN * sum(self._gain.values()) * (self._row + more_seconds)
-
-    def add(self, guesses: dict[Slot, tuple[int, float]]) -> list[Slot]:
-        """Draft what pays of these tokens, with their odds, if the slots that gain least don't
-        become slower by it. Return the slots that may go on."""
-        going = [slot for slot, (_, odds) in guesses.items() if self.pays(slot, odds)]
-        chance = self._chance | {slot: self._chance[slot] * guesses[slot][1] for slot in going}
-        gain = self._gain | {slot: self._gain[slot] + chance[slot] for slot in going}
-        least = 1.0 if self._is_shared else min(gain.values())
-        seconds = self.seconds + self._row * len(going)
-        if len(going) > self._room or seconds > MAX_SLOWDOWN * self._without * least:
-            return []
-        self._chance, self._gain, self.seconds = chance, gain, seconds
-        self._room -= len(going)
-        for slot in going:
-            self.drafts[slot].append(guesses[slot][0])
-        return going
-
-
-def time_decode(context: Context, n_rows: int) -> tuple[int, float]:
-    """Decode so many rows in an empty slot, or as many as it takes; return how many, and the
-    seconds. Raises ModelError."""
-    any_token = 0
-    n_rows = min(n_rows, context.n_batch, context.n_ctx)
-    chunk = Chunk(Slot(0, context.n_ctx), [any_token] * n_rows, True, n_draft=n_rows - 1)
-    best = math.inf
-    for _ in range(2):  # the first reads the weights from the disk
-        began = time.perf_counter()
-        if code := context.decode([chunk]):
-            raise ModelError(f"llama_decode failed with {code}")
-        best = min(best, time.perf_counter() - began)
-        context.trim(0, 0)
-    return n_rows, best
-
-
-class DraftModel:
-    """A smaller model with the same vocabulary, which writes ahead of the slots. Its own context
-    has the same slots; each reads its slot's text when a draft is wanted. Engine thread only."""
-
-    N_LEVELS = 8  # of its own probability for a token; one more level is for tokens of any
-    FIRST_ODDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.95, 0.8)
-    ANY = N_LEVELS
-    CAUTION = 0.6  # of the odds, in company: little is won then, and reading costs the others, too
-    MAX_READ = 96  # tokens of a slot's text read in one step
-    LIKELY_TOKENS = 64  # that a reply goes on for, besides as many as it has already
-    LIKELY_GAIN = 0.3  # of the seconds of a token, by good drafts
-    TRIAL_SHARE = 0.02  # of all seconds, for drafts that do not promise to pay, ...
-    MAX_TRIAL = 16.0  # ... saved up to the seconds of so many steps
-
-    def __init__(self, model: Model, context: Context, target: Model):
-        """The draft model and its context, which become its own. Raises ModelError when its
-        vocabulary is not that of the target."""
-        for token in range(min(model.n_vocab, target.n_vocab)):
-            texts = [lib.llama_vocab_get_text(each.vocab, token) for each in (model, target)]
-            if texts[0] != texts[1]:
-                raise ModelError(
-                    f"draft_model_path: {model.path} has another vocabulary than {target.path}: "
-                    f"token {token} is {texts[0]!r}, not {texts[1]!r}; take a smaller model of "
-                    "the same family")
-        self._model, self._context, self._n_vocab = model, context, target.n_vocab
-        self._slots = [Slot(i, context.n_ctx) for i in range(context.parallel)]
-        self._odds = Odds(self.FIRST_ODDS)
-        self._odds_of = [self._odds] * context.parallel  # of each slot's guest
-        # Tokens just guessed for each slot, and their levels.
-        self._guesses: list[list[tuple[int, int]]] = [[] for _ in self._slots]
-        self._guests = [0] * context.parallel  # arrivals of the requests that the slots follow
-        self._pace, self._read_seconds = Pace(), 0.0  # of guesses; to read one token
-        self._credit = 0.0  # seconds that trials may take
-
-    def measure(self) -> None:
-        """Learn what guesses cost. Raises ModelError."""
-        self._pace.measure(self._context)
-        n_rows, seconds = time_decode(self._context, self.MAX_READ)
-        self._read_seconds = seconds / n_rows
-
-    def close(self) -> None:
-        """Free context and weights."""
-        self._context.close()
-        self._model.close()
-
-    def wants(self, plan: Plan, slots: list[Slot]) -> list[Slot]:
-        """The slots for which another guess would pay. A guess may also be wanted to find out, as
-        long as there is credit for it."""
-        wanted = []
-        for slot in slots:
-            own, request = self._slots[slot.seq_id], slot.request
-            if self._guests[slot.seq_id] != request.arrival:  # a new guest
-                same = common_prefix(own.tokens[: own.n_cached], slot.tokens[: slot.n_cached])
-                own.n_cached = self._context.trim(own.seq_id, same)
-                self._guests[slot.seq_id] = request.arrival
-                self._odds_of[slot.seq_id] = Odds(self._odds)
-                self._guesses[slot.seq_id].clear()
-            guess_seconds = self._pace.seconds_of(len(slots)) / len(slots)
-            reading = max(0, slot.n_cached - own.n_cached - 1) * self._read_seconds
-            n_left = min(request.max_tokens - request.n_generated,
-                         request.n_generated + self.LIKELY_TOKENS)
-            is_worth_reading = reading < self.LIKELY_GAIN * n_left * plan.seconds
-            if slot.n_cached + len(plan.drafts[slot]) >= self._context.n_ctx:
-                continue
-            odds = self._odds_of[slot.seq_id][self.ANY] * (1 if len(slots) == 1 else self.CAUTION)
-            if is_worth_reading and plan.pays(slot, odds, guess_seconds):
-                wanted.append(slot)
-            elif self._credit > reading + guess_seconds and not plan.drafts[slot]:
-                self._credit -= min(reading, self.MAX_READ * self._read_seconds) + guess_seconds
-                wanted.append(slot)
-        return wanted
-
-    def earn(self, seconds: float) -> None:
-        """Credit for trials, with each step that takes so long."""
-        self._credit = min(self._credit + self.TRIAL_SHARE * seconds, self.MAX_TRIAL * seconds)
-
-    def guess(self, plan: Plan, slots: list[Slot]) -> dict[Slot, tuple[int, float]]:
-        """The likeliest tokens after the slots' drafts, with their odds. A slot gets none while its
-        text is still being read: a piece in each step."""
-        began, chunks, target_of = time.perf_counter(), [], {}
-        room = min(self._context.n_batch, self.MAX_READ + len(slots))
-        for n_before, slot in enumerate(slots):
-            own, ahead = self._slots[slot.seq_id], [slot.next_token, *plan.drafts[slot]]
-            unread = np.append(slot.tokens[own.n_cached : slot.n_cached],
-                               ahead[max(0, own.n_cached - slot.n_cached):]).astype(np.int32)
-            tokens = unread[: room - (len(slots) - n_before - 1)]  # a row for each that follows
-            fits = own.n_cached + len(tokens) <= self._context.n_ctx
-            if fits and 0 <= tokens.min() and tokens.max() < self._model.n_vocab:
-                target_of[own] = slot
-                chunks.append(Chunk(own, tokens, len(tokens) == len(unread)))
-                room -= len(tokens)
-        if not chunks:
-            return {}
-        if code := self._context.decode(chunks):
-            log.warning("llama_decode returned %s for the draft model", code)
-            for chunk in chunks:
-                chunk.slot.n_cached = self._context.trim(chunk.slot.seq_id, 0)
-            return {}
-        guesses = {}
-        for chunk in chunks:
-            own = chunk.slot
-            start, own.n_cached = own.n_cached, own.n_cached + len(chunk.tokens)
-            own.tokens[start : own.n_cached] = chunk.tokens
-            if chunk.wants_logits and (guess := self._choose(chunk.row)):
-                token, level = guess
-                self._guesses[own.seq_id].append(guess)
-                guesses[target_of[own]] = token, self._odds_of[own.seq_id][level]
-        if len(guesses) == len(chunks):  # nobody has much to read
-            self._pace.note(sum(len(chunk.tokens) for chunk in chunks),
-                            time.perf_counter() - began)
-        plan.seconds += self._pace.seconds_of(len(chunks))
-        return guesses
-
-    def _choose(self, row: int) -> tuple[int, int] | None:
-        """The likeliest token of a row, and the level of its probability."""
-        logits = self._context.logits(row)
-        token = int(logits.argmax())
-        probability = 1 / float(np.exp(logits - logits[token]).sum())
-        return (token, min(int(self.N_LEVELS * probability), self.N_LEVELS - 1)) \
-            if token < self._n_vocab else None
-
-    def verified(self, slot: Slot, chosen: list[int]) -> None:
-        """Learn from the tokens that a step has chosen for a slot, also where a guess was not
-        drafted; forget what was drafted in vain."""
-        own, guesses = self._slots[slot.seq_id], self._guesses[slot.seq_id]
-        for (guess, level), token in zip(guesses, chosen):
-            for each in (level, self.ANY):
-                self._odds_of[slot.seq_id].note(each, guess == token)
-            if guess != token:
-                break
-        guesses.clear()
-        if own.n_cached > slot.n_cached:
-            own.n_cached = self._context.trim(own.seq_id, slot.n_cached)
+# A Constraint (part 6) and a Piece (part 5) come with a request; these two come with an engine.
 
 
 class Drafter:
-    """Drafts as many tokens for a step as make it faster."""
+    """Guesses tokens ahead of the replies, and is told what became of them. This one guesses none.
 
-    SURE_MATCH = 8  # tokens: of shorter matches a draft model knows better what follows
+    A decode of several rows costs less than as many decodes of one. So a step may have drafted
+    tokens behind a slot's own, and one batch verifies them: row by row the request's own sampler
+    chooses, for as long as it chooses what was drafted. All that it chooses counts; a drafted token
+    only decides whether the next row may be used. So a reply is distributed as it would be without
+    drafts (speculative decoding: arxiv.org/abs/2211.17192).
 
-    def __init__(self, model: DraftModel | None = None):
-        self.pace, self.model = Pace(), model
-        self.lookup_odds = Odds(PromptLookup.FIRST_ODDS)
+    Engine thread, under the model lock, but for `prepare`: what it takes, all streams wait for.
+    """
 
-    def measure(self, context: Context) -> None:
-        """Learn what drafts cost, if a model makes them: too much to find out by drafting. context:
-        of the model that verifies them. Raises ModelError."""
-        if self.model:
-            self.pace.measure(context)
-            self.model.measure()
+    def prepare(self, requests: list[Request]) -> None:
+        """Give the choices of one reply what it wants to keep for each, in `Request.drafting`.
+        Handler thread, before they are queued; may take what reading the prompts takes."""
 
     def drafts(self, slots: list[Slot], n_prefill: int, room: int) -> dict[Slot, list[int]]:
-        """Tokens for slots that decode. n_prefill, room: as for Plan."""
-        plan = Plan(self.pace, slots, n_prefill, room)
-        enough = self.SURE_MATCH if self.model else 1
-        lookups = {slot: slot.request.lookup.guesses() for slot in slots
-                   if slot.request.lookup and slot.request.lookup.n_matched >= enough}
-        active = slots
-        if self.model and slots:
-            self.model.earn(plan.seconds)
-        for _ in range(MAX_DRAFT if slots else 0):
-            guesses = {slot: guess for slot in active
-                       if slot in lookups and (guess := next(lookups[slot], None))}
-            if self.model:
-                guesses |= self._ask_model(plan, [slot for slot in active if slot not in lookups])
-            active = plan.add(guesses)
-            if not active:
-                break
-        return plan.drafts
+        """Tokens that may follow the `next_token` of slots that decode; of those left out, none.
+        Each is an id of the vocabulary; a reply must have place for one token more than its
+        draft. n_prefill: rows of prompts in the same batch. room: rows that are left in it."""
+        return {}
 
-    def _ask_model(self, plan: Plan, slots: list[Slot]) -> dict[Slot, tuple[int, float]]:
-        """The draft model's guesses where they would pay. If it fails, go on without it."""
-        try:
-            return self.model.guess(plan, self.model.wants(plan, slots))
-        except Exception:
-            log.exception("the draft model failed; going on without it")
-            failed, self.model = self.model, None
-            failed.close()
-            return {}
+    def verified(self, slot: Slot, tokens: list[int]) -> None:
+        """Hear the next tokens of a slot's reply: as many drafted ones as were right, and one more;
+        none if the batch failed. When the reply has ended with them, `slot.request` is None."""
 
-    def verified(self, slot: Slot, chosen: list[int]) -> None:
-        """As for DraftModel."""
-        if self.model:
-            self.model.verified(slot, chosen)
-
-    def close(self) -> None:
-        """Free the draft model."""
-        if self.model:
-            self.model.close()
+    def note(self, n_rows: int, n_draft: int, seconds: float) -> None:
+        """Hear what a decode has taken that read no prompt. n_draft: how many of its rows were
+        drafted."""
 
 
 class PrefixStore:
-    """Prefixes that have lost their slot, in host memory; the least recently used go first.
-    Engine thread only."""
+    """Where a prefix goes when its slot is taken, and comes back from. This one keeps nothing.
 
-    MAX_ENTRIES = 256  # all are compared with each prompt that wants a slot: a millisecond or so
-
-    def __init__(self, max_bytes: int):
-        self._max_bytes, self.n_bytes = max_bytes, 0
-        self._entries: list[tuple[np.ndarray, np.ndarray]] = []  # (tokens, state), oldest first
-
-    def __len__(self) -> int:
-        return len(self._entries)
+    Engine thread, under the model lock, when a request gets its slot: all streams wait for it. What
+    it takes must be small against computing the prefix again. May raise: that request fails.
+    """
 
     def longest(self, prompt: np.ndarray, whole: bool = False) -> tuple[int, int]:
-        """How many tokens a prompt shares with the best entry, and its index. whole: only entries
-        count that are shared to their end."""
-        shared = [common_prefix(prompt, tokens) for tokens, _ in self._entries]
-        if whole:
-            shared = [n if n == len(tokens) else 0
-                      for n, (tokens, _) in zip(shared, self._entries)]
-        return max(zip(shared, itertools.count()), default=(0, -1))
+        """How many tokens a prompt (int32, shape (n,)) shares with the best entry, and its key for
+        `get`. whole: only entries count that are shared to their end."""
+        return 0, -1
 
-    def has_room(self, n_bytes: int) -> bool:
-        """Whether a state of this size may come in, if others go."""
-        return n_bytes <= self._max_bytes
+    def put(self, tokens: np.ndarray, context: Context, seq_id: int) -> None:
+        """Keep what a slot holds, if there is room: its tokens (int32, shape (n,), which will be
+        overwritten) and its cells, which Context.save gives."""
 
-    def put(self, tokens: np.ndarray, state: np.ndarray) -> None:
-        """Take what Context.save gave for these tokens; entries that it continues go."""
-        for entry in self._entries[:]:
-            if common_prefix(entry[0], tokens) == len(entry[0]):
-                self._remove(entry)
-        while len(self) >= self.MAX_ENTRIES or self.n_bytes + state.nbytes > self._max_bytes:
-            self._remove(self._entries[0])
-        self._entries.append((tokens, state))
-        self.n_bytes += state.nbytes
-
-    def _remove(self, entry: tuple[np.ndarray, np.ndarray]) -> None:
-        self._entries = [each for each in self._entries if each is not entry]
-        self.n_bytes -= entry[1].nbytes
-
-    def get(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens and state of an entry, which is now the latest."""
-        self._entries.append(self._entries.pop(index))
-        return self._entries[-1]
+    def get(self, key: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of an entry, and the state for Context.restore. They stay as they are until
+        both are in a slot, whatever is put meanwhile."""
+        raise NotImplementedError
 
 
-# ==== 10. The engine ====================================================================
+# ==== 9. The engine ====================================================================
 
 # Sharing a prefix copies the cells of a whole slot, which costs about as much as prefilling
 # this many tokens: fewer are computed again instead.
@@ -1741,17 +1202,15 @@ class Engine:
     """Runs many requests through one context: continuous batching with prefix reuse."""
 
     def __init__(self, model: Model, context: Context, prefill_chunk: int = 96,
-                 max_queue: int = 128, cache_ram_mib: float = 512, looks_up: bool = False,
-                 draft_model: DraftModel | None = None):
+                 max_queue: int = 128):
         """prefill_chunk: prompt tokens per step while anything decodes. max_queue: requests
-        that may wait for a slot. cache_ram_mib: host memory for prefixes without a slot. looks_up:
-        draft from the text of each request. The context and the draft model become the engine's
-        own; the model does not."""
+        that may wait for a slot. The context becomes the engine's own; the model does not."""
         self.model, self.context, self.n_ctx = model, context, context.n_ctx
         self._prefill_chunk, self._max_queue = prefill_chunk, max_queue
+        self.capabilities: list[str] = []  # what features add to what the model can do
         self._slots = [Slot(i, context.n_ctx) for i in range(context.parallel)]
-        self._looks_up, self._drafter = looks_up, Drafter(draft_model)
-        self._store = PrefixStore(int(cache_ram_mib * 2**20))
+        # A feature's `equip` may replace these two, before anybody else has the engine.
+        self.drafter, self.store = Drafter(), PrefixStore()
         self._counts = Stats()
         self.stats = self._counts.copy(self._slots)
         # Events leave at the end of a step: a handler awake before would take the GIL from it.
@@ -1766,18 +1225,13 @@ class Engine:
             collections.deque()
         self._waiting: collections.deque[Request] = collections.deque()
         self._deadline: float | None = None  # set by close(): when to give up what still runs
-        self._embedder: Embedder | None = None  # made on the first use, under the model lock
-        self._embedding = threading.Lock()  # held for one batch of texts
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # ---- any thread ------------------------------------------------------------------
 
     def start(self) -> "Engine":
-        """Start the engine thread. Raises ModelError."""
+        """Start the engine thread."""
         self._thread.start()
-        # subtle: decodes belong on one thread. GNU's OpenMP keeps workers for each that has made
-        # any, and where those outnumber the processors, a barrier sleeps: a step takes 1.4 times.
-        self.between_steps(functools.partial(self._drafter.measure, self.context))
         return self
 
     def submit(self, requests: list[Request]) -> None:
@@ -1788,6 +1242,7 @@ class Engine:
             assert request.images or 0 <= request.prompt.min()
             assert 0 <= request.prompt[-1] and request.prompt.max() < self.model.n_vocab
             request.max_tokens = min(request.max_tokens, self.n_ctx - request.n_prompt)
+        self.drafter.prepare(requests)
         with self.changed:
             if self._deadline is not None:
                 raise EngineClosed("the server is shutting down")
@@ -1798,14 +1253,6 @@ class Engine:
                 request.arrival, request.submitted = next(self._arrivals), time.perf_counter()
             self._waiting.extend(requests)
             self.changed.notify()
-
-    def lookups(self, prompt: np.ndarray, prediction: np.ndarray | None, n_choices: int
-                ) -> list[PromptLookup | None]:
-        """What drafts for each choice, if prompts are looked up, or there is a prediction."""
-        if not self.model.can_rewind or not self._looks_up and prediction is None:
-            return [None] * n_choices
-        first = PromptLookup(self._drafter.lookup_odds, prompt, prediction)
-        return [first] + [first.again(self._drafter.lookup_odds) for _ in range(n_choices - 1)]
 
     @property
     def n_waiting(self) -> int:
@@ -1822,7 +1269,9 @@ class Engine:
     def between_steps(self, errand: Callable):
         """Run a function on the engine thread, under the model lock, between two steps; return
         what it returns. Raises EngineClosed, or what it raises. (Who just waited for the lock
-        could wait for ever: the engine thread takes it again at once.)"""
+        could wait for ever: the engine thread takes it again at once. And subtle: decodes belong on
+        one thread. GNU's OpenMP keeps workers for each that has made any, and where those outnumber
+        the processors, a barrier sleeps: a step takes 1.4 times as long.)"""
         future: concurrent.futures.Future = concurrent.futures.Future()
         with self.changed:
             if self._deadline is not None:
@@ -1831,37 +1280,18 @@ class Engine:
             self.changed.notify()
         return future.result()
 
-    def embed(self, texts: list[np.ndarray], go_on: Callable[[], None]) -> np.ndarray:
-        """Vectors of length 1 for texts (token ids): float32, shape (len(texts), n_embd). One
-        decode between two steps, so that generation goes on; before each, `go_on` may raise."""
-        def start() -> Embedder:
-            return self._embedder or Embedder(self.model, self.n_ctx, self.context.n_threads)
-
-        self._embedder = self.between_steps(start)
-        vectors = []
-        for batch in self._embedder.batches(texts):
-            with self._embedding:
-                work, done = self._embedder.embed([texts[index] for index in batch]), None
-                while done is None:
-                    go_on()
-                    done = self.between_steps(functools.partial(next, work))
-            vectors.append(done)
-        return np.concatenate(vectors)
-
     def close(self, drain_seconds: float = 0) -> bool:
         """Take no new requests, let those present finish for a while, then free the context.
         False when a step does not end: then everything is left as it is."""
         with self.changed:
             self._deadline = time.monotonic() + drain_seconds
             self.changed.notify()
-        self._thread.join(drain_seconds + LAST_STEP_SECONDS)
+        if self._thread.ident:  # it was started
+            self._thread.join(drain_seconds + LAST_STEP_SECONDS)
         if self._thread.is_alive():
             return False
         with self.model_lock:
             self.context.close()
-            self._drafter.close()
-            if self._embedder:
-                self._embedder.close()
         return True
 
     # ---- engine thread only ----------------------------------------------------------
@@ -1979,7 +1409,7 @@ class Engine:
         shared = {s: common_prefix(reusable, s.tokens[: s.n_cached]) for s in self._slots}
         source = max(self._slots, key=lambda slot: (shared[slot], slot.request is None))
         # A part of what was stored will do only if the cells before it are there, too.
-        n_stored, stored = self._store.longest(reusable, whole=not self.model.can_cut)
+        n_stored, stored = self.store.longest(reusable, whole=not self.model.can_cut)
         coming = [common_prefix(reusable, s.request.prompt) for s in self._slots if s.is_prefilling]
         if max(coming, default=0) - max(shared[source], n_stored) >= MIN_SHARED_TOKENS:
             return False
@@ -2016,23 +1446,18 @@ class Engine:
         return target
 
     def _save(self, slot: Slot, n_kept: int) -> None:
-        """Put a slot's tokens in the store if more than their first `n_kept` are about to be lost,
-        and nobody else has them."""
+        """Offer a slot's tokens to the store if more than their first `n_kept` are about to be
+        lost, and nobody else has them."""
         tokens = slot.tokens[: slot.n_cached]
-        n_safe = max([n_kept, self._store.longest(tokens)[0]] + [
+        n_safe = max([n_kept, self.store.longest(tokens)[0]] + [
             common_prefix(tokens, other.tokens[: other.n_cached])
             for other in self._slots if other is not slot])
-        if len(tokens) - n_safe < MIN_SHARED_TOKENS:
-            return
-        try:
-            if self._store.has_room(self.context.state_size(slot.seq_id)):
-                self._store.put(tokens.copy(), self.context.save(slot.seq_id))
-        except MemoryError:
-            log.warning("no memory left to store a prefix: lower cache_ram_mib")
+        if len(tokens) - n_safe >= MIN_SHARED_TOKENS:
+            self.store.put(tokens, self.context, slot.seq_id)
 
-    def _restore(self, slot: Slot, index: int) -> None:
+    def _restore(self, slot: Slot, key: int) -> None:
         """Put an entry of the store into an idle slot."""
-        tokens, state = self._store.get(index)
+        tokens, state = self.store.get(key)
         self._save(slot, 0)
         slot.n_cached = 0  # whatever happens now
         is_restored = self.context.restore(slot.seq_id, state)
@@ -2059,7 +1484,8 @@ class Engine:
                                      image=image, first_row=slot.n_cached - start))
                 n_left -= len(tokens)
         n_prefill = sum(len(chunk.tokens) for chunk in prompts)
-        drafts = self._drafter.drafts(decoding, n_prefill, room - n_prefill)
+        drafts = dict.fromkeys(decoding, []) | (
+            self.drafter.drafts(decoding, n_prefill, room - n_prefill) if decoding else {})
         return [Chunk(slot, [slot.next_token, *drafts[slot]], True, n_draft=len(drafts[slot]))
                 for slot in decoding] + prompts
 
@@ -2077,7 +1503,8 @@ class Engine:
         if code == DECODE_OK:
             self._counts.batch.add(n_rows)
             if all(chunk.slot.next_token is not None for chunk in chunks):  # nothing is prefilled
-                self._drafter.pace.note(n_rows, time.perf_counter() - began)
+                n_draft = sum(chunk.n_draft for chunk in chunks)
+                self.drafter.note(n_rows, n_draft, time.perf_counter() - began)
             for chunk in chunks:
                 self._take_logits(chunk)
             return
@@ -2086,7 +1513,7 @@ class Engine:
         for chunk in chunks:  # drop what part of the batch may have reached the cache
             slot = chunk.slot
             if chunk.n_draft:
-                self._drafter.verified(slot, [])
+                self.drafter.verified(slot, [])
                 chunk.tokens, chunk.n_draft = chunk.tokens[:1], 0
             if self.context.trim(slot.seq_id, slot.n_cached) < slot.n_cached:
                 self._fail(slot, EngineFault(f"llama_decode failed with {code}; state lost"))
@@ -2148,7 +1575,7 @@ class Engine:
         request.n_rejected += n_draft - n_true
         self._counts.n_accepted += n_true
         self._counts.n_rejected += n_draft - n_true
-        self._drafter.verified(slot, chosen)
+        self.drafter.verified(slot, chosen)
 
     def _sample(self, slot: Slot, row: int) -> int:
         """Choose the next token of one slot from a row, send its text, and return it."""
@@ -2175,8 +1602,6 @@ class Engine:
         slot.next_token = token
         if event.finish_reason:
             self._release(slot)
-        elif request.lookup:
-            request.lookup.feed(token)
         return token
 
     def _release(self, slot: Slot) -> None:
@@ -2214,15 +1639,13 @@ def describe(error: Exception) -> str:
 
 
 def load_engine(path: Path, *, n_ctx: int, parallel: int, n_gpu_layers: int, prefill_chunk: int,
-                max_queue: int, cache_ram_mib: float = 0, chat_template_file: str | None = None,
-                draft: str | None = None,
-                draft_model_path: str | None = None, draft_n_ctx: int = 0,
-                draft_n_gpu_layers: int = -1, on_progress=lambda fraction: True,
+                max_queue: int, chat_template_file: str | None = None,
+                on_progress=lambda fraction: True,
                 equip: Callable[[Engine], None] = lambda loaded: None,
                 **context_options) -> Engine:
     """Load a model and start an engine on it. n_ctx: tokens per request, 0 for as many as the
-    model was trained for. draft: "prompt-lookup" or None. equip: gives the engine, before anybody
-    else has it, what features add; may raise ModelError. `context_options` are those of Context.
+    model was trained for. equip: gives the engine, before anybody else has it, what features add;
+    may raise ModelError. `context_options` are those of Context.
     Raises ModelError; BrokenModel when another file in its place could do better."""
     size = file_size(path)
     with contextlib.ExitStack() as undo:
@@ -2236,46 +1659,12 @@ def load_engine(path: Path, *, n_ctx: int, parallel: int, n_gpu_layers: int, pre
         if (now := file_size(path)) < size:
             raise BrokenModel(f"{path} shrank from {size} to {now} bytes while it was loaded")
         context = Context(model, n_ctx or model.n_ctx_train, parallel, **context_options)
-        draft_model = None
-        with contextlib.ExitStack() as undo_parts:
-            undo_parts.callback(context.close)
-            if draft_model_path:
-                draft_model = load_draft_model(
-                    draft_model_path, model, draft_n_gpu_layers, draft_n_ctx or context.n_ctx,
-                    parallel, **context_options)
-            undo_parts.pop_all()
-        loaded = Engine(model, context, prefill_chunk, max_queue, cache_ram_mib,
-                        draft == PROMPT_LOOKUP, draft_model)
+        loaded = Engine(model, context, prefill_chunk, max_queue)
         undo.callback(loaded.close)
-        loaded.start()
         equip(loaded)
+        loaded.start()
         undo.pop_all()
     return loaded
-
-
-def load_draft_model(file: str, target: Model, n_gpu_layers: int, n_ctx: int, parallel: int,
-                     **context_options) -> DraftModel | None:
-    """The model that drafts for another. Raises ModelError."""
-    if not (target.can_rewind and target.generates):
-        log.warning("no drafts for %s: it makes embeddings only, or its recurrent state cannot be "
-                    "rewound", target.name)
-        return None
-    with contextlib.ExitStack() as undo:
-        path = find_model_file(file, target.path.parent, setting="draft_model_path")
-        try:
-            model = Model(path, n_gpu_layers)
-        except ModelError as error:
-            raise type(error)(f"draft_model_path: {error}") from None
-        undo.callback(model.close)
-        if not (model.can_rewind and model.generates):
-            raise ModelError(f"draft_model_path: {path} cannot draft: it makes embeddings only, or "
-                             "its recurrent state cannot be rewound")
-        context = Context(model, min(n_ctx, model.n_ctx_train), parallel, **context_options)
-        undo.callback(context.close)
-        drafter = DraftModel(model, context, target)
-        undo.pop_all()
-    log.info("%s drafts for %s", model.name, target.name)
-    return drafter
 
 
 def file_size(path: Path) -> int:
@@ -2284,342 +1673,3 @@ def file_size(path: Path) -> int:
         return path.stat().st_size
     except OSError as error:
         raise BrokenModel(f"the model file {path} has vanished: {error.strerror}") from error
-
-
-# ==== 11. The pool: which models are loaded =============================================
-
-POLL_SECONDS = 0.1  # how often who waits for a model looks whether its client is still there
-IDLE_GRACE_SECONDS = 0.2  # a client that sends one request after the other is back within this
-RELOAD_SECONDS = 2.0  # between looks whether a model file that could not be loaded has changed
-
-
-@dataclasses.dataclass(eq=False)
-class LocalModel:
-    """A model that can be loaded, and how it stands. What follows `mmproj` is the Pool's."""
-
-    FILES = ("chat_template_file", "draft_model_path")  # besides, in the options
-
-    name: str
-    path: str | None  # as find_model_file takes it
-    options: dict  # of load_engine
-    mmproj: str | None = None  # the file with which it sees, for `equip`
-    engine: Engine | None = None
-    progress: float | None = None  # 0 to 1, while it loads
-    is_in_folder: bool = False  # of the models_dir, from which it may vanish
-    error: str | None = None  # why it could not be loaded the last time, ...
-    is_broken: bool = False  # ... whether it is a file's fault, ...
-    seen: tuple = ()  # ... what its files looked like then ...
-    failed_at: float = -math.inf  # ... and when; time.monotonic()
-    n_users: int = 0
-    loaded_at: float = 0.0  # time.monotonic()
-    last_used: float = 0.0
-    is_leaving: bool = False  # takes no new users, and is unloaded when the last one has gone
-    must_go: bool = False  # leaves because somebody unloads it by hand
-    is_off: bool = False  # has been unloaded by hand: only who asks for it by name loads it again
-
-    def look(self) -> tuple:
-        """What changes when one of its files does."""
-        seen = []
-        for file in (self.path, self.mmproj, *map(self.options.get, self.FILES)):
-            with contextlib.suppress(OSError, TypeError):  # gone, or None
-                stat = os.stat(os.path.expanduser(file))
-                seen.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
-        return tuple(seen)
-
-    def is_hopeless(self) -> bool:
-        """Whether to load it would fail again: it just has, or its files are what they were when
-        they were broken."""
-        return self.error is not None and (
-            time.monotonic() - self.failed_at < RELOAD_SECONDS
-            or self.is_broken and self.seen == self.look())
-
-
-@dataclasses.dataclass(eq=False)
-class Ticket:
-    """One that waits for a model."""
-
-    model: LocalModel
-    error: str | None = None  # why it waits in vain
-
-
-class Pool:
-    """Keeps at most `max_loaded` models loaded: those that are asked for.
-
-    A model is unloaded for another one, the least recently used first, when it has nothing to do,
-    or has had its turn; then it takes no new users, and finishes its work. So clients of two models
-    that never pause don't make them change places with every request. One thread loads and unloads;
-    nothing else waits for it but who wants a model that is not there.
-    """
-
-    def __init__(self, models: list[LocalModel], stopping: threading.Event,
-                 scan: Callable[[], list[LocalModel]], download_dir: Path, max_loaded: int,
-                 max_queue: int, turn_seconds: float,
-                 equip: Callable[[LocalModel, Engine], None] = lambda model, loaded: None):
-        """stopping: ends everything. scan: the models in a folder, as it is now. download_dir: for
-        the default model, if it has to be fetched. max_queue: how many may wait. turn_seconds: how
-        long a model with work stays when another one is asked for. equip: as load_engine's."""
-        self._models = {model.name: model for model in models}
-        self.default: LocalModel | None = None
-        self._stopping, self._scan = stopping, scan
-        self._download_dir, self._equip = download_dir, equip
-        self._max_loaded, self._max_queue, self._turn_seconds = max_loaded, max_queue, turn_seconds
-        self.fatal_error: str | None = None
-        self.n_loads = 0
-        self.retired = Stats()  # the counts of engines that are gone
-        # Guards all that is below and the models' standing; notified when any of it changes.
-        self._changed = threading.Condition()
-        self._first: Ticket | None = None  # the server's own, for the default model
-        self._tickets: list[Ticket] = []
-        self._working_on: LocalModel | None = None
-        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
-
-    # ---- any thread ------------------------------------------------------------------
-
-    def set_default(self, model: LocalModel) -> None:
-        """This one is loaded at the start. If it never can be, `fatal_error` says why, and
-        `stopping` is set."""
-        self.default, self._first = model, Ticket(model)
-        self._tickets.append(self._first)
-
-    def start(self) -> None:
-        """Start the thread; wait until the default model is loaded, or everything stops."""
-        self._thread.start()
-        with self._changed:
-            while self.is_starting and not self._stopping.is_set():
-                self._changed.wait(POLL_SECONDS)
-
-    def models(self) -> dict[str, LocalModel]:
-        """All that can be loaded right now, by name."""
-        found = {model.name: model for model in self._scan()}
-        with self._changed:
-            for name, model in found.items():
-                known = self._models.setdefault(name, model)
-                if known.is_in_folder and not known.engine:
-                    known.mmproj = model.mmproj  # it may have come or gone
-            return {name: model for name, model in self._models.items()
-                    if model.engine or not model.is_in_folder or name in found}
-
-    @property
-    def is_starting(self) -> bool:
-        """Whether the default model has not been loaded yet."""
-        return self._first in self._tickets
-
-    def check_started(self) -> None:
-        """Raise ModelFailed or ModelLoading before the default model has been loaded."""
-        if self.is_starting and self.default.error:
-            raise ModelFailed(self.default.error)
-        if self.is_starting:
-            progress = self.default.progress or 0.0
-            raise ModelLoading(f"the model is still loading ({progress:.0%}), try again soon")
-
-    @property
-    def n_waiting(self) -> int:
-        """Requests that wait for a model."""
-        return len(self._tickets) - self.is_starting
-
-    def loaded(self) -> list[LocalModel]:
-        """Those that are loaded, the most recently used first."""
-        models = [model for model in list(self._models.values()) if model.engine]
-        return sorted(models, key=lambda model: -model.last_used)
-
-    def engines(self) -> dict[str, Engine]:
-        """The engines of those, by the models' names; each may be closed at any time."""
-        engines = {model.name: model.engine for model in self.loaded()}
-        return {name: engine for name, engine in engines.items() if engine}
-
-    @contextlib.contextmanager
-    def lease(self, model: LocalModel, wait: Callable[[], None]) -> Iterator[Engine]:
-        """A model's engine, which stays loaded within this. wait: called again and again until it
-        is there; may raise. Raises ModelLoading, ModelFailed, QueueFull, EngineClosed."""
-        self._enter(model, wait)
-        try:
-            yield model.engine
-        finally:
-            with self._changed:
-                model.n_users -= 1
-                model.last_used = time.monotonic()
-                self._changed.notify_all()
-
-    def _enter(self, model: LocalModel, wait: Callable[[], None]) -> None:
-        ticket = None
-        try:
-            while True:
-                with self._changed:
-                    if self._stopping.is_set():
-                        raise EngineClosed("the server is shutting down")
-                    if ticket and ticket.error:
-                        raise ModelFailed(ticket.error)
-                    if model.engine and not model.is_leaving:
-                        model.n_users += 1
-                        model.last_used, model.is_off = time.monotonic(), False
-                        return
-                    if ticket is None:
-                        self._check_waiting(model)
-                        ticket = Ticket(model)
-                        self._tickets.append(ticket)
-                        self._changed.notify_all()
-                    self._changed.wait(POLL_SECONDS)
-                wait()
-        finally:
-            with self._changed:
-                if ticket:
-                    self._tickets.remove(ticket)
-
-    def _check_waiting(self, model: LocalModel) -> None:
-        """Refuse what it makes no sense to wait for."""
-        if model is self.default:
-            self.check_started()
-        if model.is_hopeless():
-            raise ModelFailed(model.error)
-        try:  # known before another model has to go for it
-            if model.path and not model.path.startswith(HUB):
-                find_model_file(model.path, self._download_dir)
-            draft = model.options.get("draft_model_path")
-            if draft and not draft.startswith(HUB):
-                find_model_file(draft, self._download_dir, setting="draft_model_path")
-        except ModelError as error:
-            raise ModelFailed(str(error)) from None
-        if len(self._tickets) >= self._max_queue:
-            raise QueueFull(f"{len(self._tickets)} requests are waiting for a model already")
-
-    def load(self, model: LocalModel, exclusive: bool, wait: Callable[[], None]) -> None:
-        """Load a model; with `exclusive`, unload all others before. Raises as `lease` does."""
-        model.error = None  # who asks like this wants it tried, whatever happened before
-        if exclusive:
-            self.unload([other for other in self.loaded() if other is not model], wait)
-        with self.lease(model, wait):
-            pass
-
-    def unload(self, models: list[LocalModel], wait: Callable[[], None]) -> None:
-        """Give the memory of these models back, when their work is done."""
-        with self._changed:
-            for model in models:
-                model.is_off = True
-                model.must_go = model.engine is not None or model is self._working_on
-                model.is_leaving |= model.must_go
-            self._changed.notify_all()
-        while any(model.must_go for model in models):
-            with self._changed:
-                if self._stopping.is_set():
-                    raise EngineClosed("the server is shutting down")
-                self._changed.wait(POLL_SECONDS)
-            wait()
-
-    def stats(self) -> Stats:
-        """The counts of all engines, present and gone."""
-        with self._changed:
-            return sum((engine.stats for engine in self.engines().values()), self.retired)
-
-    def coming(self) -> LocalModel | None:
-        """The model that is being loaded right now."""
-        model = self._working_on
-        return model if model and model.progress is not None else None
-
-    def ended(self, seconds: float) -> bool:
-        """Wait for the thread to end, which it does when `stopping` is set; whether it did."""
-        if self._thread.ident:
-            self._thread.join(seconds)
-        return not self._thread.is_alive()
-
-    def close(self) -> bool:
-        """End every engine at once, as Engine.close does. The pool's `stopping` must be set."""
-        return all([engine.close(0) for engine in self.engines().values()])
-
-    # ---- the loader's thread only ------------------------------------------------------
-
-    def _run(self) -> None:
-        while not self._stopping.is_set():
-            with self._changed:
-                work, self._working_on = self._choose()
-                if work is None:
-                    self._changed.wait(POLL_SECONDS)
-            if work:
-                try:
-                    work(self._working_on)
-                except Exception:
-                    log.exception("cannot load or unload %s", self._working_on.name)
-                with self._changed:
-                    self._working_on = None
-                    self._changed.notify_all()
-
-    def _choose(self) -> tuple[Callable[[LocalModel], None] | None, LocalModel | None]:
-        """What to do now, with which model."""
-        loaded, now = self.loaded(), time.monotonic()
-        for model in loaded:
-            if model.must_go and not model.n_users:
-                return self._unload, model
-        waiting = [ticket.model for ticket in self._tickets if not ticket.error]
-        wanted = next((model for model in waiting
-                       if not model.engine and not model.is_hopeless()), None)
-        goes = None
-        if wanted and len(loaded) >= self._max_loaded:
-            best = min(loaded, key=lambda model: (model.n_users > 0, not model.is_leaving,
-                                                  model.last_used))
-            is_idle = not best.n_users and best not in waiting \
-                and now - best.last_used >= IDLE_GRACE_SECONDS
-            goes = best if is_idle or now - best.loaded_at >= self._turn_seconds else None
-        for model in loaded:  # anew every time: who asked may have gone
-            model.is_leaving = model.must_go or model is goes
-        if wanted and len(loaded) < self._max_loaded:
-            return self._load, wanted
-        return (self._unload, goes) if goes and not goes.n_users else (None, None)
-
-    def _load(self, model: LocalModel) -> None:
-        def go_on(progress: float = 0.0) -> bool:
-            model.progress = progress
-            return not self._stopping.is_set()
-
-        try:
-            model.progress, model.seen = 0.0, model.look()
-            path = find_model_file(model.path, self._download_dir, go_on)
-            model.path = str(path)
-            model.seen = model.look()
-            log.info("loading %s", path.name)
-            loaded = load_engine(path, on_progress=go_on, **model.options,
-                                 equip=functools.partial(self._equip, model))
-        except Exception as error:
-            self._fail(model, error)
-        else:
-            loaded.model.name = model.name
-            with self._changed:
-                model.engine, model.error, model.loaded_at = loaded, None, time.monotonic()
-                model.last_used, model.is_leaving = model.loaded_at, model.must_go
-                self.n_loads += 1
-                self._tickets = [ticket for ticket in self._tickets if ticket is not self._first
-                                 or model is not self.default]
-        finally:
-            model.progress = None
-
-    def _fail(self, model: LocalModel, error: Exception) -> None:
-        """A broken file may still be on its way, and is tried again when it changes. Anything else
-        that is wrong with the default model at the start is wrong with the settings."""
-        if not isinstance(error, ModelError):
-            log.exception("loading %s failed", model.name)
-        is_first = self.is_starting and model is self.default
-        if self._stopping.is_set():  # it is the stop that interrupted the loading
-            return
-        with self._changed:
-            model.error, model.is_broken = str(error), isinstance(error, BrokenModel)
-            model.failed_at, model.must_go = time.monotonic(), False
-            for ticket in self._tickets:
-                if ticket.model is model and ticket is not self._first:
-                    ticket.error = model.error
-        if is_first and not isinstance(error, BrokenModel):
-            self.fatal_error = model.error
-            self._stopping.set()
-        else:
-            log.error("error: %s%s", error, "; waiting for the file to change" * is_first)
-
-    def _unload(self, model: LocalModel) -> None:
-        with self._changed:
-            gone, model.engine, model.is_leaving = model.engine, None, False
-            self.retired += dataclasses.replace(gone.stats, slots=())
-        log.info("unloading %s", model.name)
-        try:
-            if gone.close():
-                gone.model.close()
-            else:
-                log.error("%s is stuck in a step: its memory is lost", model.name)
-        finally:
-            with self._changed:
-                model.must_go = False

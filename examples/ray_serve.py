@@ -52,6 +52,9 @@ class Handler(server.Handler):
         super().answer()
 
 
+PIECE = 65536  # bytes passed on at a time, at most
+
+
 class Server(server.Server):
     """A server that listens nowhere; process_request gives it its connections."""
 
@@ -70,13 +73,15 @@ class Replica:
     """One engine. Each request is passed to a server.Handler through a pair of sockets, so that
     reading, checking, answering and noticing who hangs up are server.py's."""
 
-    def __init__(self, config: server.Config):
+    def __init__(self, settings: dict):
+        """settings: of server.Config, as plain values: its class, made of features, cannot travel."""
         logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(message)s")
-        self.server = Server(config)
+        house = server.House(settings["features"])
+        self.server = Server(server.read_object(house.Config, settings, "", server.Reading(house)))
         self.name = serve.get_replica_context().replica_id.unique_id
-        self.server.pool.start()
-        if self.server.pool.fatal_error:
-            raise RuntimeError(self.server.pool.fatal_error)
+        self.server.models.start()
+        if self.server.models.fatal_error:
+            raise RuntimeError(self.server.models.fatal_error)
 
     def check_health(self) -> None:
         """Ray asks every few seconds, and replaces a replica that raises."""
@@ -112,7 +117,7 @@ class Replica:
                 while size := int(await reader.readline(), 16):
                     yield (await reader.readexactly(size + 2))[:-2]
             else:
-                while piece := await reader.read(server.PIECE):
+                while piece := await reader.read(PIECE):
                     yield piece
         finally:
             writer.close()
@@ -138,4 +143,4 @@ def app(scale: Scale) -> serve.Application:
         max_ongoing_requests=2 * config.parallel, max_queued_requests=config.max_queue,
         graceful_shutdown_timeout_s=config.drain_seconds,
         ray_actor_options={"num_cpus": config.n_threads, "num_gpus": scale.num_gpus},
-    ).bind(config)
+    ).bind(dataclasses.asdict(config))

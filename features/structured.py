@@ -16,42 +16,32 @@ limits of time and memory. A child that dies or hangs is replaced, and the reque
 What it costs: 0.1 s once for the child and 0.2 s once for each model, when first used; then about a
 few milliseconds for each request, 10 us for a token, and 0.1 ms where the model must be corrected.
 
+It reads the fields `response_format`, `json_schema` and `grammar`, and sends nothing elsewhere.
+
 What is not exact, for llguidance cannot: members come in the schema's order, and those that it does
 not name behind them, whose names may repeat; a number with bounds has no exponent; a bound of more
 than 64 bits is not held.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import re
-import select
-import subprocess
-import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import numpy as np
 
 import engine
-from features.schemas import KNOWN, MAX_FORM, Schema, SchemaError
+import server
+from features.schemas import MAX_FORM, Schema, SchemaError
+from features.trial import FREELY, LIMITS, library, trial
 
-# Where only one text may come, the model chooses its tokens, not llguidance.
-FREELY = '%llguidance {"no_forcing": true}\n'
 MAX_NESTING = 100  # brackets of a GBNF grammar, one inside the other
-# llguidance's limits for one token: a millisecond is 14,000 units of lexer fuel, or 20,000 items;
-# and for all of a reply: 2 KB for each state of the lexer. Its others are as it has them.
-LIMITS = {"step_lexer_fuel": 200_000, "step_max_items": 50_000, "max_lexer_states": 50_000,
-          "verbose_errors": False}
-
-
-@functools.cache
-def library():
-    """llguidance, imported when first used. Raises ImportError."""
-    import llguidance
-    return llguidance
 
 
 # ==== 1. A form: Lark, rule by rule ======================================================
@@ -66,16 +56,6 @@ def literal(text: str) -> str:
     return json.dumps(text)
 
 
-def is_text(schema) -> bool:
-    """Whether an XML parameter is bare text: a string with no rules but an enum. Else JSON."""
-    return isinstance(schema, dict) and schema.get("type") == "string" \
-        and schema.keys() & KNOWN <= {"type", "enum"} \
-        and all(isinstance(choice, str) for choice in schema.get("enum", []))
-
-
-NOT_A_CALL = r"/[^{](?s:.)*/"  # a reply where calls begin with a brace
-
-
 class Form:
     """What a reply may be, from its start or from a trigger on."""
 
@@ -83,7 +63,7 @@ class Form:
         self.triggers: tuple[str, ...] = ()  # texts that come before, one after the other
         self.root = ""  # the expression that must be written, in Lark; "" while there is none
         self._rules: dict[str, str] = {}
-        self._schemas: list[Schema] = []
+        self.schemas: list[Schema] = []
         self._gbnf: str | None = None
 
     def add(self, rule: str) -> str:
@@ -95,51 +75,13 @@ class Form:
     def add_schema(self, schema, at: str) -> str:
         """The name of a rule for a value of a JSON Schema, as JSON text. Raises SchemaError, which
         names the place, below `at`, of what is wrong or cannot be honoured."""
-        self._schemas.append(Schema(schema, at))
-        return self.add(f": %json {json.dumps(self._schemas[-1].compiled())}")
+        self.schemas.append(Schema(schema, at))
+        return self.add(f": %json {json.dumps(self.schemas[-1].compiled())}")
 
     def add_text_until(self, marker: str) -> str:
         """The name of a rule for any text and, where it ends, the marker."""
         pattern = re.escape(marker).replace("/", r"\/").replace("\n", "n")
         return self.add(f"[lazy]: /(?s:.*){pattern}/")
-
-    def add_arguments(self, form: engine.ToolFormat, schema: dict, at: str) -> str:
-        """The name of a rule for the arguments of a function with these `parameters`. XML
-        parameters come in the schema's order, and those not required may be left out."""
-        if schema.get("type", "object") != "object":
-            raise SchemaError(f"{at}.type: must be 'object', got {schema['type']!r:.60}")
-        if not form.xml:
-            return self.add_schema({**schema, "type": "object"}, at)
-        whole, elements = Schema(schema, at), []
-        whole.compiled()  # refuses what is wrong anywhere
-        self._schemas.append(whole)
-        if other := schema.keys() & KNOWN - {"type", "properties", "required",
-                                             "additionalProperties"}:
-            raise SchemaError(f"{at}.{min(other)}: is not supported in this model's format of calls")
-        for name, inner in schema.get("properties", {}).items():
-            opening, place = literal(engine.PARAMETER + name + form.between), f"{at}.properties.{name}"
-            if not is_text(inner):
-                value = self.add(f": %json {json.dumps(whole.compiled(inner, place))}")
-                element = f"{opening} {value} {literal(engine.PARAMETER_END)}"
-            elif "enum" in inner:
-                values = " | ".join(literal(f"{choice}{engine.PARAMETER_END}")
-                                    for choice in inner["enum"])
-                element = f"{opening} ({values})"
-            else:
-                element = f"{opening} {self.add_text_until(engine.PARAMETER_END)}"
-            elements.append(f"({element})" + ("" if name in schema.get("required", ()) else "?"))
-        return self.add(": " + (" ".join(elements) or '""'))
-
-    def calls(self, form: engine.ToolFormat, functions: list[tuple[str, str]], parallel: bool,
-              from_trigger: bool) -> str:
-        """The expression for a reply that is a call, or several if `parallel`; for what follows
-        the trigger, or the whole reply. functions: their names and the rules of their
-        arguments."""
-        ways = " | ".join(f"{literal(name + form.between)} {arguments} {literal(form.ending)}"
-                          for name, arguments in functions)
-        start = form.opening if from_trigger else form.trigger + form.opening
-        more = f"({literal(form.separator)} ({ways}))*" if parallel and form.separator else ""
-        return f"{literal(start)} ({ways}) {more} {literal(form.closing)}"
 
     def set_gbnf(self, text: str) -> None:
         """Take a whole grammar in llama.cpp's syntax (its grammars/README.md). Raises
@@ -181,7 +123,7 @@ class Form:
     @property
     def _at(self) -> str:
         """Where the form was asked for."""
-        return self._schemas[0].at if self._schemas else "grammar"
+        return self.schemas[0].at if self.schemas else "grammar"
 
     def _lark(self) -> str:
         rules = "\n".join(f"{name}{rule}" for name, rule in self._rules.items())
@@ -190,7 +132,7 @@ class Form:
     def _blame(self, error: str) -> SchemaError:
         """The error with the place of the innermost subschema that makes it alone."""
         until, error = time.monotonic() + BLAME_SECONDS, _words(error)
-        for schema in self._schemas:
+        for schema in self.schemas:
             part, at, waiting = schema.root, schema.at, [(schema.root, schema.at)]
             said, seen = None, set()
             while waiting and time.monotonic() < until:
@@ -265,99 +207,7 @@ def _unescape(match: re.Match) -> str:
                                  f"\\x{ord(char):02x}" if ord(char) < 128 else char)
 
 
-# ==== 2. The trial: a child process that compiles first ==================================
-
-CHILD = """
-import json, resource, sys, threading
-import llguidance
-from llguidance.gbnf_to_lark import gbnf_to_lark
-
-def compile(vocabulary, limits, asked):
-    lark = asked["lark"] if "lark" in asked else head + gbnf_to_lark(asked["gbnf"])
-    grammar = llguidance.LLMatcher.grammar_from_lark(lark)
-    matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
-    for _ in range(asked["n_steps"]):  # what only shows while it is used
-        mask = int.from_bytes(matcher.compute_bitmask(), "little")
-        if matcher.is_stopped() or not mask:
-            break
-        matcher.consume_token((mask & -mask).bit_length() - 1)
-    return {"error": matcher.get_error()} if matcher.is_error() else {"lark": grammar}
-
-def answer_all():
-    vocabulary, options = llguidance.LLTokenizer("byte"), llguidance.LLParserLimits(**limits)
-    for line in sys.stdin:
-        try:
-            answer = compile(vocabulary, options, json.loads(line))
-        except Exception as error:
-            answer = {"error": str(error) or type(error).__name__}
-        print(json.dumps(answer), flush=True)
-
-n_bytes, n_stack, limits, head = json.loads(sys.argv[1])
-resource.setrlimit(resource.RLIMIT_AS, (n_bytes, n_bytes))
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-threading.stack_size(n_stack)
-threading.Thread(target=answer_all).start()
-"""
-
-
-class Trial:
-    """A child process that compiles what was sent before this process does. Safe to use from any
-    thread; one question at a time."""
-
-    SECONDS = 3.0  # the largest of real schemas take 0.3
-    MAX_BYTES = 2**30  # of address space
-    STACK_BYTES = 2**22  # half of what a thread of ours has: what fits there is sure to fit here
-    N_STEPS = 8  # tokens written at random, to see what they take
-
-    def __init__(self):
-        self._child: subprocess.Popen | None = None
-        self._lock = threading.Lock()  # held for one question
-
-    def run(self, question: dict) -> dict:
-        """Compile {"lark": ...} or {"gbnf": ...}; the grammar for LLMatcher as {"lark": ...}, or
-        what is wrong with it as {"error": ...}; as {"limit": ...} what it takes too much of."""
-        line = json.dumps({**question, "n_steps": self.N_STEPS}).encode() + b"\n"
-        with self._lock:
-            for _ in range(2):  # the first child may have been ended from outside, long ago
-                child = self._child = self._child or self._start()
-                try:
-                    child.stdin.write(line)
-                    child.stdin.flush()
-                except BrokenPipeError:
-                    self._end()
-                    continue
-                until = time.monotonic() + self.SECONDS
-                answer = child.stdout.readline() if select.select(
-                    [child.stdout], [], [], self.SECONDS)[0] else b""
-                if answer.endswith(b"\n"):
-                    return json.loads(answer)
-                self._end()
-                return {"limit": f"it takes more than {self.SECONDS:g} seconds to compile; make it "
-                                 "smaller" if time.monotonic() >= until else
-                                 "it is nested too deeply or needs too much memory"}
-        return {"limit": "the process that tries grammars out cannot be started"}
-
-    def _start(self) -> subprocess.Popen:
-        return subprocess.Popen(  # Ctrl-C is the server's: a session of its own
-            [sys.executable, "-c", CHILD, json.dumps([self.MAX_BYTES, self.STACK_BYTES, LIMITS,
-                                                      FREELY])],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            start_new_session=True)
-
-    def _end(self) -> None:
-        """Let go of a child that cannot be used any more."""
-        with contextlib.suppress(OSError):
-            self._child.kill()
-            self._child.stdin.close()
-        self._child.stdout.close()
-        self._child.wait()
-        self._child = None
-
-
-trial = Trial()
-
-
-# ==== 3. A reply: token by token =========================================================
+# ==== 2. A reply: token by token =========================================================
 
 
 class Vocabulary:
@@ -451,3 +301,102 @@ class Reply(engine.Constraint):
     def _check(self) -> None:
         if self._matcher.is_error():
             raise engine.GrammarError(_words(self._matcher.get_error()))
+
+
+# ==== 3. Fields ==========================================================================
+
+
+@dataclasses.dataclass
+class JsonSchema:
+    """A schema that the reply must satisfy."""
+
+    name: str
+    schema: dict[str, Any] | None = None
+    description: str | None = server.option(no_effect=True)
+    strict: bool = server.option(False, no_effect=True)  # the reply always validates
+
+
+@dataclasses.dataclass
+class ResponseFormat:
+    """The form of the reply. `schema` beside `json_object` is llama-server's."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+    schema: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass
+class GenerationFields:
+    """Forms of any reply."""
+
+    grammar: str | None = None  # GBNF
+    json_schema: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass
+class ChatFields:
+    """The form of a chat's reply."""
+
+    response_format: ResponseFormat | None = None
+
+
+FIELDS = {"GenerationBody": GenerationFields, "ChatBody": ChatFields}
+AFTER_REASONING = "/[ \\n]{0,3}/ "  # what may stand between the reasoning and the form, in Lark
+
+
+def field_of(body) -> str | None:
+    """The field that asks for a form. Raises ApiError when there are several."""
+    wanted = [name for name in ("grammar", "json_schema") if getattr(body, name) is not None]
+    response_format = getattr(body, "response_format", None)
+    wanted += ["response_format"] * bool(response_format and response_format.type != "text")
+    if len(wanted) > 1:
+        raise server.invalid(wanted[0], f"{' and '.join(wanted)} were sent; the reply can follow "
+                                        "only one of them")
+    return next(iter(wanted), None)
+
+
+def schema_of(body) -> tuple[Any, str] | None:
+    """The JSON Schema of the reply, and where it was sent. Raises ApiError."""
+    field = field_of(body)
+    if field == "json_schema":
+        return body.json_schema, "json_schema"
+    if field != "response_format":
+        return None
+    wanted = body.response_format
+    if wanted.type == "json_object":
+        return server.given(wanted.schema, {"type": "object"}), "response_format.schema"
+    if wanted.json_schema is None:
+        raise server.invalid("response_format.json_schema", "response_format.json_schema is "
+                                                            "required", "missing_field")
+    return server.given(wanted.json_schema.schema, True), "response_format.json_schema.schema"
+
+
+def join(wanted: "server.Generation") -> None:
+    """Hold the reply to what its body asks for."""
+    if field := field_of(wanted.body):
+        wanted.constrained_by = field
+        wanted.constrain = functools.partial(constrain, wanted)
+
+
+def constrain(wanted: "server.Generation", prompt: str) -> Callable[[], Reply]:
+    """What makes the Reply of each choice. Raises ApiError."""
+    form, body = Form(), wanted.body
+    after = wanted.lead(prompt)
+    form.triggers = (after,) if after else ()
+    with schema_errors():
+        if body.grammar is not None:
+            if not body.grammar:
+                raise server.invalid("grammar", "grammar: is empty; leave it out")
+            form.set_gbnf(body.grammar)
+        else:
+            form.root = AFTER_REASONING * bool(after) + form.add_schema(*schema_of(body))
+        return form.replies(wanted.loaded.model, must_trigger=True)
+
+
+@contextlib.contextmanager
+def schema_errors() -> Iterator[None]:
+    """Make a refusal a 400 at its place, with which its message starts."""
+    try:
+        yield
+    except SchemaError as error:
+        raise server.invalid(str(error).split(":")[0], str(error)) from None

@@ -7,10 +7,9 @@ negative ids made of the image's content, by which the prefix cache knows it.
 
 How it works, in the order of the file:
 
-    1  get      a data: URI, or an address on the web, into the bytes of a file
-    2  decode   the file into RGB pixels, by Pillow, as people see it
-    3  encode   pixels into Pieces, by llama.cpp's mtmd
-    4  request  the three steps for the messages of a chat
+    1  decode   a file (files.py gets it) into RGB pixels, by Pillow, as people see it
+    2  encode   pixels into Pieces, by llama.cpp's mtmd
+    3  request  these steps for the messages of a chat
 
 A file is read by its bytes, whatever its URI or the web says it is. It is turned as its EXIF block
 says, since cameras store what their sensor saw, and what is transparent is laid on white: under it
@@ -27,22 +26,22 @@ What it reads and sends. The fields are the `image_url` parts of user messages, 
 public addresses. It needs Pillow (features/requirements.txt).
 """
 
-import binascii
 import contextlib
 import ctypes
+import dataclasses
+import functools
 import hashlib
-import http.client
 import io
-import ipaddress
 import os
-import socket
+import re
+import secrets
 import threading
 import time
-import urllib.parse
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from llama_cpp import llama_cpp as lib
@@ -50,96 +49,13 @@ from llama_cpp import mtmd_cpp as mtmd  # mtmd.h by ctypes, name by name
 
 import engine
 import server
+from features.files import (
+    IMAGE_SECONDS, MAX_IMAGES_MB, ImageError, fetch_image, read_data_uri)
 
 
-class ImageError(ValueError):
-    """An image that cannot be read; the message says why."""
 
 
-# ==== 1. Get: a URI into a file =========================================================
-
-MAX_ABOUT = 200  # characters of a data: URI before its comma that are looked at
-MAX_REDIRECTS = 3
-IMAGE_SECONDS = 10.0  # for all images of a request that come from the web
-MAX_IMAGES_MB = 20  # of all these together
-GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # RFC 4291, 2.4
-NAT64 = ipaddress.ip_network("64:ff9b::/96")  # RFC 6052
-
-
-def read_data_uri(url: str) -> bytes:
-    """The file in a data: URI (RFC 2397) in Base64; its type says nothing. Raises ImageError."""
-    about, comma, data = url.partition(",")
-    if not comma or "base64" not in about[:MAX_ABOUT].lower().split(";"):
-        raise ImageError("a data: URI must be like data:image/png;base64,...")
-    try:
-        return binascii.a2b_base64("".join(data.split()).encode("ascii"), strict_mode=True)
-    except ValueError:
-        raise ImageError("the data: URI is not valid Base64") from None
-
-
-def fetch_image(url: str, until: float, limit: int, check: Callable[[], None]) -> bytes:
-    """An image from the web: from public addresses only, also after a redirect, so that nobody
-    reaches through us what is not public. until: time.monotonic(); limit: bytes; check: called all
-    the time, may raise. Raises ImageError."""
-    def check_both() -> None:
-        check()
-        if time.monotonic() > until:
-            raise TimeoutError
-
-    headers = {"Accept": "image/*", "User-Agent": server.NAME}
-    try:
-        for _ in range(MAX_REDIRECTS + 1):
-            check_both()
-            with server.request_elsewhere("GET", url, None, headers, IMAGE_SECONDS, check_both,
-                                          public_address(url)) as response:
-                location = response.headers.get("Location")
-                if 300 <= response.status < 400 and location:
-                    with contextlib.suppress(ValueError):  # else public_address says it
-                        location = urllib.parse.urljoin(url, location)
-                    url = location
-                    continue
-                if response.status != 200:
-                    raise ImageError(f"{server.describe(url)} answered {response.status}")
-                return server.read_all(response, limit)
-    except TimeoutError:
-        raise ImageError("fetching images takes more than the "
-                         f"{IMAGE_SECONDS:g} seconds of a request") from None
-    except server.TooLarge:
-        raise ImageError("the images of a request that are fetched are more than "
-                         f"{MAX_IMAGES_MB} MB") from None
-    except (server.Unreachable, http.client.HTTPException) as error:
-        raise ImageError(f"cannot fetch {server.describe(url)}: "
-                         f"{server.describe(str(error))}") from None
-    raise ImageError(f"more than {MAX_REDIRECTS} redirects")
-
-
-def public_address(url: str) -> str:
-    """One address of a URL's host, all of which must be public. Raises ImageError."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-            raise ValueError
-        found = socket.getaddrinfo(parts.hostname, parts.port or 0, type=socket.SOCK_STREAM)
-    except (OSError, ValueError):
-        raise ImageError(f"{server.describe(url)} is no address on the web") from None
-    addresses = [entry[4][0] for entry in found]
-    if not all(map(is_public, addresses)):
-        raise ImageError(f"{server.describe(url)} is not at a public address")
-    return addresses[0]
-
-
-def is_public(text: str) -> bool:
-    """Whether everybody can reach an address. One that stands for an IPv4 address is that."""
-    address = server.read_address(text)
-    if address is None or address.version == 4:
-        return address is not None and address.is_global and not address.is_multicast
-    inner = address.sixtofour or (address.teredo or (None, None))[1]
-    if address in NAT64:
-        inner = ipaddress.IPv4Address(int(address) % 2**32)
-    return is_public(str(inner)) if inner else address in GLOBAL_UNICAST and address.is_global
-
-
-# ==== 2. Decode: a file into pixels =====================================================
+# ==== 1. Decode: a file into pixels =====================================================
 
 # Pillow's names; it reads many more, which nobody sends. A JPEG that holds several is an MPO.
 KINDS = ("JPEG", "PNG", "WEBP", "GIF")
@@ -234,7 +150,7 @@ def _on_white(image: "PIL.Image.Image") -> "PIL.Image.Image":
     return white
 
 
-# ==== 3. Encode: pixels into Pieces =====================================================
+# ==== 2. Encode: pixels into Pieces =====================================================
 
 N_ID_WORDS = 8  # of 31 bits each, of the SHA-256 of an image
 Pieces = list[np.ndarray | engine.Piece]  # and token ids that the model wants around them
@@ -346,39 +262,152 @@ def row_bytes(pieces: Pieces) -> int:
 projectors: weakref.WeakKeyDictionary[engine.Engine, Projector] = weakref.WeakKeyDictionary()
 
 
-def equip(loaded: engine.Engine, mmproj: str) -> None:
-    """Let a model see. mmproj: a path, or hf:owner/repository/file.gguf. Loader thread, before
-    handlers have the engine. Raises engine.ModelError."""
-    model = loaded.model
-    path = engine.find_model_file(mmproj, model.path.parent, setting="mmproj")
-    projectors[loaded] = projector = Projector(model, path, loaded.context.n_threads)
-    model.parts.callback(projector.close)
+def equip(loaded: engine.Engine, settings: server.Config) -> None:
+    """Give a model its projector, if there is an mmproj for it. Raises engine.ModelError."""
+    if not (mmproj := mmproj_of(settings.mmproj, loaded.model.path)):
+        return
+    path = engine.find_model_file(mmproj, loaded.model.path.parent, setting="mmproj")
+    projector = Projector(loaded.model, path, loaded.context.n_threads)
+    loaded.model.parts.callback(projector.close)
+    projectors[loaded] = projector
+    loaded.capabilities.append("vision")
 
 
-# ==== 4. Request: the images of a chat ==================================================
+def mmproj_of(setting: str | None, path: str | Path | None) -> str | None:
+    """With what a model sees: what the settings say, or else NAME.mmproj.gguf or mmproj-NAME.gguf
+    beside its file NAME.gguf."""
+    file = Path(os.path.expanduser(path or engine.HUB))
+    beside = [file.with_name(f"{file.stem}.mmproj.gguf"), file.with_name(f"mmproj-{file.name}")]
+    return setting or next((str(each) for each in beside if each.is_file()), None)
 
 
-def read_files(chat: server.ChatBody, fetches: bool, check: Callable[[], None]) -> None:
-    """Give all parts of a chat that are images their `file`, inspected. fetches: also from the web;
-    check: called meanwhile, may raise. Raises server.ApiError."""
+def files_of(model: "server.LocalModel") -> dict[str, str | None]:
+    """The file with which a model sees, which may come and go beside its own."""
+    return {"mmproj": mmproj_of(model.settings.mmproj, model.path)}
+
+
+def sees(target) -> bool:
+    """Whether a name stands for a model of this machine that reads images."""
+    return isinstance(target, server.LocalModel) and bool(
+        mmproj_of(target.settings.mmproj, target.path))
+
+
+# ==== 3. Request: the images of a chat ==================================================
+
+
+@dataclasses.dataclass
+class Settings:
+    """How models see, and where images come from."""
+
+    mmproj: str | None = server.setting("model", None, is_file=True)
+    allow_image_urls: bool = server.setting("server", False)
+
+
+@dataclasses.dataclass
+class ImageUrl:
+    """Where an image is: a data: URI, or an address on the web."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] | None = server.option(no_effect=True)
+
+
+@dataclasses.dataclass
+class PartFields:
+    """An image in a message."""
+
+    type: Literal["text", "refusal", "image_url"]
+    image_url: ImageUrl | None = None
+
+    file = b""  # what is there, which `receive` gets; `text` is then a mark in its place
+
+    def check(self, at: str) -> None:
+        """Refuse an image without an address, and the other way round."""
+        if (self.type == "image_url") != (self.image_url is not None):
+            raise server.invalid(f"{at}.image_url", f"{at}: the type image_url and a field "
+                                 'image_url, like {"url": "data:image/png;base64,..."}, belong '
+                                 "together", "missing_field")
+
+
+@dataclasses.dataclass
+class MessageFields:
+    """Who may send images."""
+
+    def check(self, at: str) -> None:
+        """Refuse images that are not a user's."""
+        for i, part in enumerate(self.content if isinstance(self.content, list) else ()):
+            if part.image_url and self.role != "user":
+                raise server.invalid(f"{at}.content[{i}]", f"{at}.content[{i}]: a {self.role} "
+                                     "message cannot have images; a user message can")
+
+
+FIELDS = {"Part": PartFields, "Message": MessageFields}
+
+
+def image_parts(chat: server.ChatBody) -> Iterator[tuple[str, PartFields]]:
+    """The parts that are images, and where they are."""
+    for i, message in enumerate(chat.messages):
+        for j, part in enumerate(message.content if isinstance(message.content, list) else ()):
+            if part.image_url:
+                yield f"messages[{i}].content[{j}]", part
+
+
+def receive(handler: server.Handler, body, target) -> None:
+    """Get the files of all images of a chat, inspected, before the model must be there. Raises
+    ApiError."""
+    images = [*image_parts(body)] if isinstance(body, server.ChatBody) else []
+    if images and not sees(target):
+        at = images[0][0]
+        raise server.invalid(at, f"{at}: {target.name} reads no images; ask a vision model (one "
+                                 "with an mmproj)", "unsupported_image")
     until, room = time.monotonic() + IMAGE_SECONDS, MAX_IMAGES_MB * 2**20
-    for at, part in chat.image_parts():
+    for at, part in images:
         url = part.image_url.url
         with errors_at(at):
             if url[:5].lower() == "data:":
                 part.file = read_data_uri(url)
-            elif fetches:
-                part.file = fetch_image(url, until, room, check)
+            elif handler.server.config.allow_image_urls:
+                part.file = fetch_image(url, until, room, handler.check_connection)
                 room -= len(part.file)
             else:
                 raise ImageError(f"{server.describe(url)} was sent; send a data: URI (or have "
                                  "the server set allow_image_urls)")
             inspect(part.file)
+        part.text = f"<image {secrets.token_hex(16)}>"  # a mark that nobody else can write
+
+
+def join(wanted: server.Generation) -> None:
+    """Encode the images of a chat, for the marks in their places."""
+    if not isinstance(wanted, server.Chat):
+        return
+    handler, marked, n_tokens = wanted.handler, {}, 0
+    for at, part in image_parts(wanted.body):
+        handler.check_connection()
+        marked[part.text] = pieces = encode(wanted.loaded, part.file, at)
+        n_tokens += sum(len(getattr(piece, "rows", piece)) for piece in pieces)
+        handler.check_length(n_tokens, at, 1)
+    if marked:
+        wanted.read_prompt = functools.partial(read_prompt, wanted, marked)
+        wanted.show = lambda prompt: re.sub("|".join(marked), "<image>", prompt)
+
+
+def read_prompt(chat: server.Chat, marked: dict[str, Pieces], prompt: str
+                ) -> tuple[np.ndarray, dict[int, engine.Piece]]:
+    """The tokens of a prompt, and the images in it by where they begin. Raises ApiError."""
+    if any(prompt.count(mark) != 1 for mark in marked):
+        raise server.invalid("messages", "messages: the model's chat template does not write each "
+                                         "image once", "template_error")
+    parts = re.split(f"({'|'.join(map(re.escape, marked))})", prompt)
+    chat.handler.check_fewest("".join(part for part in parts if part not in marked), "messages", 1)
+    tokens, pieces = chat.loaded.model.tokenize_parts([marked.get(part, part) for part in parts])
+    chat.handler.check_length(len(tokens) + engine.extra_tokens(pieces), "messages", 1)
+    if tokens[-1] < 0:
+        raise server.invalid("messages", "messages: the prompt ends with an image; add text")
+    return tokens, pieces
 
 
 def encode(loaded: engine.Engine, file: bytes, at: str) -> Pieces:
     """An image file, inspected, as the model reads it. at: its place in the request. Raises
-    server.ApiError."""
+    ApiError."""
     with errors_at(at):
         pieces = projectors[loaded].read(file)
     n_batch = loaded.context.n_batch

@@ -5,6 +5,7 @@ The server runs under this Python, if llama_cpp is installed here; else under th
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -20,6 +21,9 @@ import pytest
 import openai_schemas
 
 ROOT = Path(__file__).resolve().parent.parent
+FEATURES = re.search(r"^features: \[(.*?)\]", (ROOT / "config.yaml").read_text(),
+                     re.M | re.S)[1].replace("\n", " ").replace(" ", "").split(",")
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SETTINGS = {"N_CTX": "1024", "PARALLEL": "4", "DRAIN_SECONDS": "2",
             "MODEL_ALIASES": "[gpt-4o-mini, text-embedding-3-small]"}
 
@@ -29,8 +33,38 @@ collect_ignore = [] if importlib.util.find_spec("langchain_openai") else ["test_
 collect_ignore += [] if importlib.util.find_spec("ray") else ["test_ray.py"]
 
 
+def blocks_of(language: str, files: list[Path] = DOCS) -> list[str]:
+    """The fenced blocks of a language in the docs, in their order."""
+    return [block for file in files for block in re.findall(
+        rf"^```{language}\n(.*?)^```$", file.read_text(), re.M | re.S)]
+
+
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="the long form of test_soak.py")
+
+
+def config(**settings):
+    """Settings with all features that config.yaml names, for a server in this process."""
+    return house().Config(**settings)
+
+
+def with_features(text: str) -> str:
+    """The text of a config file, with the list of all features in front."""
+    return f"features: [{', '.join(FEATURES)}]\n{text}"
+
+
+def entry(**settings):
+    """An entry of `models`, as for `config`."""
+    from features import models
+    return house().type_of(models.ModelEntry)(**settings)
+
+
+@functools.cache
+def house():
+    """All features that config.yaml names."""
+    sys.path.insert(0, str(ROOT))
+    import server  # not in the environments of other clients
+    return server.House(FEATURES)
 
 
 def server_python() -> str:

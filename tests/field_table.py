@@ -1,7 +1,7 @@
-"""The README's tables of request fields, made from the dataclasses in server.py.
+"""The tables of request fields in docs/api.md, made from the dataclasses in server.py.
 
-`python tests/field_table.py` writes them between the two markers in README.md; a test checks that
-they are there as made. What becomes of a field and its limits come from its metadata, the notes
+`python tests/field_table.py` writes them between the two markers there; a test checks that they
+stand there as made. What becomes of a field and its limits come from its metadata, the notes
 from NOTES below.
 """
 
@@ -15,16 +15,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import conftest  # noqa: E402
 import engine  # noqa: E402
 import server  # noqa: E402
+from features import embeddings, tokens  # noqa: E402
 
+HOUSE = conftest.house()
+
+FILE = ROOT / "docs" / "api.md"
 BEGIN, END = "<!-- fields -->\n", "<!-- /fields -->\n"
 BODIES = {server.ChatBody: "chat", server.CompletionBody: "completions",
-          server.EmbeddingBody: "embeddings", server.TokenizeBody: "tokenize",
-          server.DetokenizeBody: "detokenize"}
+          embeddings.EmbeddingBody: "embeddings", tokens.TokenizeBody: "tokenize",
+          tokens.DetokenizeBody: "detokenize"}
 # In this order the fields are listed: OpenAI's of each path, those that paths share, samplers.
-ORDER = [server.ChatBody, server.CompletionBody, server.EmbeddingBody, server.TokenizeBody,
-         server.DetokenizeBody, server.GenerationBody, engine.SamplingParams]
+ORDER = [server.ChatBody, server.CompletionBody, embeddings.EmbeddingBody, tokens.TokenizeBody,
+         tokens.DetokenizeBody, server.GenerationBody, engine.SamplingParams]
 KINDS = ("honoured", "no effect", "refused")
 SETTING = "default: the setting"
 LOCAL = "local"
@@ -39,10 +44,10 @@ NOTES = {
     "chat logprobs": "true or false; with `bytes`",
     "completions logprobs": "the legacy shape",
     "top_logprobs": "needs `logprobs: true`",
-    "response_format": "see Structured output",
-    "prediction": "see Drafts",
+    "response_format": "see [Structured output](#structured-output)",
+    "prediction": "see [Predicted outputs](#predicted-outputs)",
     "prediction.content": "a string or text parts",
-    "tools": "functions; see Tools",
+    "tools": "functions; see [Tools](#tools)",
     "tool_choice": "or a named function, or `allowed_tools`",
     "parallel_tool_calls": "false: one call at most; default: true",
     "functions": "the deprecated form of `tools`",
@@ -162,7 +167,8 @@ def dataclasses_in(hint, path: str):
 def rows_of(cls, place: str, path: str, seen: set) -> list[tuple[str, str, str, str]]:
     """(path, kind, place, limits) of each field, then of those inside; a class is listed once."""
     rows, inside = [], []
-    hints = typing.get_type_hints(cls)
+    cls = HOUSE.type_of(cls)
+    hints = HOUSE.hints(cls)
     for field in dataclasses.fields(cls):
         name = path + field.name
         rows.append((name, kind_of(field), place, limits_of(field, hints[field.name])))
@@ -175,7 +181,8 @@ def rows_of(cls, place: str, path: str, seen: set) -> list[tuple[str, str, str, 
 
 def make() -> str:
     """Both tables, in Markdown."""
-    order = [name for cls in ORDER for name in inspect.get_annotations(cls)]
+    order = [name for cls in ORDER for each in (cls, *HOUSE.extensions.get(cls.__name__, ()))
+             for name in inspect.get_annotations(each)]
     unused, seen, found = set(NOTES), set(), {}  # {(path, kind, rest of the row): places}
     for cls, place in BODIES.items():
         for path, kind, place, limits in rows_of(cls, place, "", seen):
@@ -196,16 +203,15 @@ def make() -> str:
     return "\n".join(lines) + "\n"
 
 
-def parts(readme: str) -> tuple[str, str, str]:
+def parts(text: str) -> tuple[str, str, str]:
     """What stands before, between and behind the markers."""
-    before, _, rest = readme.partition(BEGIN)
+    before, _, rest = text.partition(BEGIN)
     between, end, after = rest.partition(END)
     if not end:
-        raise SystemExit(f"README.md lacks the markers {BEGIN.strip()} and {END.strip()}")
+        raise SystemExit(f"{FILE.name} lacks the markers {BEGIN.strip()} and {END.strip()}")
     return before + BEGIN, between, END + after
 
 
 if __name__ == "__main__":
-    file = ROOT / "README.md"
-    before, _, after = parts(file.read_text())
-    file.write_text(before + make() + after)
+    before, _, after = parts(FILE.read_text())
+    FILE.write_text(before + make() + after)

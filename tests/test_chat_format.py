@@ -26,7 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 import engine  # noqa: E402
 import server  # noqa: E402
-from features import structured  # noqa: E402
+from features import calls as forms
+from features import families, reasoning, structured, tools  # noqa: E402
 
 TEMPLATES = Path(os.environ.get("LLAMA_CPP_TEMPLATES") or "no/such/folder")
 NAMES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
@@ -45,12 +46,19 @@ ANSWER, MORE = {"role": "assistant", "content": "No."}, {"role": "user", "conten
 CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 
 
-def render(source: str, messages, tools=None, **options) -> str:
+def turns_of(messages, offered, source, form) -> list[dict]:
+    """Messages as a template gets them."""
+    joined = {("system", "system")} | (
+        {("system", "user")} if engine.NO_SYSTEM in (source or "") else set())
+    return server.prepare_messages(tools.prepare_messages(messages, offered, form), joined)
+
+
+def render(source: str, messages, offered=None, **options) -> str:
     """What the server does, with a Model that has a template and no weights."""
-    model, form = object.__new__(engine.Model), engine.tool_format_of(source)
+    model, form = object.__new__(engine.Model), forms.tool_format_of(source)
     model._template = Jinja2ChatFormatter(template=source, eos_token="</s>", bos_token="<s>")
-    return model.render_chat(server.prepare_messages(messages, tools, source, form),
-                             options={"tools": server.prepare_tools(tools, form), **options})
+    return model.render_chat(turns_of(messages, offered, source, form),
+                             options={"tools": tools.prepare_tools(offered, form), **options})
 
 
 def source_of(name: str) -> str:
@@ -86,9 +94,9 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("family", engine.FAMILY_TEMPLATES)
+@pytest.mark.parametrize("family", families.FAMILY_TEMPLATES)
 def test_a_familys_prompt_is_the_published_one(family):
-    assert render(engine.FAMILY_TEMPLATES[family], TALK) == EXPECTED[family]
+    assert render(families.FAMILY_TEMPLATES[family], TALK) == EXPECTED[family]
 
 
 @pytest.mark.parametrize("architecture, file_name, family", [
@@ -104,7 +112,7 @@ def test_a_familys_prompt_is_the_published_one(family):
     ("falcon", "falcon.gguf", "plain"), ("", "", "plain")])
 def test_the_family_is_seen_from_the_architecture_then_the_file_name(
         architecture, file_name, family):
-    assert engine.family_of(architecture, file_name) == family
+    assert families.family_of(architecture, file_name) == family
 
 
 # ==== 2. The real templates ===============================================================
@@ -148,8 +156,8 @@ def test_gemmas_own_template_agrees_with_ours():
 def test_a_templates_source_tells_its_tool_format():
     def check(name, source):
         expected = next((key for key, names in NATIVE.items() if name in names), None)
-        form = engine.TOOL_FORMATS[expected] if expected else engine.GENERIC
-        assert engine.tool_format_of(source) is form
+        form = forms.TOOL_FORMATS[expected] if expected else forms.GENERIC
+        assert forms.tool_format_of(source) is form
 
     for_each(NAMES, check)
 
@@ -160,7 +168,7 @@ def test_every_template_renders_calls_results_and_tools():
         for text in ("Rain?", "get_weather", "Paris", "sunny", "get_time", "Sure?"):
             assert text in prompt
         assert "Be brief." in render(source, [SYSTEM, USER, ANSWER, MORE])
-        form = engine.tool_format_of(source)
+        form = forms.tool_format_of(source)
         if not form.xml and "[CALL_ID]" not in source:  # the history looks like our calls
             call = json.dumps({"city": "Paris", "days": 2})
             written = f"{form.trigger}{form.opening}get_weather{form.between}{call}"
@@ -199,12 +207,12 @@ def test_messages_of_every_kind_reach_the_template_in_its_words():
            {"role": "assistant", "content": None, "reasoning_content": "Hm.",
             "function_call": {"name": "f", "arguments": "[1"}},
            {"role": "function", "name": "f", "content": "r"}]
-    system, call, result = server.prepare_messages(old, None, None, engine.TOOL_FORMATS["hermes"])
+    system, call, result = turns_of(old, None, None, forms.TOOL_FORMATS["hermes"])
     assert system == {"role": "system", "content": "a\nb"}
     assert call == {"role": "assistant", "content": "", "reasoning_content": "Hm.", "tool_calls": [
         {"id": "f", "type": "function", "function": {"name": "f", "arguments": "[1"}}]}
     assert result == {"role": "tool", "tool_call_id": "f", "content": "r"}
-    _, call, result = server.prepare_messages(old, None, None, engine.TOOL_FORMATS["mistral"])
+    _, call, result = turns_of(old, None, None, forms.TOOL_FORMATS["mistral"])
     assert call["tool_calls"][0]["id"] == result["tool_call_id"]
     assert re.fullmatch("[a-zA-Z0-9]{9}", result["tool_call_id"])
 
@@ -212,7 +220,7 @@ def test_messages_of_every_kind_reach_the_template_in_its_words():
 def test_generic_calls_and_results_become_text_and_nothing_sent_is_changed():
     messages = [SYSTEM, USER, CALLING, RESULT, {**RESULT, "content": "warm"}, MORE]
     before = json.dumps(messages)
-    turns = server.prepare_messages(messages, TOOLS, None, engine.GENERIC)
+    turns = turns_of(messages, TOOLS, None, forms.GENERIC)
     assert json.dumps(messages) == before
     assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user"]
     assert turns[0]["content"].startswith("Be brief.\n\n") and "get_time" in turns[0]["content"]
@@ -225,9 +233,15 @@ def test_generic_calls_and_results_become_text_and_nothing_sent_is_changed():
 # ==== 4. Replies ==========================================================================
 
 
+def new_parser(form=None, offered=(), unclosed: str = "", split_reasoning: bool = True):
+    if form is None:
+        return reasoning.ReplyParser(unclosed, split_reasoning)
+    return tools.CallParser(form, list(offered), False, unclosed, split_reasoning)
+
+
 def read(text: str, step: int = 1, **options) -> dict:
     """Feed a reply in pieces of `step` characters and fold the deltas."""
-    parser = server.ChatParser(**options)
+    parser = new_parser(**options)
     reply = {"content": "", "reasoning_content": "", "calls": []}
     deltas = [d for i in range(0, len(text), step) for d in parser.feed(text[i:i + step])]
     for delta in deltas + parser.finish():
@@ -244,7 +258,7 @@ def read(text: str, step: int = 1, **options) -> dict:
         else:
             assert call.keys() == {"index", "function"} and call["function"]["arguments"]
             reply["calls"][call["index"]][2] += call["function"]["arguments"]
-    assert parser.n_calls == len(reply["calls"])
+    assert getattr(parser, "n_calls", 0) == len(reply["calls"])
     return reply
 
 
@@ -265,7 +279,7 @@ JSON_CALLS = {
 def test_calls_are_read_however_the_text_is_cut(name, arguments, step):
     text = JSON_CALLS[name]
     n_calls = text.count("%s")
-    reply = read(text % ((arguments,) * n_calls), step, form=engine.TOOL_FORMATS[name])
+    reply = read(text % ((arguments,) * n_calls), step, form=forms.TOOL_FORMATS[name])
     assert [call[1:] for call in reply["calls"]] == [["f", arguments], ["g", arguments]][:n_calls]
     assert reply["content"] == ""
     pattern = "[a-zA-Z0-9]{9}" if "mistral" in name else "call_[a-zA-Z0-9]{24}"
@@ -278,7 +292,7 @@ def test_xml_parameters_become_a_json_object(step):
             "</parameter>\n<parameter=days>\n[1, 2]\n</parameter>\n<parameter=unit>\nC\n"
             "</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=get_time>\n"
             "</function>\n</tool_call>")
-    reply = read(text, step, form=engine.TOOL_FORMATS["qwen3-coder"], tools=TOOLS)
+    reply = read(text, step, form=forms.TOOL_FORMATS["qwen3-coder"], offered=TOOLS)
     assert reply["content"] == "Let me look."
     assert [call[1] for call in reply["calls"]] == ["get_weather", "get_time"]
     assert json.loads(reply["calls"][0][2]) == {"city": 'São "P"\n', "days": [1, 2], "unit": "C"}
@@ -306,24 +320,24 @@ def test_reasoning_is_told_from_content(text, reasoning, content, step):
 
 @STEPS
 def test_reasoning_that_the_prompt_opened(step):
-    close = engine.unclosed_reasoning("<|Assistant|><think>\n")
+    close = reasoning.unclosed_reasoning("<|Assistant|><think>\n")
     reply = read("So.\n</think>\n\n<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>",
-                 step, unclosed=close, form=engine.GENERIC)
+                 step, unclosed=close, form=forms.GENERIC)
     assert reply["reasoning_content"] == "So." and reply["calls"][0][1:] == ["f", "{}"]
-    assert engine.unclosed_reasoning("<think>\n\n</think>\n\n") == ""
+    assert reasoning.unclosed_reasoning("<think>\n\n</think>\n\n") == ""
     assert read("<think>x</think>", step, split_reasoning=False)["content"] == "<think>x</think>"
 
 
 @STEPS
 def test_a_partial_tag_never_leaks_and_is_released_at_the_end(step):
     for text in ("a <tool_cal", "a <tool_calls> b \n\n", "<tool", "a\n", "<<tool_call"):
-        assert read(text, step, form=engine.GENERIC)["content"] == text
+        assert read(text, step, form=forms.GENERIC)["content"] == text
 
 
 @STEPS
 def test_a_llama_call_stands_only_at_the_start(step):
     text = 'Write {"name": "x", "parameters": {}}'
-    assert read(text, step, form=engine.TOOL_FORMATS["llama3"])["content"] == text
+    assert read(text, step, form=forms.TOOL_FORMATS["llama3"])["content"] == text
 
 
 @pytest.mark.parametrize("name", JSON_CALLS)
@@ -332,7 +346,7 @@ def test_a_call_cut_anywhere_yields_what_was_complete(name, step):
     whole = JSON_CALLS[name].replace("%s", '{"a": "b"}')
     before = []
     for end in range(len(whole)):
-        reply = read(whole[:end], step, form=engine.TOOL_FORMATS[name])
+        reply = read(whole[:end], step, form=forms.TOOL_FORMATS[name])
         assert reply["content"] == "" or reply["content"] == whole[:end]
         assert not (reply["content"] and reply["calls"])
         calls = "".join(name + arguments for _, name, arguments in reply["calls"])
@@ -347,7 +361,7 @@ def test_an_xml_call_cut_anywhere_yields_what_was_complete(step):
              "<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>")
     arguments = '{"city": "A", "days": 2}'
     for end in range(len("<tool_call>"), len(whole) + 1):
-        reply = read(whole[:end], step, form=engine.TOOL_FORMATS["qwen3-coder"], tools=TOOLS)
+        reply = read(whole[:end], step, form=forms.TOOL_FORMATS["qwen3-coder"], offered=TOOLS)
         assert reply["content"] == ""
         assert all(call[1] == "get_weather" and arguments.startswith(call[2])
                    for call in reply["calls"]), whole[:end]
@@ -355,10 +369,10 @@ def test_an_xml_call_cut_anywhere_yields_what_was_complete(step):
 
 
 def test_work_does_not_grow_with_the_text():
-    parser = server.ChatParser(engine.GENERIC)
+    parser = new_parser(forms.GENERIC)
     for _ in range(50_000):
         parser.feed(" <")
-        assert len(parser._pending) <= server.MAX_HELD + 2
+        assert len(parser._pending) <= reasoning.MAX_HELD + 2
 
 
 # ==== 5. Forms of tool calls ==============================================================
@@ -385,17 +399,17 @@ CALL_TEXTS = {name: text.replace("%s", "{}").replace('"f"', '"get_time"').replac
                   ["<tool_call>\n<function=get_time>\n</function>\n</tool_call>"] * 2)}
 
 
-@pytest.mark.parametrize("name", engine.TOOL_FORMATS)
+@pytest.mark.parametrize("name", forms.TOOL_FORMATS)
 @pytest.mark.parametrize("parallel", [True, False])
 @pytest.mark.parametrize("from_trigger", [True, False])
 def test_the_form_of_calls_takes_what_the_parser_reads(model, name, parallel, from_trigger):
     """It takes the calls of the parser's tests, two only if parallel, and neither half a call nor
     another function."""
-    form, reply_form = engine.TOOL_FORMATS[name], structured.Form()
-    functions = [(tool["function"]["name"], reply_form.add_arguments(
-        form, tool["function"].get("parameters") or {}, f"tools[{i}].function.parameters"))
+    form, reply_form = forms.TOOL_FORMATS[name], structured.Form()
+    functions = [(tool["function"]["name"], forms.add_arguments(
+        reply_form, form, tool["function"].get("parameters") or {}, f"tools[{i}].function.parameters"))
         for i, tool in enumerate(TOOLS)]
-    reply_form.root = reply_form.calls(form, functions, parallel, from_trigger)
+    reply_form.root = forms.calls_of(form, functions, parallel, from_trigger)
     both = CALL_TEXTS[name]
     separator = next((each for each in ("\n<tool_call>", "[TOOL_CALLS]get", ', {"name"')
                       if each in both[5:]), None)
@@ -405,7 +419,7 @@ def test_the_form_of_calls_takes_what_the_parser_reads(model, name, parallel, fr
     assert separator is None or follows(model, reply_form, both[cut:]) == parallel
     assert not follows(model, reply_form, one[cut:-1])
     assert not follows(model, reply_form, one[cut:].replace("get_time", "get_tim"))
-    reply = read(one, form=form, tools=TOOLS)
+    reply = read(one, form=form, offered=TOOLS)
     assert [call[1:] for call in reply["calls"]] == [["get_time", "{}"]]
 
 
@@ -459,8 +473,9 @@ def test_the_template_files_own_words_reach_the_prompt(load):
     assert model.render_chat([{"role": "user", "content": "Hi"}]) == "<|im_start|><user>Hi<bot>"
     assert model.render_chat([{"role": "user", "content": "Hi"}], False, {"mood": "!", "tools": None}) == \
         "<|im_start|><user>Hi!"
-    assert model.tool_format is engine.GENERIC
-    assert load("[TOOL_CALLS][ARGS]").tool_format is engine.TOOL_FORMATS["mistral"]
+    assert forms.tool_format_of(model.template_source) is forms.GENERIC
+    other = load("[TOOL_CALLS][ARGS]")
+    assert forms.tool_format_of(other.template_source) is forms.TOOL_FORMATS["mistral"]
 
 
 def test_a_template_that_cannot_be_used_is_a_model_error(tmp_path):

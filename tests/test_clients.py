@@ -7,7 +7,6 @@ requirements-clients.txt has the commands. All they send and get passes openai_s
 import base64
 import json
 import os
-import re
 import struct
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, Tool
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 
-from conftest import ROOT
+from conftest import ROOT, blocks_of
 
 MODEL = "gpt-4o-mini"
 GREEDY = {"temperature": 0, "max_tokens": 24}
@@ -152,9 +151,8 @@ def test_langchain_sends_an_image(start_server):
     assert "red" in message.content.lower()
 
 
-def test_the_readmes_langchain_snippet_prints_an_answer(url):
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
-    code, = [block for block in blocks if "langchain" in block]
+def test_the_langchain_snippet_of_the_docs_prints_an_answer(url):
+    code, = [block for block in blocks_of("python") if "langchain" in block]
     done = subprocess.run([sys.executable, "-c", code.replace("http://127.0.0.1:8080", url)],
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr

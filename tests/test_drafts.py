@@ -1,7 +1,7 @@
 """Speculative decoding: drafts may change how fast a reply comes, and nothing else.
 
     1  any text          random conversations on a fake context, with and without drafts
-    2  the odds          Odds, Pace and Plan, and what drafts in vain cost, by a clock of our own
+    2  the rule          odds, prices, what pays, and what drafts cost, by a clock of our own
     3  the real model    by HTTP: the same text, log-probabilities and stream
     4  predictions       the `prediction` of a chat
     5  draft models      the default model, drafted for by itself and by a poor copy
@@ -36,8 +36,10 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import conftest  # noqa: E402
 import engine  # noqa: E402
 import make_deep_model  # noqa: E402
+from features import drafts, memory  # noqa: E402
 import server  # noqa: E402
 from test_embeddings_gguf import POOLING, write_bert  # noqa: E402
 from test_models import CHAT, get, post  # noqa: E402
@@ -95,51 +97,45 @@ class RowContext(FakeContext):
         return logits
 
 
-class SetPace(engine.Pace):
-    """What a decode of one row costs, and each row more, is what a test sets."""
+class SetPrice(drafts.Price):
+    """What a row costs, in decodes of one row, is what a test sets; so is a guess of a model."""
 
-    def __init__(self, row, first=1.0):
+    def __init__(self, row, guess=0.0):
         super().__init__()
-        self.price, self.first = row, first
+        self.row, self.guess = row, guess
 
-    def note(self, rows, seconds):
+    def note(self, n_rows, n_draft, seconds):
         pass
 
-    @property
-    def row_seconds(self):
-        return self.price
-
-    def seconds_of(self, rows):
-        return self.first + self.price * (rows - 1)
+    def of(self, n_slots, more_seconds=0.0):
+        plain = 1 + self.row * (n_slots - 1)
+        return n_slots * (self.row + (self.guess if more_seconds else 0)) / plain
 
 
 class SmallModel(FakeModel):
     vocab = None
 
-    def close(self):
-        pass
 
-
-def fake_draft_model(choose, **options) -> engine.DraftModel:
-    with mock.patch.object(engine.lib, "llama_vocab_get_text", lambda vocab, token: token):
-        return engine.DraftModel(SmallModel(), RowContext(choose, **options), SmallModel())
+def fake_draft_model(guess, **options) -> drafts.DraftModel:
+    """guess: (token, how sure it is) after a prefix."""
+    with mock.patch.object(drafts.lib, "llama_vocab_get_text", lambda vocab, token: token):
+        return drafts.DraftModel(SmallModel(), RowContext(guess, **options), SmallModel())
 
 
 def drafting_engine(price, draft_model=None, looks_up=True, prefill_chunk=32, **options):
     """An engine on a RowContext, on which a row more costs `price` decodes."""
-    context = RowContext(**options)
-    fake = engine.Engine(FakeModel(), context, prefill_chunk, 99, 0.01, looks_up, draft_model)
-    fake._drafter.pace = SetPace(price)
-    context.n_drafted, context.batches = 0, []  # without those of Pace.measure
+    fake = engine.Engine(FakeModel(), RowContext(**options), prefill_chunk, 99)
+    fake.store = memory.MemoryStore(10_000)
+    fake.drafter = drafts.Drafts(looks_up, draft_model)
+    fake.drafter.price = SetPrice(price)
     return fake
 
 
-def ask(fake, prompt: bytes, n, sampler, stops=(), prediction=b"") -> engine.Request:
+def ask(prompt: bytes, n, sampler, stops=(), prediction=b"") -> engine.Request:
     tokens = np.frombuffer(prompt, np.uint8).astype(np.int32)
     expected = np.frombuffer(prediction, np.uint8).astype(np.int32)
     return engine.Request(tokens, sampler, n, list(stops),
-                          lookup=fake.lookups(
-                              tokens, expected if prediction else None, 1)[0])
+                          expected=expected if prediction else None)
 
 
 def check_cells(context, slots):
@@ -159,7 +155,7 @@ def text_so_far(request) -> str:
 
 def play(fake, guests, make_sampler):
     """Let guests come and go at their steps, and check each step; return their requests."""
-    requests = [ask(fake, guest["prompt"], guest["n"], make_sampler(guest), guest["stops"],
+    requests = [ask(guest["prompt"], guest["n"], make_sampler(guest), guest["stops"],
                     guest["prediction"]) for guest in guests]
     for step in range(1000):
         for guest, request in zip(guests, requests):
@@ -171,7 +167,7 @@ def play(fake, guests, make_sampler):
             break
         fake.step()
         check_cells(fake.context, fake._slots)
-        if model := fake._drafter.model:
+        if model := fake.drafter.model:
             check_cells(model._context, model._slots)
     else:
         raise AssertionError("the engine does not come to an end")
@@ -188,7 +184,7 @@ def play(fake, guests, make_sampler):
 def alone(guest, sampler, n_ctx):
     """The reply without drafts, company or cache."""
     context = FakeContext(parallel=1, n_ctx=n_ctx, n_batch=512)
-    plain = engine.Engine(FakeModel(), context, 512, 9, 0)
+    plain = engine.Engine(FakeModel(), context, 512, 9)
     tokens = np.frombuffer(guest["prompt"], np.uint8).astype(np.int32)
     request = engine.Request(tokens, sampler, guest["n"], guest["stops"])
     plain.submit([request])
@@ -249,9 +245,8 @@ def test_the_drafts_of_a_model_change_no_reply(guests, choose, options, quality,
     draft = fake_draft_model(guess, parallel=options["parallel"], n_batch=options["n_batch"],
                              n_ctx=n_ctx)
     fake = drafting_engine(draft_model=draft, looks_up=looks_up, **options)
-    draft._pace = SetPace(0.0, 0.0)
     requests = play(fake, guests, sampler_maker(choose))
-    assert fake._drafter.model is draft, "the draft model failed, and was left"
+    assert fake.drafter.model is draft, "the draft model failed, and was left"
     check_replies(guests, requests, sampler_maker(choose), options["n_ctx"])
 
 
@@ -275,7 +270,7 @@ def test_a_single_stream_survives_a_refused_draft(code):
     """The same with one request, whose row alone would be computed."""
     fake = drafting_engine(0.0, parallel=1)
     fake.context.code_for = lambda chunks: code if any(chunk.n_draft for chunk in chunks) else 0
-    request = ask(fake, b"abcabcabc", 12, FakeSampler(lambda prefix: prefix[-3]))
+    request = ask(b"abcabcabc", 12, FakeSampler(lambda prefix: prefix[-3]))
     fake.submit([request])
     while fake._waiting or fake._busy():
         fake.step()
@@ -285,21 +280,24 @@ def test_a_single_stream_survives_a_refused_draft(code):
 def test_a_text_that_repeats_itself_comes_in_few_steps():
     """Free rows are used: up to MAX_DRAFT tokens in one step."""
     fake = drafting_engine(0.0)
-    request = ask(fake, b"abcabcabc", 300, FakeSampler(lambda prefix: prefix[-3]))
+    request = ask(b"abcabcabc", 300, FakeSampler(lambda prefix: prefix[-3]))
     fake.submit([request])
     while fake._waiting or fake._busy():
         fake.step()
     assert result(request) == ("abc" * 100, "length")
-    assert fake.context.most_drafted == engine.MAX_DRAFT and fake._counts.n_steps < 20
+    assert fake.context.most_drafted == drafts.MAX_DRAFT and fake._counts.n_steps < 20
     assert request.n_accepted > 270 and request.n_rejected == 0
 
 
 def test_without_lookup_and_prediction_nothing_is_drafted():
     """Also for a model that cannot forget a wrong draft, whatever was predicted."""
     for can_rewind, looks_up, prediction in ((True, False, b""), (False, True, b"abcabc")):
-        fake = drafting_engine(0.0, looks_up=looks_up)
-        fake.model.can_rewind = can_rewind
-        request = ask(fake, b"abcabcabc", 30, FakeSampler(lambda prefix: prefix[-3]),
+        fake = drafting_engine(0.0)
+        fake.drafter, fake.model.can_rewind = engine.Drafter(), can_rewind
+        fake.model.generates, fake.model.parts = True, contextlib.ExitStack()
+        drafts.equip(fake, types.SimpleNamespace(**{"draft": drafts.PROMPT_LOOKUP if looks_up else None,
+                            "draft_model_path": None}))
+        request = ask(b"abcabcabc", 30, FakeSampler(lambda prefix: prefix[-3]),
                       prediction=prediction)
         fake.submit([request])
         while fake._waiting or fake._busy():
@@ -312,14 +310,14 @@ def test_an_image_is_never_drafted():
     ids = np.array([-5, -6, -7], np.int32)
     text = np.frombuffer(b"see this:", np.uint8).astype(np.int32)
     prompt = np.concatenate([text, ids, text])[:-1]
-    lookup = engine.PromptLookup(engine.Odds(engine.PromptLookup.FIRST_ODDS), prompt)
+    lookup = drafts.PromptLookup(prompt)
     for token in b":":
         lookup.feed(token)
     assert lookup.n_matched and list(lookup.guesses()) == []
     fake = drafting_engine(0.0)
-    fake._store = engine.PrefixStore(0)  # which holds bytes only, on a fake context
-    request = ask(fake, b"x", 40, FakeSampler(lambda prefix: b"see this:"[len(prefix) % 9]))
-    request.prompt, request.lookup = prompt, fake.lookups(prompt, None, 1)[0]
+    fake.store = engine.PrefixStore()  # a fake context's states are bytes
+    request = ask(b"x", 40, FakeSampler(lambda prefix: b"see this:"[len(prefix) % 9]))
+    request.prompt = prompt
     request.images = {9: engine.Piece(ids, np.zeros((3, 1), np.float32))}
     fake.submit([request])
     while fake._waiting or fake._busy():  # RowContext looks at each draft
@@ -328,179 +326,198 @@ def test_an_image_is_never_drafted():
 
 
 def test_long_prompts_at_once_do_not_end_the_draft_model():
-    """The draft model reads them in pieces, as many together as its batch holds."""
+    """It is asked when the others are done, and then reads in pieces, as its batch holds them."""
     def choose(prefix):
         return ord("a") + hash(prefix) % 3
     draft = fake_draft_model(lambda prefix: (choose(prefix), 20.0), parallel=3, n_batch=16)
     fake = drafting_engine(0.0, draft, looks_up=False, parallel=3, n_batch=256)
-    draft._pace = SetPace(0.0, 0.0)
-    asked = [ask(fake, bytes([letter]) * 60, 40, FakeSampler(choose)) for letter in b"xyz"]
+    asked = [ask(bytes([letter]) * 60, n, FakeSampler(choose)) for letter, n in
+             ((b"x"[0], 5), (b"y"[0], 9), (b"z"[0], 50))]
     for request in asked:
         fake.submit([request])
     while fake._waiting or fake._busy():
         fake.step()
-    assert fake._drafter.model is draft
-    assert all(request.n_accepted > 20 for request in asked)
+    assert fake.drafter.model is draft
+    assert asked[-1].n_accepted > 20
 
 
-def test_what_a_draft_model_was_sure_of_is_what_its_odds_learn(monkeypatch):
-    """Of its guesses those that it is sure of come true, the others never; each counts for its
-    own level, also where a guess before it was not worth a row."""
-    note, noted = engine.Odds.note, set()
+# ==== 2. The rule =========================================================================
 
-    def spy(odds, level, came_true):
-        noted.add((level, came_true))
-        note(odds, level, came_true)
-    monkeypatch.setattr(engine.Odds, "note", spy)
-
-    def choose(prefix):
-        return ord("a") + hash(prefix) % 9
-
-    def guess(prefix):
-        is_sure = hash((prefix, "sure")) % 2
-        return (choose(prefix), 20.0) if is_sure else (ord("z"), 0.1)
-    draft = fake_draft_model(guess, parallel=1)
-    fake = drafting_engine(0.1, draft, looks_up=False, parallel=1)
-    draft._pace = SetPace(0.0, 0.0)
-    request = ask(fake, b"A story", 400, FakeSampler(choose))
-    fake.submit([request])
-    while fake._waiting or fake._busy():
-        fake.step()
-    assert request.n_accepted > 50
-    sure, unsure = draft.N_LEVELS - 1, 0
-    assert (sure, True) in noted and (sure, False) not in noted and (unsure, True) not in noted
+MAX_SLOWDOWN = 1.03  # what is promised
 
 
-# ==== 2. The odds =========================================================================
+def after(outcomes):
+    """A lookup whose guesses for matches of two tokens came true or not, and its odds of it."""
+    lookup = drafts.PromptLookup(np.array([1, 2, 3], dtype=np.int32))
+    for outcome in outcomes:
+        lookup._next, lookup.n_matched = 2, 2
+        lookup._tokens[2] = 3
+        lookup.feed(3 if outcome else 4)
+        assert all(0 <= odds <= 1 for odds in lookup._odds)
+    return lookup
 
 
-def test_odds_begin_with_what_was_known_and_follow_what_happens():
-    odds = engine.Odds((0.2, 0.9))
-    assert len(odds) == 2 and (odds[0], odds[1]) == (pytest.approx(0.2), pytest.approx(0.9))
-    for _ in range(400):
-        odds.note(0, True)
-        odds.note(1, False)
-    assert odds[0] > 0.93 and odds[1] < 0.07
-    for _ in range(400):  # the world may change
-        odds.note(0, False)
-    assert odds[0] < 0.05
-
-
-def test_odds_of_a_request_begin_with_those_of_all_and_teach_them():
-    everyone = engine.Odds((0.5,))
-    one = engine.Odds(everyone)
-    for _ in range(50):
-        one.note(0, True)
-    assert everyone[0] > 0.9 and one[0] > everyone[0] - 0.05
-    assert engine.Odds(everyone)[0] == everyone[0]
+def test_odds_begin_with_the_length_of_the_match_and_follow_what_happens():
+    """Of each length apart; the longer, the better."""
+    fresh = after([])._odds
+    assert fresh == sorted(fresh) and fresh[0] < 0.4 and fresh[-1] > 0.95
+    right, wrong = after([True] * 100)._odds, after([False] * 100)._odds
+    of_two = (2).bit_length()
+    assert right[of_two] > 0.93 and wrong[of_two] < 0.07
+    assert right[of_two + 1 :] == wrong[of_two + 1 :] == fresh[of_two + 1 :]
+    assert after([True] * 100 + [False] * 100)._odds[of_two] < 0.07  # the world may change
 
 
 @given(outcomes=st.lists(st.booleans(), max_size=60))
 @settings(database=None, deadline=None)
 def test_odds_are_always_a_probability(outcomes):
-    everyone = engine.Odds((0.0, 0.99))
-    odds = engine.Odds(everyone)
-    for outcome in outcomes:
-        odds.note(1, outcome)
-        assert 0 <= odds[1] <= 1 and 0 <= everyone[1] <= 1 and odds[0] == 0
+    after(outcomes)
 
 
-def noisy_pace(seed=1, n=400, base=0.010, row=0.005):
-    """A Pace that has seen decodes of mostly one row, with 10 % of noise."""
-    noise, pace = random.Random(seed), engine.Pace()
+def noisy_price(seed=1, n=400, base=0.010, row=0.005):
+    """A Price that has seen decodes of mostly one row, with 10 % of noise."""
+    noise, price = random.Random(seed), drafts.Price()
     for _ in range(n):
         rows = noise.choice([1, 1, 1, 2, 3, 5, 8])
-        pace.note(rows, (base + row * rows) * noise.uniform(0.9, 1.1))
-    return pace
+        price.note(rows, rows - 1, (base + row * rows) * noise.uniform(0.9, 1.1))
+    return price
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_pace_finds_the_line_through_noisy_decodes(seed):
-    pace = noisy_pace(seed)
-    assert pace.row_seconds == pytest.approx(0.005, rel=0.3)
-    assert pace.seconds_of(1) == pytest.approx(0.015, rel=0.15)
-    assert pace.seconds_of(8) == pytest.approx(0.050, rel=0.15)
+def test_a_price_is_found_among_noisy_decodes(seed):
+    """A row is a third of a decode of one row."""
+    assert noisy_price(seed).of(1) == pytest.approx(1 / 3, rel=0.3)
 
 
 @pytest.mark.parametrize("rows", [1, 8])
-def test_a_pace_survives_a_decode_that_took_a_thousand_times_as_long(rows):
-    """The machine slept; the line is hardly moved, and soon back."""
-    pace = noisy_pace()
-    pace.note(rows, 1000 * (0.010 + 0.005 * rows))
-    assert pace.row_seconds < 0.015 and pace.seconds_of(1) < 0.030
+def test_a_price_survives_a_decode_that_took_a_thousand_times_as_long(rows):
+    """The machine slept; the price is hardly moved, and soon back."""
+    price = noisy_price()
+    price.note(rows, rows - 1, 1000 * (0.010 + 0.005 * rows))
+    assert price.of(1) < 0.5
     for _ in range(60):
         for each in (1, 1, 4):
-            pace.note(each, 0.010 + 0.005 * each)
-    assert pace.row_seconds == pytest.approx(0.005, rel=0.3)
+            price.note(each, each - 1, 0.010 + 0.005 * each)
+    assert price.of(1) == pytest.approx(1 / 3, rel=0.3)
 
 
-@given(decodes=st.lists(st.tuples(st.integers(1, 300), st.floats(0, 100)), min_size=1))
+def test_a_price_that_was_too_high_is_forgotten():
+    """Else nothing would be drafted any more, and nothing learned."""
+    price = noisy_price(row=0.0)
+    for _ in range(50):
+        price.note(2, 1, 1.0)
+    assert price.of(1) > 0.9
+    for _ in range(500):
+        price.note(1, 0, 0.010)
+    assert price.of(1) < 0.6
+
+
+@given(decodes=st.lists(st.tuples(st.integers(1, 300), st.integers(0, 300), st.floats(0, 100)),
+                        min_size=1))
 @settings(database=None, deadline=None)
-def test_a_pace_is_never_negative(decodes):
-    pace = engine.Pace()
-    for rows, seconds in decodes:
-        pace.note(rows, seconds)
-        assert pace.row_seconds >= 0 and all(
-            pace.seconds_of(n) >= pace.row_seconds for n in (1, 8, 300))
+def test_a_price_is_never_negative(decodes):
+    price = drafts.Price()
+    for n, n_draft, seconds in decodes:
+        price.note(n + n_draft, n_draft, seconds)
+        assert all(price.of(n) >= 0 for n in (1, 8, 300))
 
 
-def test_a_pace_without_decodes_drafts_nothing():
-    fake = engine.Engine(FakeModel(), FakeContext(), looks_up=True)
-    slots = decoding_slots(1)
-    plan = engine.Plan(fake._drafter.pace, slots, 0, 100)
-    assert plan.add({slots[0]: (1, 0.99)}) == []
+def test_without_decodes_nothing_is_drafted():
+    drafter = drafts.Drafts(True)
+    [slot] = decoding_slots(1)
+    slot.request.drafting.lookup = Sure(0.99)
+    assert drafter.drafts([slot], 0, 100).get(slot, []) == []
+
+
+class Sure:
+    """A lookup that always knows what follows, with the same odds."""
+
+    n_matched = 99
+
+    def __init__(self, odds):
+        self.odds = odds
+
+    def guesses(self):
+        return zip(itertools.repeat(5), itertools.repeat(self.odds))
 
 
 def decoding_slots(n):
     slots = [engine.Slot(i, 64) for i in range(n)]
     for slot in slots:
         slot.request = engine.Request(np.array([1], np.int32), None, 1000)
+        slot.request.drafting = drafts.Drafting(None)
         slot.request.n_generated, slot.next_token = 1, 7
     return slots
 
 
-def planned(price, n_slots, odds, n_prefill=0, room=200, n_drafting=None):
-    """The plan after as many rounds as pay."""
-    slots = decoding_slots(n_slots)
-    plan = engine.Plan(SetPace(price), slots, n_prefill, room)
-    going = slots[:n_drafting]
-    while going and len(plan.drafts[slots[0]]) < 100:
-        going = plan.add({slot: (5, odds) for slot in going})
-    return plan, slots
+def drafted(price, n_slots, odds, n_prefill=0, room=2000, n_drafting=None):
+    """The lengths of the drafts."""
+    drafter, slots = drafts.Drafts(True), decoding_slots(n_slots)
+    drafter.price = SetPrice(price)
+    for slot in slots[:n_drafting]:
+        slot.request.drafting.lookup = Sure(odds)
+    found = drafter.drafts(slots, n_prefill, room)
+    return [len(found.get(slot, ())) for slot in slots]
 
 
-def test_a_plan_drafts_what_its_odds_and_rows_are_worth():
+def test_what_odds_and_rows_are_worth_is_drafted():
     """Nothing at bad odds; all that there is room for where rows are free; the better the odds,
     the more."""
     def length(*arguments, **options):
-        plan, slots = planned(*arguments, **options)
-        return len(plan.drafts[slots[0]])
+        return drafted(*arguments, **options)[0]
     assert length(0.5, 1, 0.3) == 0
     assert length(1.0, 1, 0.99) == 0  # a row costs a decode
-    assert length(0.0, 1, 0.9) == 100 and length(0.0, 1, 0.9, room=9) == 9
+    assert length(0.0, 1, 0.9) == drafts.MAX_DRAFT and length(0.0, 1, 0.9, room=9) == 9
     lengths = [length(0.1, 1, odds) for odds in (0.1, 0.5, 0.8, 0.9, 0.99)]
     assert lengths == sorted(lengths) and lengths[0] == 0 < lengths[1] and lengths[-1] > 6
     assert length(0.1, 1, 0.9, n_prefill=8) == 0  # whose slots would wait, and gain nothing
 
 
-@pytest.mark.parametrize("price", [0.02, 0.1, 0.5])
+@pytest.mark.parametrize("price", [0.0, 0.05, 0.1, 0.3, 0.6])
+@pytest.mark.parametrize("odds", [0.3, 0.6, 0.9, 0.99])
+@pytest.mark.parametrize("n_slots", [1, 4])
+def test_no_other_length_promises_more(price, odds, n_slots):
+    """Tokens by seconds: with the margin left out of account, within a row of the best."""
+    lengths = drafted(price, n_slots, odds)
+    assert len(set(lengths)) == 1
+
+    def speed(n):
+        return sum(odds**k for k in range(n + 1)) / (1 + price * (n_slots * (n + 1) - 1))
+    best = max(range(drafts.MAX_DRAFT + 1), key=speed)
+    assert speed(lengths[0]) >= 0.95 * speed(best) and (lengths[0] <= best or price == 0)
+
+
+@pytest.mark.parametrize("price", [0.002, 0.02, 0.1, 0.5])
 @pytest.mark.parametrize("n_others", [1, 3, 8])
-def test_a_plan_slows_those_without_drafts_by_at_most_three_percent(price, n_others):
-    plan, slots = planned(price, n_others + 1, 0.95, n_drafting=1)
-    pace, n_drafted = SetPace(price), len(plan.drafts[slots[0]])
-    without = pace.seconds_of(n_others + 1)
-    assert pace.seconds_of(n_others + 1 + n_drafted) <= engine.MAX_SLOWDOWN * without + 1e-9
-    assert plan.seconds == pytest.approx(pace.seconds_of(n_others + 1 + n_drafted))
+def test_those_without_drafts_become_slower_by_at_most_three_percent(price, n_others):
+    n_drafted = sum(drafted(price, n_others + 1, 0.95, n_drafting=1))
+    without = 1 + price * n_others
+    assert without + price * n_drafted <= MAX_SLOWDOWN * without + 1e-9
+    assert n_drafted > 0 or price > 0.002
 
 
-def test_a_plan_stops_before_the_last_token_of_a_reply():
+def test_nothing_is_drafted_behind_the_last_token_of_a_reply():
     """The last one needs no draft behind it."""
-    slots = decoding_slots(1)
+    drafter, slots = drafts.Drafts(True), decoding_slots(1)
+    drafter.price, slots[0].request.drafting.lookup = SetPrice(0.0), Sure(0.9)
     slots[0].request.max_tokens = 5  # of which one is there
-    plan = engine.Plan(SetPace(0.0), slots, 0, 100)
-    for token in range(9):
-        plan.add({slots[0]: (token, 0.9)})
-    assert plan.drafts[slots[0]] == [0, 1, 2]
+    assert drafter.drafts(slots, 0, 100)[slots[0]] == [5, 5, 5]
+
+
+def test_a_draft_model_is_asked_only_while_one_reply_is_written():
+    """Its guesses are decodes, which others would wait for."""
+    draft = fake_draft_model(lambda prefix: (ord("b"), 20.0), parallel=2)
+    fake = drafting_engine(0.0, draft, looks_up=False, parallel=2)
+    long, short = (ask(b"aaaa", n, FakeSampler(lambda prefix: ord("b"))) for n in (60, 9))
+    for request in (long, short):
+        fake.submit([request])
+    fake.step()
+    while len(fake._busy()) == 2:
+        fake.step()
+    assert fake.context.n_drafted == 0 and short.n_generated == 9
+    while fake._busy():
+        fake.step()
+    assert long.n_accepted > 20
 
 
 class Clock:
@@ -508,8 +525,9 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr(engine, "time", types.SimpleNamespace(
-            perf_counter=lambda: self.now, monotonic=time.monotonic, sleep=time.sleep))
+        for module in (engine, drafts):
+            monkeypatch.setattr(module, "time", types.SimpleNamespace(
+                perf_counter=lambda: self.now, monotonic=time.monotonic, sleep=time.sleep))
 
     def times(self, context, base, row):
         """Let the decodes of a context take base + row * rows seconds."""
@@ -519,6 +537,13 @@ class Clock:
             self.now += base + row * sum(len(chunk.tokens) for chunk in chunks)
             return decode(chunks)
         context.decode = timed
+
+
+def timed_engine(draft_model=None, **options):
+    """An engine that learns its prices by the clock."""
+    fake = engine.Engine(FakeModel(), RowContext(**options))
+    fake.drafter = drafts.Drafts(draft_model is None, draft_model)
+    return fake
 
 
 def seconds_of(clock, fake, requests):
@@ -533,10 +558,10 @@ def seconds_of(clock, fake, requests):
     return clock.now - began
 
 
-def contrary(lookup_of, n_letters=3):
+def contrary(request, n_letters=3):
     """A text in which every pair has stood before, and never goes on as it did."""
     def choose(prefix):
-        guess = next(lookup_of().guesses(), (0, 0))[0]
+        guess = next(request.drafting.lookup.guesses(), (0, 0))[0]
         letters = [letter for letter in range(97, 97 + n_letters) if letter != guess]
         return letters[hash(prefix) % len(letters)]
     return choose
@@ -547,26 +572,26 @@ def contrary(lookup_of, n_letters=3):
 def test_lookups_that_never_come_true_cost_three_percent_at_most(monkeypatch, row, n_slots):
     """Over 500 tokens, whatever a row costs beside a decode's 10 ms."""
     clock = Clock(monkeypatch)
-    fake = engine.Engine(FakeModel(), RowContext(n_ctx=600), looks_up=True)
+    fake = timed_engine(n_ctx=600)
     clock.times(fake.context, 0.010, row)
     asked = []
     for number in range(n_slots):
-        request = ask(fake, b"%d: " % number + b"abcacbbca" * 4, 501, None)
-        request.sampler = FakeSampler(contrary(lambda request=request: request.lookup))
+        request = ask(b"%d: " % number + b"abcacbbca" * 4, 501, None)
+        request.sampler = FakeSampler(contrary(request))
         asked.append(request)
     seconds = seconds_of(clock, fake, asked)
     assert fake._counts.n_accepted == 0
-    assert seconds <= engine.MAX_SLOWDOWN * 500 * (0.010 + row * n_slots)
+    assert seconds <= MAX_SLOWDOWN * 500 * (0.010 + row * n_slots)
 
 
 @pytest.mark.parametrize("row, faster", [(0.0001, 4), (0.001, 2.5), (0.005, 1.3)])
 def test_a_text_that_repeats_itself_takes_less_time(monkeypatch, row, faster):
     """By the clock: the pace is learned from the decodes alone."""
     clock = Clock(monkeypatch)
-    fake = engine.Engine(FakeModel(), RowContext(n_ctx=600), looks_up=True)
+    fake = timed_engine(n_ctx=600)
     clock.times(fake.context, 0.010, row)
     sentence = b"The same sentence comes again and again. "
-    request = ask(fake, sentence * 2, 401, FakeSampler(lambda prefix: prefix[-len(sentence)]))
+    request = ask(sentence * 2, 401, FakeSampler(lambda prefix: prefix[-len(sentence)]))
     seconds = seconds_of(clock, fake, [request])
     assert 400 * (0.010 + row) / seconds > faster
 
@@ -577,12 +602,10 @@ def test_a_draft_model_that_is_always_wrong_is_left_alone(monkeypatch, certainty
     took, from which it was learned."""
     clock = Clock(monkeypatch)
     draft = fake_draft_model(lambda prefix: (ord("?"), certainty), parallel=1, n_ctx=600)
-    context = RowContext(parallel=1, n_ctx=600)
-    clock.times(context, 0.010, 0.001)
+    fake = timed_engine(draft, parallel=1, n_ctx=600)
+    clock.times(fake.context, 0.010, 0.001)
     clock.times(draft._context, 0.001, 0.0)
-    draft._pace = SetPace(0.0, 0.001)
-    fake = engine.Engine(FakeModel(), context, draft_model=draft)
-    request = ask(fake, b"Once", 1001, FakeSampler(lambda prefix: 97 + hash(prefix) % 26))
+    request = ask(b"Once", 1001, FakeSampler(lambda prefix: 97 + hash(prefix) % 26))
     fake.submit([request])
     marks = []
     while fake._waiting or fake._busy():
@@ -590,7 +613,7 @@ def test_a_draft_model_that_is_always_wrong_is_left_alone(monkeypatch, certainty
         marks.append((request.n_generated, clock.now))
     assert fake._counts.n_accepted == 0
     [middle] = [now for n, now in marks if n == 501]
-    assert marks[-1][1] - middle <= engine.MAX_SLOWDOWN * 500 * 0.011
+    assert marks[-1][1] - middle <= MAX_SLOWDOWN * 500 * 0.011
 
 
 def test_a_draft_model_that_failed_is_tried_again(monkeypatch):
@@ -598,12 +621,10 @@ def test_a_draft_model_that_failed_is_tried_again(monkeypatch):
     sure of has been wrong for long."""
     clock = Clock(monkeypatch)
     draft = fake_draft_model(lambda prefix: (97, 20.0), parallel=1, n_ctx=1400)
-    context = RowContext(parallel=1, n_ctx=1400)
-    clock.times(context, 0.010, 0.001)
+    fake = timed_engine(draft, parallel=1, n_ctx=1400)
+    clock.times(fake.context, 0.010, 0.001)
     clock.times(draft._context, 0.001, 0.0)
-    draft._pace = SetPace(0.0, 0.001)
-    fake = engine.Engine(FakeModel(), context, draft_model=draft)
-    request = ask(fake, b"Once", 1300, FakeSampler(
+    request = ask(b"Once", 1300, FakeSampler(
         lambda prefix: 98 + hash(prefix) % 20 if len(prefix) < 300 else 97))
     seconds_of(clock, fake, [request])
     assert request.n_accepted > 500
@@ -615,12 +636,10 @@ def test_a_good_draft_model_makes_a_reply_faster(monkeypatch):
     def choose(prefix):
         return 97 + hash(prefix) % 26
     draft = fake_draft_model(lambda prefix: (choose(prefix), 20.0), parallel=1, n_ctx=600)
-    context = RowContext(parallel=1, n_ctx=600)
-    clock.times(context, 0.010, 0.001)
+    fake = timed_engine(draft, parallel=1, n_ctx=600)
+    clock.times(fake.context, 0.010, 0.001)
     clock.times(draft._context, 0.001, 0.0)
-    draft._pace = SetPace(0.0, 0.001)
-    fake = engine.Engine(FakeModel(), context, draft_model=draft)
-    request = ask(fake, b"Once", 301, FakeSampler(choose))
+    request = ask(b"Once", 301, FakeSampler(choose))
     assert 300 * 0.011 / seconds_of(clock, fake, [request]) > 2
 
 
@@ -641,13 +660,13 @@ NAMED = {"type": "json_schema", "json_schema": {"name": "towns", "schema": {
 def serving(**options):
     """A server in this process with its default model; a row costs a tenth of a decode, whatever
     else the machine does."""
-    running = server.Server(server.Config(**{
+    running = server.Server(conftest.config(**{
         "port": 0, "n_ctx": 512, "parallel": 4, "n_batch": 32, "n_threads": 1, **options}))
     threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
-    running.pool.start()
+    running.models.start()
     try:
-        running.engine = running.pool.loaded()[0].engine
-        running.engine._drafter.pace = SetPace(0.1)
+        running.engine = running.models.loaded()[0].engine
+        running.engine.drafter.price = SetPrice(0.1)
         yield running
     finally:
         assert running.drain()
@@ -848,11 +867,14 @@ def degraded(gguf, tmp_path_factory):
 @contextlib.contextmanager
 def loaded(gguf, **options):
     """An engine for which rows and the draft model's time cost nearly nothing."""
+    context_options = {"n_batch": 32, "n_threads": 1}
+    settings = {**context_options, "n_ubatch": 32, "flash_attn": "auto", "draft": None,
+                "draft_model_path": None, "draft_n_ctx": 0, "draft_n_gpu_layers": 0, **options}
     running = engine.load_engine(gguf, n_ctx=512, parallel=2, n_gpu_layers=0, prefill_chunk=32,
-                                 max_queue=9, n_batch=32, n_threads=1, **options)
-    running._drafter.pace = SetPace(0.05)
-    if running._drafter.model:
-        running._drafter.model._pace = SetPace(0.0, 0.0)
+                                 max_queue=9, **context_options,
+                                 equip=lambda loaded: drafts.equip(
+                                     loaded, types.SimpleNamespace(**settings)))
+    running.drafter.price = SetPrice(0.05)
     try:
         yield running
     finally:
@@ -891,15 +913,14 @@ def test_a_draft_model_changes_no_reply(gguf, degraded, plain_replies, draft):
         greedy = replies[0][1]
         share = greedy.n_accepted / (greedy.n_accepted + greedy.n_rejected)
         assert share > (0.9 if draft == "itself" else 0.2) and greedy.n_accepted > 2
-        assert running._drafter.model, "it has failed"
+        assert running.drafter.model, "it has failed"
 
 
 def test_a_draft_model_lets_go_of_a_finished_request():
     """It holds a sampler, and with that perhaps a grammar."""
     draft = fake_draft_model(lambda prefix: (ord("b"), 20.0), parallel=1, n_ctx=64)
     fake = drafting_engine(0.0, draft_model=draft, looks_up=False, parallel=1, n_ctx=64)
-    draft._pace = SetPace(0.0, 0.0)
-    request = ask(fake, b"aaaa", 12, FakeSampler(lambda prefix: ord("b")))
+    request = ask(b"aaaa", 12, FakeSampler(lambda prefix: ord("b")))
     fake.submit([request])
     while fake._waiting or fake._busy():
         fake.step()
@@ -912,9 +933,10 @@ def test_a_draft_model_lets_go_of_a_finished_request():
 
 def test_choices_share_what_is_looked_up_in_their_prompt():
     """The table of a long prompt is made once; what each choice writes stays its own."""
-    fake = drafting_engine(0.0)
     prompt = np.array([1, 2, 3, 1], dtype=np.int32)
-    first, second = fake.lookups(prompt, None, 2)
+    choices = [engine.Request(prompt, None, 9) for _ in range(2)]
+    drafting_engine(0.0).drafter.prepare(choices)
+    first, second = (choice.drafting.lookup for choice in choices)
     assert first._before is second._before
     first.feed(2)
     assert [token for token, _ in itertools.islice(first.guesses(), 2)] == [3, 1]
@@ -927,9 +949,9 @@ def test_a_draft_model_with_a_small_context_stops_drafting_at_its_end(gguf, degr
                                                                       plain_replies):
     with loaded(gguf, draft_model_path=str(degraded), draft_n_ctx=50) as running:
         text, request = write(running, "Tell me a story of a fox.")
-        assert text == plain_replies[0] and running._drafter.model
+        assert text == plain_replies[0] and running.drafter.model
         assert 0 < request.n_accepted and request.n_prompt < 45
-        most = running._drafter.model._slots[0].n_cached
+        most = running.drafter.model._slots[0].n_cached
         assert most <= 50 < request.n_prompt + request.n_generated
 
 
@@ -942,9 +964,15 @@ def test_a_draft_model_with_another_vocabulary_is_refused_by_its_token(gguf, tmp
     other = bytes([text[0] ^ 1]) + text[1:]
     path = tmp_path / "other.gguf"
     path.write_bytes(content[:where] + other + content[where + len(text):])
+    def load_draft_model(path, target):
+        context = types.SimpleNamespace(n_ctx=64, parallel=1)
+        return drafts.load_draft_model(
+            str(path), types.SimpleNamespace(model=target, context=context),
+            types.SimpleNamespace(draft_n_ctx=64, draft_n_gpu_layers=0, n_batch=64, n_ubatch=64,
+                                  n_threads=1, flash_attn="auto"))
     try:
         with pytest.raises(engine.ModelError) as caught:
-            engine.load_draft_model(str(path), model, 0, 64, 1, n_batch=64)
+            load_draft_model(path, model)
         for part in (str(path), str(gguf), f"token {token}", repr(text), repr(other)):
             assert part in str(caught.value)
     finally:
@@ -969,18 +997,16 @@ def test_a_server_refuses_an_unusable_draft_model_in_one_sentence(tmp_path):
 
 def test_a_models_entry_has_a_draft_model_of_its_own(gguf, degraded):
     """It drafts for that one only; the reply is the same."""
-    entries = {"fast": server.ModelEntry(model_path=str(gguf), draft_model_path=str(degraded)),
-               "slow": server.ModelEntry(model_path=str(gguf))}
+    entries = {"fast": conftest.entry(model_path=str(gguf), draft_model_path=str(degraded)),
+               "slow": conftest.entry(model_path=str(gguf))}
     with serving(models=entries, n_ctx=256, max_loaded=2, draft=None) as running:
         replies = []
         for name in entries:
             assert chat(running, STORY, model=name, max_tokens=1)
-            by_name = {model.name: model.engine for model in running.pool.loaded()}
-            drafter = by_name[name]._drafter
+            by_name = {model.name: model.engine for model in running.models.loaded()}
+            drafter = by_name[name].drafter
             assert bool(drafter.model) == (name == "fast")
-            drafter.pace = SetPace(0.02)
-            if drafter.model:
-                drafter.model._pace = SetPace(0.0, 0.0)
+            drafter.price = SetPrice(0.02)
             replies.append(chat(running, STORY, model=name, max_tokens=20))
         same(replies[0]["choices"], replies[1]["choices"])
         assert accepted(replies[0]["usage"]) > 2 and accepted(replies[1]["usage"]) == 0
@@ -991,17 +1017,17 @@ def test_a_models_entry_has_a_draft_model_of_its_own(gguf, degraded):
 
 def read(tmp_path, text="", **environ) -> server.Config:
     file = tmp_path / "config.yaml"
-    file.write_text(text)
+    file.write_text(conftest.with_features(text))
     return server.load_config(["--config", str(file)], environ)
 
 
 def test_drafts_are_looked_up_unless_null_is_said(tmp_path):
-    assert read(tmp_path).draft == engine.PROMPT_LOOKUP
-    assert read(tmp_path, "draft: prompt-lookup").draft == engine.PROMPT_LOOKUP
+    assert read(tmp_path).draft == drafts.PROMPT_LOOKUP
+    assert read(tmp_path, "draft: prompt-lookup").draft == drafts.PROMPT_LOOKUP
     assert read(tmp_path, "model:\n  draft: null").draft is None
     assert read(tmp_path, DRAFT="null").draft is None
-    assert read(tmp_path, "draft: null", DRAFT="prompt-lookup").draft == engine.PROMPT_LOOKUP
-    assert read(tmp_path, DRAFT="").draft == engine.PROMPT_LOOKUP
+    assert read(tmp_path, "draft: null", DRAFT="prompt-lookup").draft == drafts.PROMPT_LOOKUP
+    assert read(tmp_path, DRAFT="").draft == drafts.PROMPT_LOOKUP
 
 
 def test_null_in_the_file_is_no_limit_of_a_reply(tmp_path):

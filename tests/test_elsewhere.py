@@ -19,6 +19,7 @@ import pytest
 import conftest
 import engine
 import server
+from features import elsewhere
 from test_limits import HI, listening, wait_for
 
 KEY, KEY_THERE = "sk-of-our-client", "sk-for-the-engine-there"
@@ -101,7 +102,7 @@ def delta(text: str, end=None) -> dict:
 @contextlib.contextmanager
 def relaying(url, more=None, **entry):
     """A server whose only model, `far`, is elsewhere."""
-    far = server.ModelEntry(base_url=url, **entry)
+    far = conftest.entry(base_url=url, **entry)
     with listening(models={"far": far}, **{"drain_seconds": 1, **(more or {})}) as running:
         yield running
 
@@ -146,7 +147,7 @@ def there():
     """A second server of ours."""
     with listening(api_keys=[KEY_THERE], model_path=MODEL, model_aliases=[THERE],
                    **SMALL) as running:
-        running.pool.start()
+        running.models.start()
         yield running
 
 
@@ -175,12 +176,12 @@ def cpp():
 @pytest.fixture(scope="module")
 def here(there, cpp):
     """The server that is asked: it has a model, and knows the other two."""
-    entries = {"small": server.ModelEntry(model_path=MODEL),
-               "ours": server.ModelEntry(base_url=f"{there.url}/v1/", api_key=KEY_THERE,
-                                         model=there.models.regular.name),
-               "cpp": server.ModelEntry(base_url=f"{cpp}/v1", api_key=KEY_THERE, model="org/smol")}
+    entries = {"small": conftest.entry(model_path=MODEL),
+               "ours": conftest.entry(base_url=f"{there.url}/v1/", api_key=KEY_THERE,
+                                         model=there.models.default.name),
+               "cpp": conftest.entry(base_url=f"{cpp}/v1", api_key=KEY_THERE, model="org/smol")}
     with listening(api_keys=[KEY], models=entries, max_body_mb=0.1, **SMALL) as running:
-        running.pool.start()
+        running.models.start()
         yield running
 
 
@@ -210,7 +211,7 @@ def summary(answer):
     ("/v1/embeddings", {"input": "Once upon"})])
 def test_an_engine_says_the_same_through_us(here, name, path, body):
     """Direct and relayed, streamed or not, at temperature 0."""
-    far = here.models.upstreams[name]
+    far = here.models.named[name]
     direct = summary(post(far.base_url, path[3:], {**body, "model": far.model}, KEY_THERE))
     assert summary(post(here.url, path, {**body, "model": name})) == direct
     assert direct[4][0][0] == far.model and (direct[2] or direct[4][0][2])
@@ -305,7 +306,7 @@ def test_a_hang_up_frees_the_slot(here, there, path, model):
         "model_key": model, "config": {"maxTokens": 450}}
     story = [{"role": "user", "content": "Count from 1 to 1000, all of them, one a line."}]
     target = here if model == "small" else there
-    busy = lambda: sum(m.engine.stats.n_busy for m in target.pool.loaded())  # noqa: E731
+    busy = lambda: sum(m.engine.stats.n_busy for m in target.models.loaded())  # noqa: E731
     raw = send_raw(here, path, {"messages": story, **more}, read=300 * ("stream" in str(more)))
     wait_for(busy)
     raw.close()
@@ -500,8 +501,8 @@ def test_a_loop_is_a_508(n_servers):
             openai_base_url="http://unused/v1", default_regular_model="far", drain_seconds=1))
             for _ in range(n_servers)]
         for one, other in zip(ring, [*ring[1:], ring[0]]):
-            one.models.others = server.Upstream("upstream", f"{other.url}/v1")
-            one.models.regular = server.dataclasses.replace(one.models.others, model="far")
+            one.models.otherwise = elsewhere.Upstream("upstream", f"{other.url}/v1")
+            one.models.default = server.dataclasses.replace(one.models.otherwise, model="far")
         refusals(ring[0], 508, "leads back")
         for path in ("/v1/models", "/models"):
             assert httpx.get(ring[0].url + path, timeout=20).status_code == 200
@@ -532,9 +533,9 @@ def test_unknown_names_go_to_openai_base_url(there, caplog):
     """Its models are in both lists; while it is down these still work, with a warning. A default
     model there means that nothing is loaded here, and that all is well."""
     settings = {"openai_api_key": KEY_THERE, "default_regular_model": THERE,
-                "models": {"own": server.ModelEntry(model_path=MODEL)}, "drain_seconds": 1}
+                "models": {"own": conftest.entry(model_path=MODEL)}, "drain_seconds": 1}
     with listening(openai_base_url=f"{there.url}/v1", **settings) as running:
-        running.pool.start()
+        running.models.start()
         assert httpx.get(running.url + "/health").json() == {"status": "ok"}
         direct = post(there.url, CHATS[0], CHAT, KEY_THERE).json()
         for chosen in ({}, {"model": THERE}):
@@ -554,7 +555,7 @@ def test_unknown_names_go_to_openai_base_url(there, caplog):
         assert listed == {"loaded": [], "available": [
             {"model_key": "own", "vision": False, "loaded": False},
             *({"model_key": name, "engine": "upstream"} for name in names)]}
-        assert not running.pool.loaded()
+        assert not running.models.loaded()
     with Fake() as gone:
         pass
     with listening(openai_base_url=gone.url, **settings) as running:
@@ -653,7 +654,7 @@ BAD = [  # status, words of the detail, body
 
 def test_every_bad_value_is_refused_with_a_detail(here):
     """In all six paths, streamed or not, the same status and nothing but the detail."""
-    paths = [path for (method, path), route in server.ROUTES.items() if path.startswith("/chat")]
+    paths = [path for _, path in conftest.house().routes if path.startswith("/chat")]
     assert len(paths) == 6
 
     def check(answer, status, words):
@@ -682,7 +683,7 @@ def test_without_a_model_the_chat_service_is_unavailable(path):
         answer = post(running.url, path, APP)
         assert answer.status_code == 503 and "retry-after" in answer.headers
         assert answer.json()["detail"].startswith("Chat service unavailable: the model is still")
-        running.models.regular.is_off = True  # unloaded by hand
+        running.models.default.is_off = True  # unloaded by hand
         answer = post(running.url, path, APP)
         assert answer.status_code == 503
         assert answer.json() == {"detail": "Chat service unavailable: No model loaded"}
@@ -691,7 +692,7 @@ def test_without_a_model_the_chat_service_is_unavailable(path):
 @pytest.mark.parametrize("path", ["/chat", "/chat/stream"])
 def test_a_failure_amid_a_chat_is_told(here, monkeypatch, path):
     """As a status where nothing was sent, else as the last line; the slot is free."""
-    loaded, calls = here.models.regular.engine, []
+    loaded, calls = here.models.default.engine, []
     decode = loaded.context.decode
     monkeypatch.setattr(loaded.context, "decode", lambda chunks: (
         calls.append(0), decode(chunks) if len(calls) < 6 else 1 / 0)[1])

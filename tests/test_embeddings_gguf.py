@@ -1,7 +1,7 @@
 """A dedicated embedding model: a tiny BERT with random weights, made here, so that nothing is
 downloaded. It pools itself, is not causal, has no chat template and cannot generate.
 
-    1  the engine    Engine.embed on it
+    1  the engine    embeddings.embed on it
     2  the server    `server.py --model`, by HTTP
 """
 
@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import engine  # noqa: E402
+from features import embeddings  # noqa: E402
 
 WORDS = "the a cat dog sat on mat and rain sun is was in city of paris london good bad".split()
 # In GGUF a word's first piece carries U+2581, and those that go on a word ("##s") are bare.
@@ -123,8 +124,8 @@ def test_texts_are_tokenized_as_the_model_was_trained(loaded):
 
 def test_a_text_has_the_same_vector_alone_and_among_others(loaded):
     tokens = [loaded.model.tokenize(text) for text in TEXTS]
-    together = loaded.embed(tokens, lambda: None)
-    alone = np.concatenate([loaded.embed([each], lambda: None) for each in tokens])
+    together = embeddings.embed(loaded, tokens, lambda: None)
+    alone = np.concatenate([embeddings.embed(loaded, [each], lambda: None) for each in tokens])
     assert together.shape == (len(TEXTS), N_EMBD)
     assert cosines(together, alone).min() > 0.999
     assert cosines(together[:1], together[2:3]) < 0.99, "different texts differ"

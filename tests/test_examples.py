@@ -1,4 +1,5 @@
-"""What is shown is run as it is shown: the README's curl lines, examples/api_client.py."""
+"""What is shown is run as it is shown: the curl lines and snippets of README.md and docs/, and
+examples/api_client.py."""
 
 import os
 import re
@@ -10,11 +11,10 @@ import numpy as np
 import openai
 import pytest
 
-from conftest import ROOT, serve
+from conftest import DOCS, ROOT, blocks_of, house, serve
 from make_vision_model import COLORS, PRODUCT, SHAPES, pictures, png
 
 sys.path.insert(0, str(ROOT))
-import server  # noqa: E402
 
 GREEN = list(COLORS).index("green")
 # Beside the shells' own: what fails is the end, and an HTTP error is a failure.
@@ -36,22 +36,24 @@ def picture(tmp_path):
     return tmp_path / "picture.png"
 
 
-def test_every_curl_line_of_the_readme_works_and_every_route_has_one(url, picture):
-    """In their order, in a shell, beside a picture.png."""
-    blocks = re.findall(r"^```sh\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
-    shown = [block for block in blocks if "curl http://127.0.0.1:8080/" in block]
+def test_every_curl_line_of_the_docs_works_and_every_route_has_one(url, picture):
+    """In their order, in a shell, beside a picture.png. None stands outside of a block that is
+    run."""
+    shown = [block for block in blocks_of("sh") if "curl http://127.0.0.1:8080/" in block]
+    n_printed = sum(len(re.findall(r"\bcurl +(?=-|.?http)", file.read_text())) for file in DOCS)
+    assert n_printed == "".join(shown).count("curl http://127.0.0.1:8080/")
     script = SHELL + "".join(shown).replace("http://127.0.0.1:8080", url)
     done = subprocess.run(["bash", "-c", script], cwd=picture.parent, capture_output=True,
                           text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr
     assert done.stdout.count("green") >= 3, "the picture's color, three ways"
     seen = set(re.findall(r'route="(\S+ \S+)",status="200"', httpx.get(f"{url}/metrics").text))
-    assert seen == {f"{method} {path}" for method, path in server.ROUTES}
+    assert seen == {f"{method} {path}" for method, path in house().routes}
 
 
 def run_snippet(word: str, url: str) -> str:
-    """What the README's Python block with this word prints."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    """What the docs' Python block with this word prints."""
+    blocks = blocks_of("python")
     code, = [block for block in blocks if word in block]
     code = code.replace("http://127.0.0.1:8080", url)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -31,7 +31,7 @@ HI = [{"role": "user", "content": "Say hello."}]
 @contextlib.contextmanager
 def listening(**settings):
     """A server in this process, without a model."""
-    running = server.Server(server.Config(port=0, **settings))
+    running = server.Server(conftest.config(port=0, **settings))
     threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield running
@@ -364,7 +364,7 @@ def test_an_error_of_the_servers_own_is_not_taken_for_a_client_that_left(monkeyp
     """Too many open files is an OSError, too."""
     def fail(handler):
         raise OSError(24, "Too many open files")
-    monkeypatch.setitem(server.ROUTES, ("GET", "/fail"), server.Route(fail, "fails"))
+    monkeypatch.setitem(conftest.house().routes, ("GET", "/fail"), server.Route(fail, "fails"))
     with listening() as running:
         assert ask(running, "/fail").status_code == 500
 
@@ -436,7 +436,7 @@ def test_who_dawdles_is_timed_out_however_regularly_bytes_come(pieces, words):
 def test_at_the_limit_idle_connections_make_room_and_busy_ones_are_not_disturbed(monkeypatch):
     """503 only when every connection is being answered; the oldest debtor goes first."""
     finish = threading.Event()
-    monkeypatch.setitem(server.ROUTES, ("GET", "/slow"),
+    monkeypatch.setitem(conftest.house().routes, ("GET", "/slow"),
                         server.Route(lambda handler: finish.wait(20) and handler.send_json(
                             {"done": True}), "takes a while"))
     with listening(max_connections=4) as running:
@@ -579,11 +579,11 @@ def test_health_says_stalled_and_draining():
             return True
 
     with listening(stall_seconds=5) as running:
-        running.pool.default.engine = Engine()
-        running.pool._tickets.clear()
+        running.models.default.engine = Engine()
+        running.models._tickets.clear()
         assert ask(running, "/health").json() == {"status": "ok", "model": "fake", "slots": 0,
                                                   "busy": 0, "waiting": 3}
-        running.pool.default.engine.seconds = 5.5
+        running.models.default.engine.seconds = 5.5
         stalled = ask(running, "/health")
         assert (stalled.status_code, stalled.json()["status"]) == (503, "stalled")
         running.stopping.set()
@@ -605,7 +605,7 @@ def test_a_truncated_model_is_a_clear_error_and_served_once_it_is_whole(tmp_path
     path = tmp_path / "arriving.gguf"
     path.write_bytes(whole.read_bytes()[:kept])
     with listening(model_path=str(path), n_ctx=256, parallel=1) as running:
-        threading.Thread(target=running.pool.start, daemon=True).start()
+        threading.Thread(target=running.models.start, daemon=True).start()
         wait_for(lambda: ask(running, "/health").json()["status"] == "failed")
         assert "cannot load" in ask(running, "/health").json()["error"]
         refused = ask(running, "/v1/chat/completions", "POST", json.dumps({"messages": HI}))

@@ -23,7 +23,7 @@ import pytest
 import conftest
 import engine
 import server
-from features import vision
+from features import models, vision
 
 KEY = "sk-a-secret-key"
 HI = [{"role": "user", "content": "Say hello."}]
@@ -39,16 +39,16 @@ def gguf():
 @contextlib.contextmanager
 def listening(models, **settings):
     """A server in this process, its default model loaded; models: {name: file}."""
-    entries = {name: server.ModelEntry(model_path=str(file)) for name, file in models.items()}
-    running = server.Server(server.Config(**{
+    entries = {name: conftest.entry(model_path=str(file)) for name, file in models.items()}
+    running = server.Server(conftest.config(**{
         "port": 0, "turn_seconds": 0.0, **SIZES, "models": entries, **settings}))
     threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
-    running.pool.start()
+    running.models.start()
     try:
         yield running
     finally:
         running.stopping.set()
-        ended = running.pool.ended(10)
+        ended = running.models.ended(10)
         assert running.drain() and ended
 
 
@@ -150,7 +150,7 @@ def test_with_room_for_one_a_request_for_another_changes_them(gguf):
     """The old one goes, the new one comes, and both say the same."""
     with listening({"a": gguf, "b": gguf}) as running:
         alone = text_of(ask(running, "a", 12))
-        assert text_of(ask(running, None, 12)) == alone and running.pool.n_loads == 1
+        assert text_of(ask(running, None, 12)) == alone and running.models.n_loads == 1
         assert text_of(ask(running, "b", 12)) == alone and {*listed(running, "loaded")} == {"b"}
         assert text_of(ask(running, "a", 12)) == alone and {*listed(running, "loaded")} == {"a"}
         assert "twofile_model_loads_total 3" in get(running, "/metrics").text
@@ -161,9 +161,9 @@ def test_with_room_for_two_the_least_recently_used_one_goes(gguf):
     with listening(dict.fromkeys("abc", gguf), max_loaded=2) as running:
         alone = text_of(ask(running, "a", 12))
         assert text_of(ask(running, "b", 12)) == alone
-        assert text_of(ask(running, "a", 12)) == alone and running.pool.n_loads == 2
+        assert text_of(ask(running, "a", 12)) == alone and running.models.n_loads == 2
         assert text_of(ask(running, "c", 12)) == alone
-        assert {*listed(running, "loaded")} == {"a", "c"} and running.pool.n_loads == 3
+        assert {*listed(running, "loaded")} == {"a", "c"} and running.models.n_loads == 3
 
 
 def test_running_work_is_finished_before_its_model_goes(gguf):
@@ -195,7 +195,7 @@ def test_two_busy_clients_do_not_make_the_models_change_places_all_the_time(gguf
 
         with ThreadPoolExecutor() as threads:
             waits = [wait for each in threads.map(client, "ab") for wait in each]
-        assert running.pool.n_loads <= 6 and len(waits) == 24 and max(waits) < 10
+        assert running.models.n_loads <= 6 and len(waits) == 24 and max(waits) < 10
 
 
 # ==== Loading and unloading by hand =======================================================
@@ -264,13 +264,13 @@ def test_unloading_does_not_wait_for_a_loading_after_it(gate):
             ThreadPoolExecutor() as threads:
         gate.clear()
         unloading = threads.submit(post, running, "/models/unload", 30, model_key="slow")
-        wait_for(lambda: running.models.regular.is_leaving)
+        wait_for(lambda: running.models.default.is_leaving)
         late = threads.submit(ask, running, "slow")
         try:
             assert unloading.result(timeout=10).json() == {"unloaded": True, "models": ["slow"]}
         finally:
             gate.set()
-        assert is_whole(stream.result()) and text_of(late.result()) and running.pool.n_loads == 2
+        assert is_whole(stream.result()) and text_of(late.result()) and running.models.n_loads == 2
 
 
 def test_the_end_does_not_wait_for_an_unloading(gguf):
@@ -278,7 +278,7 @@ def test_the_end_does_not_wait_for_an_unloading(gguf):
     with listening({"a": gguf}, drain_seconds=0.5) as running, streaming(running, "a", 200), \
             ThreadPoolExecutor() as threads:
         unloading = threads.submit(post, running, "/models/unload", 3, model_key="a")
-        wait_for(lambda: running.models.regular.is_leaving)
+        wait_for(lambda: running.models.default.is_leaving)
         running.stopping.set()
         assert unloading.result().status_code == 503
 
@@ -288,24 +288,25 @@ def test_load_has_its_shapes_and_takes_names_only(gguf):
     with listening({"a": gguf, "org/b": gguf}, models_dir=str(gguf.parent)) as running:
         done = post(running, "/models/load", model_key="org/b")
         assert done.status_code == 200 and done.json() == {"loaded": True, "model": "org/b"}
-        for name in ("x", "", "../a", f"../models/{gguf.stem}", str(gguf), gguf.name, f"./{gguf}",
+        for name in ("x", "../a", f"../models/{gguf.stem}", str(gguf), gguf.name, f"./{gguf}",
                      "hf:a/b/c.gguf", "org%2fb", "%2e/a", "a/", "A", "a\0", "a/../a"):
             refused = post(running, "/models/load", model_key=name)
             assert refused.status_code == 404 and refused.json() == {
                 "loaded": False, "error": "Failed to load model: Model not found"}, name
             assert ask(running, name).status_code == 404
-        assert running.pool.n_loads == 2 and {*listed(running)} == {"a", "org/b", gguf.stem}
+        assert running.models.n_loads == 2 and {*listed(running)} == {"a", "org/b", gguf.stem}
         entry = {"model_key": "org/b", "vision": False, "loaded": True}
         assert listed(running, "loaded") == {"org/b": entry} and listed(running)["org/b"] == entry
         assert listed(running)["a"] == {"model_key": "a", "vision": False, "loaded": False}
         helped = get(running, "/help").json()["routes"]
-        assert [(each["method"], each["path"]) for each in helped] == list(server.ROUTES)
+        assert [(each["method"], each["path"]) for each in helped] == list(
+            conftest.house().routes)
         assert ["exclusive", "model_key"] in [each["body"] for each in helped]
 
 
 def test_a_model_without_its_file_harms_no_other(tmp_path, gguf, monkeypatch):
     """503 with the reason; the others go on. Each time that the file appears, it is served."""
-    monkeypatch.setattr(engine, "RELOAD_SECONDS", 0.1)
+    monkeypatch.setattr(models, "RELOAD_SECONDS", 0.1)
     file, away = tmp_path / "late.gguf", tmp_path / "away"
     os.link(gguf, away)
     with listening({"a": gguf, "late": file}) as running:
@@ -361,7 +362,7 @@ def test_what_clients_see_while_a_model_loads(gguf, gate):
     forgotten, and at most max_queue wait."""
     with listening({"a": gguf, "slow": gate.file}, max_loaded=2, max_queue=3) as running, \
             streaming(running, "a", 30) as other, ThreadPoolExecutor() as threads:
-        quick, pool, seen, told = text_of(ask(running, "a")), running.pool, [], []
+        quick, pool, seen, told = text_of(ask(running, "a")), running.models, [], []
         stream = threads.submit(stream_lines, running, CHAT, seen, model="slow", stream=True,
                                 max_tokens=4, ignore_eos=True)
         app = threads.submit(stream_lines, running, "/chat/stream", told, model_key="slow",
@@ -425,7 +426,7 @@ def test_a_signal_ends_the_loading(gguf, gate):
 
 def config_of(tmp_path, text="", environ=()):
     file = tmp_path / "c.yaml"
-    file.write_text(text)
+    file.write_text(conftest.with_features(text))
     return server.load_config(["--config", str(file)], dict(environ))
 
 
@@ -472,7 +473,7 @@ def test_wrong_names_stop_the_server():
                         ("default_vision_model", 'default_vision_model: the model "x" does not'),
                         ("models_dir", "models_dir: x is not a folder")):
         with pytest.raises(server.ConfigError, match=words):
-            server.Server(server.Config(port=0, **{name: "x"}))
+            server.Server(conftest.config(port=0, **{name: "x"}))
 
 
 def test_paths_in_a_file_are_relative_to_it(tmp_path):
@@ -522,7 +523,7 @@ def test_a_dotenv_file_beside_the_server_is_used(tmp_path, gguf):
         shutil.copy(conftest.ROOT / name, tmp_path)
     shutil.copytree(conftest.ROOT / "features", tmp_path / "features")
     (tmp_path / "mine.gguf").symlink_to(gguf)
-    (tmp_path / ".env").write_text(f"PORT=0\nexport MODEL_ID='{tmp_path}/mine.gguf'\nBATCH_MAX=3"
+    (tmp_path / ".env").write_text(f"PORT=0\nFEATURES=apps\nexport MODEL_ID='{tmp_path}/mine.gguf'\nBATCH_MAX=3"
                                    "\nN_CTX=4096\n")
     with running_process(tmp_path / "server.py", folder="/", N_CTX="256") as (_, url, line):
         assert line.startswith("ready: mine on") and "3 slots of 256 tokens" in line
@@ -595,12 +596,12 @@ def test_a_models_broken_projector_is_read_again_when_it_is_whole(gguf, tmp_path
     (tmp_path / "eyes.gguf").symlink_to(gguf)
     whole = (conftest.ROOT / "tests" / "tiny-vision.mmproj.gguf").read_bytes()
     with listening({}, models_dir=str(tmp_path), default_regular_model="eyes") as running:
-        assert not running.pool.models()["eyes"].mmproj
-        running.pool.unload(running.pool.loaded(), lambda: None)
+        assert not vision.sees(running.models.local_models()["eyes"])
+        running.models.unload(running.models.loaded(), lambda: None)
         (tmp_path / "eyes.mmproj.gguf").write_bytes(whole[:9000])
         failed = httpx.post(running.url + "/models/load", json={"model_key": "eyes"}, timeout=30)
         assert failed.status_code == 503 and "mmproj" in failed.json()["error"]
         (tmp_path / "eyes.mmproj.gguf").write_bytes(whole)
         loaded = httpx.post(running.url + "/models/load", json={"model_key": "eyes"}, timeout=30)
         assert loaded.json() == {"loaded": True, "model": "eyes"}
-        assert running.pool.engines()["eyes"] in vision.projectors
+        assert running.models.engines()["eyes"] in vision.projectors

@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import engine  # noqa: E402
-from features import schemas, structured  # noqa: E402
+from features import calls, schemas, structured  # noqa: E402
+from features.trial import Trial  # noqa: E402
 
 FORMATS = Draft202012Validator.FORMAT_CHECKER
 PROPERTY = settings(database=None, deadline=None, print_blob=True,
@@ -563,10 +564,10 @@ def test_a_refusal_names_the_place(model, schema, place, words):
     assert words.lower() in said.lower()
 
 
-XML = engine.TOOL_FORMATS["qwen3-coder"]
+XML = calls.TOOL_FORMATS["qwen3-coder"]
 
 
-@pytest.mark.parametrize("form", [engine.GENERIC, XML], ids=["json", "xml"])
+@pytest.mark.parametrize("form", [calls.GENERIC, XML], ids=["json", "xml"])
 @pytest.mark.parametrize("parameters", [
     {"properties": 3}, {"properties": {"a": 1}}, {"properties": {"a": False}, "required": ["a"]},
     {"properties": {"a": NULL}, "required": 3}, {"properties": {"a": {"type": "string", "enum": 3}}},
@@ -574,7 +575,7 @@ XML = engine.TOOL_FORMATS["qwen3-coder"]
 def test_arguments_that_cannot_be_honoured_are_refused(model, form, parameters):
     with pytest.raises(schemas.SchemaError, match=r"^here\b"):
         reply = structured.Form()
-        reply.root = reply.add_arguments(form, parameters, "here")
+        reply.root = calls.add_arguments(reply, form, parameters, "here")
         reply.replies(model, must_trigger=True)
 
 
@@ -871,7 +872,7 @@ def test_a_chain_of_rules_is_refused_in_time_or_harmless(model, n):
 
 def test_a_trial_that_ends_is_started_again(model):
     """Killed from outside, or by its own limits."""
-    trial = structured.Trial()
+    trial = Trial()
     assert "lark" in trial.run({"lark": 'start: "a"'})
     first = trial._child
     first.kill()
@@ -881,7 +882,7 @@ def test_a_trial_that_ends_is_started_again(model):
 
 
 def test_a_trial_has_a_limit_of_time_and_of_memory(monkeypatch):
-    trial = structured.Trial()
+    trial = Trial()
     monkeypatch.setattr(trial, "SECONDS", 0.01)
     slow = json.dumps({"type": "integer", "multipleOf": 999_983})
     assert "0.01 seconds" in trial.run({"lark": f"start: %json {slow}"})["limit"]
@@ -947,3 +948,24 @@ def test_what_the_model_writes_at_temperature_1_validates(http):
     wrong = [reply for reply in replies if reply[2] not in (None, "length")]
     assert not wrong, "\n\n".join(f"{json.dumps(schema)}\n  {text}\n  {why}" for schema, text, why in wrong)
     assert sum(why == "length" for *_, why in replies) <= N_SCHEMAS // 3  # at temperature 1 digits may go on and on
+
+
+def test_streams_go_on_while_a_hostile_schema_is_tried_out(http):
+    """The longest gap of a stream beside two of them; each is refused within its time."""
+    body = {"messages": [{"role": "user", "content": "Count."}], "temperature": 0, "max_tokens": 90,
+            "stream": True, "ignore_eos": True}
+    heavy = {"messages": body["messages"], "max_tokens": 2, "json_schema": HEAVY["patterns that meet"]}
+
+    def refuse(_) -> tuple[int, float]:
+        began = time.monotonic()
+        return http.post("/v1/chat/completions", json=heavy, timeout=60).status_code, time.monotonic() - began
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        refused = [pool.submit(refuse, n) for n in range(2)]
+        times = []
+        with http.stream("POST", "/v1/chat/completions", json=body, timeout=60) as response:
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    times.append(time.monotonic())
+        assert [future.result()[0] for future in refused] == [400, 400]
+    assert len(times) > 60 and max(b - a for a, b in zip(times, times[1:])) < 2

@@ -29,10 +29,10 @@ import PIL.Image
 import PIL.ImageOps
 import pytest
 
+import conftest
 import engine
-import server
 from conftest import ROOT
-from features import vision
+from features import files, vision
 from make_vision_model import COLORS, PRODUCT, SEED, SHAPES, pictures, png
 from test_limits import listening, wait_for
 
@@ -64,8 +64,8 @@ def running():
     path = str(engine.find_model_file(None, ROOT / "models"))
     with listening(model_path=path, mmproj=str(PRODUCT), n_ctx=768, parallel=4, max_loaded=2,
                    prefill_chunk=10, model_aliases=["seer"], n_gpu_layers=0, cache_ram_mib=0,
-                   models={"blind": server.ModelEntry(model_path=path, n_ctx=256)}) as running:
-        running.pool.start()
+                   models={"blind": conftest.entry(model_path=path, n_ctx=256)}) as running:
+        running.models.start()
         yield running
 
 
@@ -203,7 +203,7 @@ def test_a_conversation_about_an_image_comes_back_to_a_slot():
     path = str(engine.find_model_file(None, ROOT / "models"))
     with listening(model_path=path, mmproj=str(PRODUCT), n_ctx=512, parallel=1,
                    n_gpu_layers=0) as running:
-        running.pool.start()
+        running.models.start()
         with httpx.Client(base_url=running.url, timeout=60) as web:
             said, n_prompt, _ = answer(web, user(RED))
             assert colors_in(said) == ["red"]
@@ -465,10 +465,12 @@ def test_an_address_that_is_not_public_is_refused(web, site, host):
     ("/slow", "the 1 seconds"), ("/reset", "cannot fetch")])
 def test_an_image_is_fetched_within_limits(web, site, path, words, monkeypatch):
     """For once one address of ours is taken for a public one; each redirect is looked at."""
-    look = vision.public_address
+    look = files.public_address
     monkeypatch.setattr(vision, "IMAGE_SECONDS", 1.0)
+    monkeypatch.setattr(files, "IMAGE_SECONDS", 1.0)
     monkeypatch.setattr(vision, "MAX_IMAGES_MB", 1)
-    monkeypatch.setattr(vision, "public_address", lambda url: "127.0.0.1" if url.startswith(
+    monkeypatch.setattr(files, "MAX_IMAGES_MB", 1)
+    monkeypatch.setattr(files, "public_address", lambda url: "127.0.0.1" if url.startswith(
         site + "/") else look(url))
     started, reply = time.monotonic(), ask(web, user(site + path))
     assert time.monotonic() - started < 5
@@ -608,7 +610,7 @@ def test_a_photo_is_turned_as_its_exif_block_says(kind, orientation):
 
 def test_a_turned_photo_is_the_same_to_the_model(running):
     """Its rows are those of the upright one."""
-    reader = vision.projectors[next(iter(running.pool.engines().values()))]
+    reader = vision.projectors[next(iter(running.models.engines().values()))]
     exif = PIL.Image.Exif()
     exif[PIL.ExifTags.Base.Orientation] = 6
     lying = np.rot90(PICTURES[0])

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import engine  # noqa: E402
+from features import drafts, memory  # noqa: E402
 from test_models import CHAT, get, listening, post  # noqa: E402
 from test_server import (FakeContext, FakeModel, FakeSampler, next_byte, reply_to,  # noqa: E402
                          result, run)
@@ -33,8 +34,21 @@ def ids(text) -> np.ndarray:
         np.int32)
 
 
-def state(n_bytes: int, mark: int = 0) -> np.ndarray:
-    return np.full(n_bytes, mark, np.uint8)
+class Cells:
+    """A context whose slots have states of so many bytes, each of them the mark."""
+
+    def __init__(self, n_bytes: int, mark: int = 0):
+        self.state = np.full(n_bytes, mark, np.uint8)
+
+    def state_size(self, seq_id):
+        return self.state.nbytes
+
+    def save(self, seq_id):
+        return self.state
+
+
+def put(store, text, n_bytes: int, mark: int = 0) -> None:
+    store.put(ids(text), Cells(n_bytes, mark), 0)
 
 
 def kept(store) -> list[str]:
@@ -43,35 +57,35 @@ def kept(store) -> list[str]:
 
 
 def test_what_was_not_used_for_longest_goes_first():
-    store = engine.PrefixStore(30)
+    store = memory.MemoryStore(30)
     for text in ("one", "two", "three"):
-        store.put(ids(text), state(10))
+        put(store, text, 10)
     assert kept(store) == ["one", "two", "three"] and store.n_bytes == 30 and len(store) == 3
     n, index = store.longest(ids("one more"))
     assert n == 3
     tokens, _ = store.get(index)
     assert bytes(tokens.tolist()) == b"one" and kept(store) == ["two", "three", "one"]
-    store.put(ids("four"), state(15))
+    put(store, "four", 15)
     assert kept(store) == ["one", "four"] and store.n_bytes == 25
 
 
 def test_an_entry_that_a_newer_one_continues_goes():
     """The newer one can do all that it could."""
-    store = engine.PrefixStore(100)
+    store = memory.MemoryStore(100)
     for text in ("a turn", "other", "a turn and the next", "a turn"):
-        store.put(ids(text), state(10))
+        put(store, text, 10)
     assert kept(store) == ["other", "a turn and the next", "a turn"]
-    store.put(ids("a turn and the next"), state(20, mark=9))
+    put(store, "a turn and the next", 20, mark=9)
     assert kept(store) == ["other", "a turn and the next"] and store.n_bytes == 30
     assert store.get(1)[1][0] == 9
 
 
 def test_the_longest_shared_beginning_is_found_or_the_longest_whole_entry():
     """A part of an entry will do only if its model's cells can be cut."""
-    store = engine.PrefixStore(100)
+    store = memory.MemoryStore(100)
     assert store.longest(ids("anything"))[0] == 0
     for text in ("abcdefgh-tail", "abcd", "xyz"):
-        store.put(ids(text), state(10))
+        put(store, text, 10)
     assert store.longest(ids("abcdefghij")) == (8, 0)
     assert store.longest(ids("abcdefghij"), whole=True) == (4, 1)
     assert store.longest(ids("ab"), whole=True)[0] == 0
@@ -80,10 +94,14 @@ def test_the_longest_shared_beginning_is_found_or_the_longest_whole_entry():
 
 
 def test_room_is_what_could_be_made():
-    store = engine.PrefixStore(20)
-    store.put(ids("full"), state(20))
-    assert store.has_room(20) and not store.has_room(21)
-    assert not engine.PrefixStore(0).has_room(1)
+    store = memory.MemoryStore(20)
+    put(store, "full", 20)
+    put(store, "too large", 21)
+    assert kept(store) == ["full"]
+    put(store, "fits", 20)
+    assert kept(store) == ["fits"]
+    put(nothing := memory.MemoryStore(0), "a", 1)
+    assert kept(nothing) == []
 
 
 moves = st.lists(st.tuples(st.text("ab", max_size=6), st.integers(1, 40), st.booleans()),
@@ -94,7 +112,7 @@ moves = st.lists(st.tuples(st.text("ab", max_size=6), st.integers(1, 40), st.boo
 @given(moves=moves, max_bytes=st.integers(1, 100))
 def test_a_store_never_holds_more_than_it_may_and_finds_what_it_holds(moves, max_bytes):
     """Compared with a plain list: bytes, order, what is found; a state stays with its tokens."""
-    store, entries = engine.PrefixStore(max_bytes), []
+    store, entries = memory.MemoryStore(max_bytes), []
     for number, (text, n_bytes, looks) in enumerate(moves):
         if looks:
             def shared(entry):
@@ -107,23 +125,22 @@ def test_a_store_never_holds_more_than_it_may_and_finds_what_it_holds(moves, max
                 entries.append(found)
                 tokens, got = store.get(index)
                 assert (bytes(tokens.tolist()).decode(), got[0]) == (found[0], found[2])
-        elif store.has_room(n_bytes):
-            store.put(ids(text), state(n_bytes, number))
+        else:
+            put(store, text, n_bytes, number)
+        if not looks and n_bytes <= max_bytes:
             entries = [entry for entry in entries if not text.startswith(entry[0])]
             while sum(entry[1] for entry in entries) + n_bytes > max_bytes:
                 entries.pop(0)
             entries.append((text, n_bytes, number))
-        else:
-            assert n_bytes > max_bytes
         assert kept(store) == [entry[0] for entry in entries]
         assert store.n_bytes == sum(entry[1] for entry in entries) <= max_bytes
 
 
 def test_the_store_has_a_bounded_number_of_entries():
     """Each prompt is compared with all of them while the streams wait."""
-    store = engine.PrefixStore(10**9)
+    store = memory.MemoryStore(10**9)
     for number in range(store.MAX_ENTRIES + 3):
-        store.put(np.array([number, 1, 2], dtype=np.int32), np.zeros(4, dtype=np.uint8))
+        store.put(np.array([number, 1, 2], dtype=np.int32), Cells(4), 0)
     assert len(store) == store.MAX_ENTRIES and store.n_bytes == 4 * store.MAX_ENTRIES
     assert store.longest(np.array([0, 1, 2], dtype=np.int32))[0] == 0
     assert store.longest(np.array([3, 1, 2], dtype=np.int32))[0] == 3
@@ -160,7 +177,11 @@ class WindowContext(FakeContext):
 def storing_engine(n_bytes=4096, context=None, model=None, looks_up=False, **options):
     """An engine on a fake context, whose states have one byte for each token."""
     context = context or FakeContext(**{"parallel": 2, **options})
-    return engine.Engine(model or FakeModel(), context, 32, 99, n_bytes / 2**20, looks_up)
+    fake = engine.Engine(model or FakeModel(), context, 32, 99)
+    fake.store = memory.MemoryStore(n_bytes)
+    if looks_up and fake.model.can_rewind:
+        fake.drafter = drafts.Drafts(looks_up)
+    return fake
 
 
 def ask(prompt: bytes, n=4, sampler=next_byte) -> engine.Request:
@@ -192,7 +213,7 @@ def test_a_conversation_whose_slot_was_overwritten_comes_back():
         second = answered(fake, prompt + b" And a second turn.")
         assert second.n_reused == (60 + 8) * n_restored
         assert fake._counts.n_restored == n_restored
-        assert len(fake._store) == (3 if n_bytes else 0)
+        assert len(fake.store) == (3 if n_bytes else 0)
 
 
 def test_a_beginning_that_conversations_share_comes_back_too():
@@ -219,14 +240,14 @@ def test_what_another_slot_holds_too_is_not_stored():
     answered(fake, long("The same prompt") + b"!")
     answered(fake, long("Another"))
     answered(fake, long("And another"))
-    assert len(fake._store) == 1
+    assert len(fake.store) == 1
 
 
 def test_a_few_tokens_are_not_worth_storing():
     fake = storing_engine(parallel=1)
     answered(fake, b"a" * (engine.MIN_SHARED_TOKENS - 4), n=4)
     answered(fake, long("Another"))
-    assert len(fake._store) == 0
+    assert len(fake.store) == 0
 
 
 def test_a_state_that_is_larger_than_the_store_is_not_taken():
@@ -237,7 +258,7 @@ def test_a_state_that_is_larger_than_the_store_is_not_taken():
     answered(fake, long("fits"))
     answered(fake, long("A very long one") + long("which does not fit"))
     answered(fake, long("Another"))
-    assert len(fake._store) == 1 and fake._store.n_bytes == 63
+    assert len(fake.store) == 1 and fake.store.n_bytes == 63
     assert answered(fake, long("fits") + b"!").n_reused == 60
 
 
@@ -280,7 +301,7 @@ def test_no_memory_for_a_state_costs_nothing_else(method, caplog):
     setattr(fake.context, method, full)
     for text in ("first", "second", "first"):
         assert answered(fake, long(text)).n_reused == 0
-    assert len(fake._store) == 0 and "cache_ram_mib" in caplog.text
+    assert len(fake.store) == 0 and "cache_ram_mib" in caplog.text
 
 
 def test_an_entry_that_its_own_restoring_would_drive_out_still_comes_back():
@@ -288,7 +309,7 @@ def test_an_entry_that_its_own_restoring_would_drive_out_still_comes_back():
     fake = storing_engine(70, parallel=1)
     for text in ("first", "second", "first", "second", "second", "first"):
         answered(fake, long(text))
-    assert fake._counts.n_restored == 3 and len(fake._store) == 1
+    assert fake._counts.n_restored == 3 and len(fake.store) == 1
 
 
 def test_a_failing_restore_ends_one_request_and_no_other():
@@ -388,7 +409,6 @@ def test_every_reply_is_that_of_its_prompt(turns, n_bytes, parallel, kind, every
         text = text[: max(1, int(turn["keep"] * len(text)))] + bytes([65 + who]) * turn["more"]
         text = text[-300:]
         request = ask(text, turn["n"])
-        request.lookup = fake.lookups(request.prompt, None, 1)[0]
         flying.append((text, turn, request))
         fake.submit([request])
         fake.step()
@@ -407,8 +427,8 @@ def finish(fake, flying, texts):
         fake.step()
         for slot in fake._slots:
             assert fake.context.cells[slot.seq_id] == slot.tokens[: slot.n_cached].tolist()
-        assert fake._store.n_bytes <= fake._store._max_bytes
-        assert fake._store.n_bytes == sum(len(tokens) for tokens, _ in fake._store._entries)
+        assert fake.store.n_bytes <= fake.store._max_bytes
+        assert fake.store.n_bytes == sum(len(tokens) for tokens, _ in fake.store._entries)
     while flying:
         text, turn, request = flying.pop()
         reply = reply_to(text, turn["n"])
@@ -454,7 +474,7 @@ SMALL = {"n_ctx": 512, "parallel": 2, "n_batch": 32, "n_threads": 2, "draft": No
 def plain_turns():
     with listening({}, cache_ram_mib=0, **SMALL) as running:
         turns = talk(running)
-        assert restored(running) == 0 and len(running.pool.loaded()[0].engine._store) == 0
+        assert restored(running) == 0 and len(running.models.loaded()[0].engine.store) == 0
     return turns
 
 
@@ -476,12 +496,12 @@ def test_six_conversations_on_two_slots_keep_their_prefixes(plain_turns):
 def test_a_small_store_stays_small_and_changes_no_reply(plain_turns):
     """Of six conversations of some MiB, three MiB hold one or two."""
     with listening({}, cache_ram_mib=3, **SMALL) as running:
-        store, most = running.pool.loaded()[0].engine._store, 0
+        store, most = running.models.loaded()[0].engine.store, 0
         put = store.put
 
-        def watched(tokens, state):
+        def watched(*arguments):
             nonlocal most
-            put(tokens, state)
+            put(*arguments)
             most = max(most, store.n_bytes)
         store.put = watched
         turns = talk(running)
