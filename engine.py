@@ -412,7 +412,7 @@ class Model:
                           file or self.path)
 
     def set_template(self, source: str, where: str | Path = "this family") -> None:
-        """Render chats by a Jinja template. where: it is from. Raises ModelError."""
+        """Render chats by a Jinja template. where: what it is from, for the message. Raises ModelError."""
         bos, eos = (self.piece(token, special=True).decode() if token >= 0 else ""
                     for token in (self._bos, lib.llama_vocab_eos(self.vocab)))
         try:
@@ -549,15 +549,16 @@ class Model:
                 raise TimeoutError(f"it ran longer than {MAX_TEMPLATE_SECONDS:g} seconds")
             return watch if frame.f_code.co_filename == TEMPLATE_FILE else None
 
+        options = options or {}
         template = copy.copy(self._template)
         template.add_generation_prompt = add_generation_prompt
         tracer = sys.gettrace()
         sys.settrace(watch)
         try:
             try:
-                return template(messages=messages, **(options or {})).prompt
+                return template(messages=messages, **options).prompt
             except (TypeError, jinja2.UndefinedError):
-                if not options or options.get("tools") is not None:
+                if options.get("tools") is not None:
                     raise
                 return template(messages=messages, **options | {"tools": []}).prompt  # some need it
         except Exception as error:  # a template is a program: it can raise anything
@@ -571,6 +572,7 @@ class Model:
 GREEDY_BELOW = 1e-3  # temperature: dividing logits by less overflows, and changes nothing anyway
 N_SEEDS = 2**32 - 1  # seeds are 32 bit, and llama.h keeps 0xFFFFFFFF for "random"
 NO_TOKEN = -1  # nothing may follow: the reply ends
+N_DRAWS = 8  # before that: a constraint may refuse what it did not rule out, a few tokens in all
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
@@ -669,8 +671,14 @@ class Sampler:
             self._constraint.restrict(logits)
         if self._n_taken < self._min_tokens:
             logits[list(self._model.end_tokens)] = -math.inf
-        token = self._draw(logits) if np.isfinite(logits).any() else NO_TOKEN
-        return token if token != NO_TOKEN and self._take(token) else NO_TOKEN
+        for _ in range(N_DRAWS):
+            logits[token] = -math.inf  # what was refused once is not drawn again
+            if not np.isfinite(logits).any():
+                break
+            token = self._draw(logits)
+            if self._take(token):
+                return token
+        return NO_TOKEN
 
     def _draw(self, logits: np.ndarray) -> int:
         """A token from logits of shape (n_vocab,), by the chain."""
@@ -1133,7 +1141,7 @@ class Stats:
 
 # ==== 8. What features may add ==========================================================
 
-# A Constraint (part 6) and a Piece (part 5) come with a request; these two come with an engine.
+# A Constraint (part 5) and a Piece (part 4) come with a request; these two come with an engine.
 
 
 class Drafter:
@@ -1292,6 +1300,7 @@ class Engine:
             return False
         with self.model_lock:
             self.context.close()
+        self.drafter, self.store = Drafter(), PrefixStore()  # requests still know this engine
         return True
 
     # ---- engine thread only ----------------------------------------------------------
@@ -1483,7 +1492,8 @@ class Engine:
                 prompts.append(Chunk(slot, tokens, end == len(prompt), slot.request.scores_prompt,
                                      image=image, first_row=slot.n_cached - start))
                 n_left -= len(tokens)
-        n_prefill = sum(len(chunk.tokens) for chunk in prompts)
+        # Images go in batches of their own.
+        n_prefill = sum(len(chunk.tokens) for chunk in prompts if chunk.image is None)
         drafts = dict.fromkeys(decoding, []) | (
             self.drafter.drafts(decoding, n_prefill, room - n_prefill) if decoding else {})
         return [Chunk(slot, [slot.next_token, *drafts[slot]], True, n_draft=len(drafts[slot]))

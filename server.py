@@ -173,7 +173,8 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     flags = vars(parser.parse_args(argv))
     file, content = read_config_file(flags.pop("config"))
     # Which features there are decides which settings there are.
-    chosen = read_variable("features", list[str], environ) or content.get("features") or []
+    chosen = read_variable("features", list[str], environ)
+    chosen = content.get("features") or [] if chosen is None else chosen
     house = House(chosen if isinstance(chosen, list) else [chosen])
     found = sort_settings(house, file, content)  # {key: (where it was set, value)}
     hints = house.hints(house.Config)
@@ -419,10 +420,16 @@ def read_value(hint, value, at: str, limits: Mapping, reading: Reading):
 
 
 def read_object(cls, value: dict, at: str, reading: Reading):
-    """An instance of dataclass `cls`; fields that nobody knows are
-    added to what was ignored by name."""
+    """An instance of dataclass `cls`; fields that nobody knows are added to what was ignored, by
+    name."""
     prefix = f"{at}." if at else ""
     hints = reading.house.hints(cls)
+    for name in value.keys() - hints.keys():
+        feature = reading.house.feature_of(cls, name)
+        if feature and value[name] not in (None, False, "", [], {}):
+            raise invalid(prefix + name, f"{prefix}{name}: needs the feature {feature}, which is "
+                          "off; leave it out, or have it named in `features` of the settings",
+                          "feature_off")
     given = {}
     for field in dataclasses.fields(cls):
         name, sent = prefix + field.name, value.get(field.name)
@@ -440,25 +447,18 @@ def read_object(cls, value: dict, at: str, reading: Reading):
             raise invalid(name, f"{name}: {refused}; got {describe(sent)}, leave it out",
                           "unsupported_parameter")
         given[field.name] = read_value(hints[field.name], sent, name, field.metadata, reading)
-    for name in value.keys() - hints.keys():
-        feature = reading.house.feature_of(cls, name)
-        if feature and value[name] not in (None, False, "", [], {}):
-            raise invalid(prefix + name, f"{prefix}{name}: needs the feature {feature}, which is "
-                          "off; leave it out, or have it named in `features` of the settings",
-                          "feature_off")
     reading.ignored += [prefix + name for name in value if name not in hints]
     whole = cls(**given)
     for each in cls.__mro__:  # what no single field can tell
-        if "check" in vars(each) and not issubclass(each, GenerationBody):
+        if "check" in vars(each):
             each.check(whole, at)
-    if isinstance(whole, GenerationBody):
-        whole.check(at)
     return whole
 
 
 # ==== 4. Features: files that plug in ====================================================
 
 FEATURES = HERE / "features"
+EXPORTS = ("Settings", "ROUTES", "FIELDS", "equip", "receive", "join", "start")
 
 
 class House:
@@ -468,12 +468,12 @@ class House:
     def __init__(self, names: Iterable[str]):
         self.modules: list[types.ModuleType] = []
         for name in names:
-            self._add(name, [])
+            self._add(name, ())
         self.routes = dict(ROUTES)
         self.aliases: dict[str, str] = {}  # environment variables that mean a setting
         extensions: dict[str, list[type]] = {}  # by the name of the class that they extend
         for module in self.modules:
-            self._claim(module, self.routes, getattr(module, "ROUTES", {}), "the path")
+            self._claim(module, self.routes, getattr(module, "ROUTES", {}))
             self.aliases |= getattr(module, "ALIASES", {})
             added = {**getattr(module, "FIELDS", {})}
             if hasattr(module, "Settings"):
@@ -486,8 +486,10 @@ class House:
         self.dialects = {path: route.dialect for (_, path), route in self.routes.items()}
         self._off = fields_of_others({module.__name__ for module in self.modules})
 
-    def _add(self, name: str, wanted_by: list[str]) -> None:
+    def _add(self, name: str, wanted_by: tuple[str, ...]) -> None:
         """Import a feature, behind those that it needs."""
+        if name in wanted_by:
+            raise ConfigError(f"features: {name} needs itself, by way of {', '.join(wanted_by)}")
         if not isinstance(name, str) or not name.isidentifier() \
                 or not (FEATURES / f"{name}.py").is_file():
             there = ", ".join(sorted(file.stem for file in FEATURES.glob("*.py"))) or "none"
@@ -500,15 +502,17 @@ class House:
         except Exception as error:
             raise ConfigError(f"features: {name} cannot be imported: {type(error).__name__}: "
                               f"{error}") from error
+        if not any(hasattr(module, export) for export in EXPORTS):
+            raise ConfigError(f"features: {name} is a part of other features, and none by itself")
         for needed in getattr(module, "NEEDS", ()):
-            self._add(needed, [*wanted_by, name])
+            self._add(needed, (*wanted_by, name))
         self.modules.append(module)
 
     @staticmethod
-    def _claim(module, taken: dict, added: dict, what: str) -> None:
+    def _claim(module, taken: dict, added: dict) -> None:
         for key in added:
             if key in taken:
-                raise ConfigError(f"features: {module.__name__} claims {what} {' '.join(key)}, "
+                raise ConfigError(f"features: {module.__name__} claims the path {' '.join(key)}, "
                                   "which is there already")
         taken |= added
 
@@ -672,7 +676,6 @@ class ChatBody(GenerationBody):
 
     def check(self, at: str) -> None:
         """Refuse what fields together make impossible."""
-        super().check(at)
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs", f"top_logprobs: {self.top_logprobs} was sent, but it "
                                           "needs logprobs: true")
@@ -717,7 +720,6 @@ class CompletionBody(GenerationBody):
 
     def check(self, at: str) -> None:
         """Refuse what fields together make impossible."""
-        super().check(at)
         best_of = self.best_of or self.n
         if best_of < self.n or (best_of > self.n and self.stream):
             raise invalid("best_of", f"best_of: {best_of} was sent; it must be at least n "
@@ -1098,6 +1100,8 @@ class Models:
     def lease(self, model: LocalModel, wait: Callable[[], None]) -> Iterator[engine.Engine]:
         """A model's engine, which stays loaded within this. wait: called again and again until it
         is there; may raise. Raises ModelLoading, ModelFailed, QueueFull, EngineClosed."""
+        if self._stopping.is_set():
+            raise engine.EngineClosed("the server is shutting down")
         self.check_started()
         yield model.engine
 
@@ -1318,7 +1322,7 @@ OPENAI = Dialect()
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """The listening socket, and what handlers share: settings, engine, state."""
+    """The listening socket, and what handlers share: settings, features, models, state."""
 
     daemon_threads = True
     request_queue_size = 128  # connections the kernel holds while they are accepted one by one
@@ -1948,6 +1952,7 @@ class Handler(Connection):
     def post_completion(self, body: CompletionBody) -> None:
         self.check_generates()
         loaded, best_of = self.loaded, body.best_of or body.n
+        wanted = self.join(Generation(self, body))
         prompts = self.read_prompts(body.prompt, "prompt")
         if body.suffix is not None:
             prompt = loaded.model.infill(body.prompt, body.suffix)
@@ -1956,7 +1961,6 @@ class Handler(Connection):
                                         "out, or load one with fill-in-the-middle tokens")
             self.check_length(len(prompt), "prompt", 1)
             prompts = [prompt]
-        wanted = self.join(Generation(self, body))
         self.generate(wanted, prompts, wanted.constrain(""), TextRenderer, best_of)
 
     def check_generates(self) -> None:
@@ -2079,7 +2083,8 @@ class Handler(Connection):
                 content = message.get("content")
                 for text in content if isinstance(content, list) else [content]:
                     if isinstance(text, dict):  # a part; an image would fill the log
-                        text = text.get("text") or f"<{text.get('type')}>"
+                        kind = text.get("type")
+                        text = text.get("text") if kind in TEXTS else f"<{kind}>"
                     log.info("%s %s: %s", self.tally.id, printable(str(message.get("role"))),
                              describe(text, most=math.inf))
 
@@ -2294,7 +2299,7 @@ class Renderer:
     def usage(self) -> dict:
         """Token counts; a prompt with several choices counts once."""
         prompts = {id(choice.prompt): choice for choice in reversed(self.choices)}.values()
-        n_prompt = sum(len(choice.prompt) for choice in prompts)
+        n_prompt = sum(choice.n_prompt for choice in prompts)
         n_generated = sum(choice.n_generated for choice in self.choices)
         return {"prompt_tokens": n_prompt, "completion_tokens": n_generated,
                 "total_tokens": n_prompt + n_generated, "prompt_tokens_details": {
@@ -2307,7 +2312,7 @@ class Renderer:
     def timings(self) -> dict:
         """What the first choice's prompt and the slowest reply took, in llama-server's names."""
         first = self.choices[0]
-        n_prompt, n_cached = len(first.prompt), first.n_reused
+        n_prompt, n_cached = first.n_prompt, first.n_reused
         prompt_ms = (first.first_token - first.placed) * 1000
         slowest = max(self.choices, key=lambda choice: choice.last_token - choice.first_token)
         return {"cache_n": n_cached, **timing("prompt", n_prompt - n_cached, prompt_ms),

@@ -180,7 +180,8 @@ def post_unload(handler, request: UnloadBody) -> None:
 
 def start(running: "server.Server") -> None:
     """See to it that the model that sees is there. Raises ConfigError."""
-    if name := running.config.default_vision_model:
+    name = running.config.default_vision_model
+    if name and name not in running.config.model_aliases:  # which must name models themselves
         try:
             running.models.find(name)
         except server.ApiError as error:
@@ -197,6 +198,8 @@ def find_model(handler, name: str | None, sees: bool):
               if isinstance(each, server.LocalModel) and vision.sees(each)]
     default = models.find(config.default_vision_model) if config.default_vision_model else \
         next(iter(seeing), None)
+    if default is not None and default is models.otherwise:  # it is asked for what it is named there
+        default = dataclasses.replace(default, model=config.default_vision_model)
     if isinstance(default, server.LocalModel) and default.is_off:
         default = next((each for each in models.loaded() if each in seeing), None)
     if default is None:

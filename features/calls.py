@@ -45,7 +45,6 @@ TOOL_FORMATS = {  # the first whose pattern is found wins
         '", "arguments": ', "}\n</tool_call>", '\n<tool_call>\n{"name": "'),
 }
 GENERIC = dataclasses.replace(TOOL_FORMATS["hermes"], native=False)
-NO_CALLS = ToolFormat("", "", "", "", "")
 PARAMETER, PARAMETER_END = "<parameter=", "\n</parameter>\n"
 
 

@@ -233,7 +233,7 @@ class Drafts(engine.Drafter):
         found = {slot: self._draft(slot, room, price, asks) for slot in slots}
         limit, least = MAX_DRAFT, 1.0 if n_prefill else min(tokens for _, tokens in found.values())
         spare = ((1 + SLACK) * least - 1) * (len(slots) + n_prefill * price)
-        while not is_alone and (
+        while limit and not is_alone and (
                 (n_rows := sum(len(draft[:limit]) for draft, _ in found.values())) > room
                 or n_rows * price > spare):
             limit -= 1

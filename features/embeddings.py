@@ -15,7 +15,7 @@ What it costs. The context is made with the first use and freed with the model: 
 tokens, which all texts share, and compute buffers. A stream waits for one batch at a time: N_BATCH
 rows, but a whole text for a model that pools.
 
-What it reads and sends. The body of `/v1/embeddings`; server.py reads it and writes the reply.
+What it reads and sends. It reads the body of `/v1/embeddings`, and sends vectors.
 """
 
 import dataclasses
@@ -152,7 +152,7 @@ def post_embeddings(handler, request: EmbeddingBody) -> None:
         vectors = embed(loaded, texts, handler.check_connection)
     if request.dimensions:  # a shorter vector is the longer one's beginning, of length 1 again
         vectors = vectors[:, : request.dimensions]
-        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), TINY)
     as_text = request.encoding_format == "base64"
     handler.send_json({
         "object": "list", "model": request.model or loaded.model.name,

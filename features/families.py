@@ -1,7 +1,8 @@
 """Families: chat templates for GGUF files that bring none.
 
 What for: older files. How it works: the model's architecture, or else its file's name, tells the
-family, and that the form of its turns; for others, ChatML stays. It costs nothing. It reads the file's
+family, and that the form of its turns; for others, turns are
+lines of `role: content`. It costs nothing. It reads the file's
 header, and sends nothing.
 """
 

@@ -51,11 +51,14 @@ class ModelEntry:
         return [field.name for field in dataclasses.fields(ModelEntry)
                 if getattr(self, field.name) is not None]
 
-    def settings(self, config: server.Config) -> server.Config:
-        """The settings for this model."""
+    def settings(self, config: server.Config, house: server.House) -> server.Config:
+        """The settings for this model. Raises ConfigError for one that no feature honours."""
         own = {name: getattr(self, name) for name in self.given_settings()}
         own |= {name: getattr(self, name) for name in self.OWN}
         there = {field.name for field in dataclasses.fields(config)}
+        for name in self.given_settings():
+            if name not in there:
+                raise server.ConfigError(f"models: {house.unknown_setting(name)}")
         return dataclasses.replace(config, **{
             name: value for name, value in own.items() if name in there})
 
@@ -132,14 +135,14 @@ class Pool(server.Models):
         super().__init__(config, house, stopping)
         if config.models_dir and not Path(os.path.expanduser(config.models_dir)).is_dir():
             raise server.ConfigError(f"models_dir: {config.models_dir} is not a folder")
-        local = {name: PooledModel(name, entry.model_path, entry.settings(config), house)
+        local = {name: PooledModel(name, entry.model_path, entry.settings(config, house), house)
                  for name, entry in config.models.items() if entry.is_here()}
         own, wanted = server.model_name(config.model_path), config.default_regular_model
         if config.model_path or not (wanted or config.models) or \
                 wanted == own and not getattr(config, "openai_base_url", None):
             local = {own: PooledModel(own, config.model_path, config, house), **local}
         self._models, self.named = local, dict(local)
-        self._stopping, self._download_dir = stopping, server.HERE / "models"
+        self._download_dir = server.HERE / "models"
         self.default = None
         self.retired = engine.Stats()  # the counts of engines that are gone
         # Guards all that is below and the models' standing; notified when any of it changes.
@@ -403,4 +406,9 @@ class Pool(server.Models):
 
 def start(running: "server.Server") -> None:
     """Put the pool in the place of the one model."""
+    before = running.models
     running.models = Pool(running.config, running.house, running.stopping)
+    # What other features have named so far.
+    running.models.named |= {name: target for name, target in before.named.items()
+                             if not isinstance(target, server.LocalModel)}
+    running.models.otherwise = before.otherwise

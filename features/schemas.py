@@ -24,7 +24,7 @@ import urllib.parse
 from collections.abc import Iterator
 from decimal import Decimal
 
-MAX_FORM = 2**18  # bytes of a schema or grammar
+MAX_FORM = 2**18  # bytes of a schema; a quarter of it for a grammar
 MAX_NODES, MAX_DEPTH = 4000, 48  # subschemas looked at; one inside the other
 MAX_PATTERN = 4000  # characters of a regular expression; 200,000 take 6 s and 2 GB for one token
 MAX_NAME_PATTERNS = 64  # in one patternProperties: each two of them are compared

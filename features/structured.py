@@ -13,8 +13,8 @@ Schemas come from strangers, and llguidance trusts them: some hang it, some end 
 limits of size come first, and then each grammar is tried out in a child process, the `Trial`, under
 limits of time and memory. A child that dies or hangs is replaced, and the request is a 400.
 
-What it costs: 0.1 s once for the child and 0.2 s once for each model, when first used; then about a
-few milliseconds for each request, 10 us for a token, and 0.1 ms where the model must be corrected.
+What it costs: 0.1 s once for the child and 0.2 s once for each model, when first used; then a few
+milliseconds for each request, 10 us for a token, and 0.1 ms where the model must be corrected.
 
 It reads the fields `response_format`, `json_schema` and `grammar`, and sends nothing elsewhere.
 
@@ -210,6 +210,21 @@ def _unescape(match: re.Match) -> str:
 # ==== 2. A reply: token by token =========================================================
 
 
+class Tokens:
+    """What llguidance reads of a tokenizer (its TokenizerWrapper). It keeps this one, and must not
+    lead back to what keeps llguidance's: the collector does not see through it."""
+
+    def __init__(self, pieces: list[bytes], of_byte: dict[int, int], eos_token: int):
+        self.tokens = [piece or b"<%d>" % token for token, piece in enumerate(pieces)]
+        self.special_token_ids = [token for token, piece in enumerate(pieces) if not piece]
+        self.eos_token_id, self.bos_token_id = eos_token, None
+        self._of_byte = of_byte
+
+    def __call__(self, text: bytes) -> list[int]:
+        """The tokens of a text, as llguidance would force them; it is told not to (FREELY)."""
+        return [self._of_byte[byte] for byte in text if byte in self._of_byte]
+
+
 class Vocabulary:
     """A model's tokens, as their text shows in a reply, for llguidance. Safe from any thread."""
 
@@ -223,16 +238,9 @@ class Vocabulary:
         # Bytes of which a token may be the only one, to write what no token begins with.
         self.of_byte = {piece[0]: token for token, piece in enumerate(self.pieces)
                         if len(piece) == 1}
-        # What llguidance reads of a tokenizer (its TokenizerWrapper):
-        self.special_token_ids = [token for token, piece in enumerate(self.pieces) if not piece]
-        self.tokens = [piece or b"<%d>" % token for token, piece in enumerate(self.pieces)]
-        self.eos_token_id, self.bos_token_id = self.end_tokens[0], None
+        tokens = Tokens(self.pieces, self.of_byte, self.end_tokens[0])
         self.tokenizer = library().LLTokenizer(
-            library().TokenizerWrapper(self), n_vocab=self.n_vocab, eos_token=self.end_tokens)
-
-    def __call__(self, text: bytes) -> list[int]:
-        """The tokens of a text, as llguidance would force them; it is told not to (FREELY)."""
-        return [self.of_byte[byte] for byte in text if byte in self.of_byte]
+            library().TokenizerWrapper(tokens), n_vocab=self.n_vocab, eos_token=self.end_tokens)
 
     @classmethod
     def of(cls, model: engine.Model) -> "Vocabulary":

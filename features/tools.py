@@ -1,7 +1,7 @@
 """Tools: functions that a model may call.
 
 What for: agents. How it works: the model's chat template decides how it is told of tools and how it
-writes calls; `TOOL_FORMATS` holds the literals around them, by which a reply is taken apart while it
+writes calls; calls.py holds the literals around them, by which a reply is taken apart while it
 arrives, and by which a form is made that a call must follow, so that its arguments always validate.
 For a template without tools the system message describes them. It costs what the form costs
 (structured.py). It reads the fields `tools`, `tool_choice`, `parallel_tool_calls`, the deprecated

@@ -9,6 +9,7 @@ It costs 0.1 s once, and about a millisecond for each grammar.
 import contextlib
 import functools
 import json
+import math
 import os
 import select
 import subprocess
@@ -32,7 +33,7 @@ def library():
 
 
 CHILD = """
-import json, resource, sys, threading
+import json, resource, signal, sys, threading
 import llguidance
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
@@ -51,13 +52,15 @@ def answer_all():
     vocabulary, options = llguidance.LLTokenizer("byte"), llguidance.LLParserLimits(**limits)
     print(flush=True)  # ready
     for line in sys.stdin:
+        signal.alarm(n_seconds)  # ends a child whose server is gone
         try:
             answer = compile(vocabulary, options, json.loads(line))
         except Exception as error:
             answer = {"error": str(error) or type(error).__name__}
+        signal.alarm(0)
         print(json.dumps(answer), flush=True)
 
-n_bytes, n_stack, limits, head = json.loads(sys.argv[1])
+n_bytes, n_stack, n_seconds, limits, head = json.loads(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_AS, (n_bytes, n_bytes))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 threading.stack_size(n_stack)
@@ -67,7 +70,9 @@ threading.Thread(target=answer_all).start()
 
 def has_answered(child: subprocess.Popen, seconds: float) -> bool:
     """Wait for a child to write, or to end."""
-    return bool(select.select([child.stdout], [], [], seconds)[0])
+    waiting = select.poll()  # select.select cannot wait for descriptors beyond 1023
+    waiting.register(child.stdout)
+    return bool(waiting.poll(1000 * seconds))
 
 
 class Trial:
@@ -89,36 +94,43 @@ class Trial:
         what is wrong with it as {"error": ...}; as {"limit": ...} what it takes too much of."""
         line = json.dumps({**question, "n_steps": self.N_STEPS}).encode() + b"\n"
         with self._lock:
-            for _ in range(2):  # the first child may have been ended from outside, long ago
-                child = self._child = self._child or self._start()
-                try:
-                    child.stdin.write(line)
-                    child.stdin.flush()
-                except BrokenPipeError:
+            try:
+                for _ in range(2):  # the first child may have been ended from outside, long ago
+                    self._child = self._child or self._start()
+                    with contextlib.suppress(BrokenPipeError):
+                        return self._ask(line)
                     self._end()
-                    continue
-                until = time.monotonic() + self.SECONDS
-                is_quick = has_answered(child, self.PATIENCE)
-                if not is_quick:
-                    with contextlib.suppress(OSError):  # it has ended
-                        os.setpriority(os.PRIO_PROCESS, child.pid, self.NICENESS)
-                answer = child.stdout.readline() if is_quick or has_answered(
-                    child, max(0, self.SECONDS - self.PATIENCE)) else b""
-                if not is_quick:
-                    self._end()  # the next one is in no way behind
-                if answer.endswith(b"\n"):
-                    return json.loads(answer)
-                if is_quick:
-                    self._end()
-                return {"limit": f"it takes more than {self.SECONDS:g} seconds to compile; make it "
-                                 "smaller" if time.monotonic() >= until else
-                                 "it is nested too deeply or needs too much memory"}
-        return {"limit": "the process that tries grammars out cannot be started"}
+            except OSError as error:  # no memory or no descriptor for a child
+                return {"limit": f"the process that tries grammars out cannot be started: {error}"}
+            except BaseException:  # its answer, still in the pipe, is nobody else's
+                self._end()
+                raise
+        return {"limit": "the process that tries grammars out ends as soon as it is started"}
+
+    def _ask(self, line: bytes) -> dict:
+        """One question to the child, and its answer. Raises BrokenPipeError if it has ended."""
+        child, until = self._child, time.monotonic() + self.SECONDS
+        child.stdin.write(line)
+        child.stdin.flush()
+        is_quick = has_answered(child, self.PATIENCE)
+        if not is_quick:
+            with contextlib.suppress(OSError):  # it has ended
+                os.setpriority(os.PRIO_PGRP, child.pid, self.NICENESS)
+        answer = child.stdout.readline() if is_quick or has_answered(
+            child, max(0, self.SECONDS - self.PATIENCE)) else b""
+        if not (is_quick and answer):
+            self._end()  # it is gone, or niced: the next one starts as any process
+        if answer.endswith(b"\n"):
+            return json.loads(answer)
+        return {"limit": f"it takes more than {self.SECONDS:g} seconds to compile; make it smaller"
+                         if time.monotonic() >= until else
+                         "it is nested too deeply or needs too much memory"}
 
     def _start(self) -> subprocess.Popen:
         """A new child, ready to be asked."""
         child = subprocess.Popen(  # Ctrl-C is the server's: a session of its own
-            [sys.executable, "-c", CHILD, json.dumps([self.MAX_BYTES, self.STACK_BYTES, LIMITS,
+            [sys.executable, "-c", CHILD, json.dumps([self.MAX_BYTES, self.STACK_BYTES,
+                                                      2 * math.ceil(self.SECONDS), LIMITS,
                                                       FREELY])],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             start_new_session=True)
@@ -126,7 +138,9 @@ class Trial:
         return child
 
     def _end(self) -> None:
-        """Let go of a child that cannot be used any more."""
+        """Let go of a child that cannot be used any more, if there is one."""
+        if self._child is None:
+            return
         with contextlib.suppress(OSError):
             self._child.kill()
             self._child.stdin.close()

@@ -288,8 +288,11 @@ def files_of(model: "server.LocalModel") -> dict[str, str | None]:
 
 def sees(target) -> bool:
     """Whether a name stands for a model of this machine that reads images."""
-    return isinstance(target, server.LocalModel) and bool(
-        mmproj_of(target.settings.mmproj, target.path))
+    if not isinstance(target, server.LocalModel):
+        return False
+    if loaded := target.engine:  # files beside it may have come or gone since
+        return loaded in projectors
+    return bool(mmproj_of(target.settings.mmproj, target.path))
 
 
 # ==== 3. Request: the images of a chat ==================================================
@@ -408,6 +411,8 @@ def read_prompt(chat: server.Chat, marked: dict[str, Pieces], prompt: str
 def encode(loaded: engine.Engine, file: bytes, at: str) -> Pieces:
     """An image file, inspected, as the model reads it. at: its place in the request. Raises
     ApiError."""
+    if loaded not in projectors:
+        raise server.invalid(at, f"{at}: the model that is loaded reads no images; send text alone")
     with errors_at(at):
         pieces = projectors[loaded].read(file)
     n_batch = loaded.context.n_batch

@@ -1,4 +1,4 @@
-"""Requests of our own over HTTP: what elsewhere.py and vision.py ask other servers with.
+"""Requests of our own over HTTP: what elsewhere.py and files.py ask other servers with.
 
 It is no feature by itself. Each request is watched: while it waits, a function is called again and
 again, which may raise, so that a client that hangs up or a server that stops ends it at once.

@@ -14,11 +14,17 @@ import codecs
 import concurrent.futures
 import contextlib
 import datetime
+import gc
 import json
+import os
 import random
 import re
+import resource
+import signal
 import sys
 import time
+import types
+import weakref
 from decimal import Decimal
 from pathlib import Path
 
@@ -879,6 +885,79 @@ def test_a_trial_that_ends_is_started_again(model):
     first.wait()
     assert "lark" in trial.run({"lark": 'start: "a"'}) and trial._child is not first
     trial._end()
+
+
+def test_a_trial_works_with_a_thousand_connections_open(model):
+    """select.select cannot wait for descriptors beyond 1023, and raised."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    files = [open(os.devnull) for _ in range(1100)]
+    try:
+        trial = Trial()
+        assert "lark" in trial.run({"lark": 'start: "a"'})
+        trial._end()
+    finally:
+        for file in files:
+            file.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_an_answer_nobody_waited_for_is_nobody_elses(model, monkeypatch):
+    trial = Trial()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("features.trial.has_answered", lambda *_: (_ for _ in ()).throw(
+            KeyboardInterrupt))
+        trial.run({"lark": 'start: "first"'})
+    assert "second" in trial.run({"lark": 'start: "second"'})["lark"]
+    trial._end()
+
+
+def test_a_trial_whose_server_is_gone_ends_itself(monkeypatch):
+    """A schema that hangs must not compute for ever after a crash."""
+    monkeypatch.setattr(Trial, "SECONDS", 0.3)  # the child's own alarm: twice that, rounded up
+    trial = Trial()
+    child = trial._start()
+    slow = json.dumps(HEAVY["a larger divisor"])
+    question = {"lark": f"start: %json {slow}", "n_steps": 0}
+    child.stdin.write(json.dumps(question).encode() + b"\n")
+    child.stdin.close()  # the server is gone
+    assert child.wait(timeout=10) == -signal.SIGALRM
+    child.stdout.close()
+
+
+def test_a_model_that_was_unloaded_leaves_no_vocabulary():
+    """llguidance keeps the tokens it was given, and Python's collector does not see that."""
+    model = engine.Model(engine.find_model_file(None, ROOT / "models"))
+    gone = weakref.ref(structured.Vocabulary.of(model))
+    model.close()
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+class Picky(engine.Constraint):
+    """Refuses what it has not ruled out: the first tokens that are tried."""
+
+    def __init__(self, n_refused: int):
+        self.n_left = n_refused
+
+    def take(self, token: int) -> bool:
+        self.n_left -= 1
+        return self.n_left < 0
+
+    def restrict(self, logits: np.ndarray) -> None:
+        pass
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_refused_token_is_not_the_end_of_a_reply(model, temperature):
+    """A token that ends a trigger and begins the form wrongly is refused, but another may come."""
+    rows = np.zeros((1, model.n_vocab), dtype=np.float32)
+    rows[0, [10, 11, 12]] = 90, 80, 70
+    params = engine.SamplingParams(temperature=temperature)
+    sampler = engine.Sampler(model, params, 512, [], Picky(2))
+    context = types.SimpleNamespace(logits=lambda row: rows[row])
+    assert sampler.sample(context, 0) == 12
 
 
 def test_a_trial_has_a_limit_of_time_and_of_memory(monkeypatch):
