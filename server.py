@@ -492,7 +492,7 @@ class House:
             raise ConfigError(f"features: {name} needs itself, by way of {', '.join(wanted_by)}")
         if not isinstance(name, str) or not name.isidentifier() \
                 or not (FEATURES / f"{name}.py").is_file():
-            there = ", ".join(sorted(file.stem for file in FEATURES.glob("*.py"))) or "none"
+            there = ", ".join(sorted(file.stem for file in FEATURES.glob("[!_]*.py"))) or "none"
             raise ConfigError(f"features: {describe(name)} is not in the folder features, which "
                               f"has {there}")
         if any(module.__name__ == f"features.{name}" for module in self.modules):
@@ -565,7 +565,7 @@ def fields_of_others(modules: set[str]) -> dict[tuple[str, str], str]:
     """The fields that features add which are off, and so are only read, not imported: by the class
     that they extend and their name, the feature."""
     found: dict[tuple[str, str], str] = {}
-    for file in sorted(FEATURES.glob("*.py")):
+    for file in sorted(FEATURES.glob("[!_]*.py")):
         tree = ast.parse(file.read_text()) if f"features.{file.stem}" not in modules else None
         classes = {node.name: node for node in (tree.body if tree else ())
                    if isinstance(node, ast.ClassDef)}

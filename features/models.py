@@ -203,7 +203,7 @@ class Pool(server.Models):
         """The GGUF files in models_dir, by their names without the ending."""
         folder = Path(os.path.expanduser(self.config.models_dir or ""))
         files = engine.model_files(folder) if self.config.models_dir else []
-        settings = ModelEntry().settings(self.config)
+        settings = ModelEntry().settings(self.config, self._house)
         return [PooledModel(file.stem, str(file), settings, self._house, is_in_folder=True)
                 for file in files if re.fullmatch(MODEL_NAME, file.stem)]
 
