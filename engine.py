@@ -549,14 +549,13 @@ class Model:
                 raise TimeoutError(f"it ran longer than {MAX_TEMPLATE_SECONDS:g} seconds")
             return watch if frame.f_code.co_filename == TEMPLATE_FILE else None
 
-        options = options or {}
         template = copy.copy(self._template)
         template.add_generation_prompt = add_generation_prompt
         tracer = sys.gettrace()
         sys.settrace(watch)
         try:
             try:
-                return template(messages=messages, **options).prompt
+                return template(messages=messages, **(options := options or {})).prompt
             except (TypeError, jinja2.UndefinedError):
                 if options.get("tools") is not None:
                     raise
@@ -647,8 +646,7 @@ class Sampler:
             or params.repeat_penalty != 1 or params.dry_multiplier)
         self._biased = np.fromiter(params.logit_bias.keys(), dtype=np.int32)  # token ids
         self._bias = np.fromiter(params.logit_bias.values(), dtype=np.float32)
-        self._chain = lib.llama_sampler_chain_init(
-            lib.llama_sampler_chain_default_params())
+        self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         for sampler in () if self._is_argmax else _samplers(model, params, n_ctx, prompt):
             lib.llama_sampler_chain_add(self._chain, sampler)
 
@@ -673,10 +671,8 @@ class Sampler:
             logits[list(self._model.end_tokens)] = -math.inf
         for _ in range(N_DRAWS):
             logits[token] = -math.inf  # what was refused once is not drawn again
-            if not np.isfinite(logits).any():
-                break
-            token = self._draw(logits)
-            if self._take(token):
+            token = self._draw(logits) if np.isfinite(logits).any() else NO_TOKEN
+            if token == NO_TOKEN or self._take(token):
                 return token
         return NO_TOKEN
 
@@ -733,8 +729,7 @@ def _samplers(model: Model, params: SamplingParams, n_ctx: int, prompt: np.ndarr
             yield lib.llama_sampler_init_mirostat(
                 model.n_vocab, seed, params.mirostat_tau, params.mirostat_eta, n_likeliest)
         else:
-            yield lib.llama_sampler_init_mirostat_v2(
-                seed, params.mirostat_tau, params.mirostat_eta)
+            yield lib.llama_sampler_init_mirostat_v2(seed, params.mirostat_tau, params.mirostat_eta)
         return
     if params.presence_penalty or params.frequency_penalty:
         # The OpenAI penalties count the whole reply: the window is as long as a reply can be.

@@ -1205,8 +1205,7 @@ class Chat(Generation):
         messages = list(self.messages)
         begun = messages.pop() if self.body.continue_final_message else None
         try:
-            prompt = self.loaded.model.render_chat(
-                prepare_messages(messages, self.joined),
+            prompt = self.loaded.model.render_chat(prepare_messages(messages, self.joined),
                 self.body.add_generation_prompt or begun is not None, self.options)
         except engine.TemplateError as error:
             raise invalid("messages", f"messages: the model's chat template refuses them: {error}",
@@ -1646,8 +1645,7 @@ class Connection(socketserver.StreamRequestHandler):
             return
         try:
             page = urllib.parse.urlsplit(origin)
-            is_ours = bool(page.netloc) and (
-                is_this_machine(page.hostname or "")
+            is_ours = bool(page.netloc) and (is_this_machine(page.hostname or "")
                 or knows_host and page.netloc == self.head.headers.get("host"))
         except ValueError:
             is_ours = False

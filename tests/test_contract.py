@@ -284,17 +284,20 @@ def test_tool_choice_required_always_calls(http, seed):
 
 
 def test_required_may_call_several_tools(http):
-    """Whatever their number, each call has an id of its own and validates. A small model may go on
-    calling until its length, which is no fault of the form: some of eight do not."""
+    """Whatever their number, each call has an id of its own and validates. Whether one more call
+    comes is a near tie for this model: a reply may alternate the two tools until its length. Then
+    all calls but the one that was cut off are held to the same."""
     body = {"messages": [{"role": "user", "content": "What are the weather and the time?"}],
             **TOOLS, "max_tokens": 400, "tool_choice": "required", "temperature": 1, "seed": 4, "n": 8}
     choices = post(http, CHAT, body)["choices"]
-    ended = [choice for choice in choices if choice["finish_reason"] == "tool_calls"]
-    assert len(ended) >= 2, [choice["finish_reason"] for choice in choices]
-    for choice in ended:
-        ids = [call["id"] for call in choice["message"]["tool_calls"]]
-        assert calls_of(choice, WEATHER, CLOCK) and len(set(ids)) == len(ids)
-    assert max(len(choice["message"]["tool_calls"]) for choice in ended) > 1
+    for choice in choices:
+        calls, is_cut = choice["message"]["tool_calls"], choice["finish_reason"] == "length"
+        assert is_cut or choice["finish_reason"] == "tool_calls"
+        assert not choice["message"]["content"] and len({call["id"] for call in calls}) == len(calls)
+        whole = {"message": {"tool_calls": calls[:-1] if is_cut else calls}}
+        assert calls_of(whole, WEATHER, CLOCK)
+    assert sum(choice["finish_reason"] == "tool_calls" for choice in choices) >= 4
+    assert max(len(choice["message"]["tool_calls"]) for choice in choices) > 1
 
 
 def test_a_named_function_is_called_and_validates_at_temperature_1(http):
