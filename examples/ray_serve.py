@@ -76,7 +76,7 @@ class Replica:
     def __init__(self, settings: dict):
         """settings: of server.Config, as plain values: its class, made of features, cannot travel."""
         logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(message)s")
-        house = server.House(settings["features"])
+        house = server.load_features(settings["features"])
         self.server = Server(server.read_object(house.Config, settings, "", server.Reading(house)))
         self.name = serve.get_replica_context().replica_id.unique_id
         self.server.models.start()
