@@ -869,7 +869,6 @@ class RateLimiter:
 
 # ==== 7. Models: which names there are ===================================================
 
-RELOAD_SECONDS = 2.0  # between looks whether a model file that could not be loaded has changed
 POLL_SECONDS = 0.1  # how often who waits looks whether its client is still there
 
 
@@ -883,27 +882,8 @@ class LocalModel:
     house: House
     engine: "engine.Engine | None" = None
     progress: float | None = None  # 0 to 1, while it loads
-    error: str | None = None  # why it could not be loaded the last time
 
-    def files(self) -> dict[str, str]:
-        """Its files, by the settings that name them."""
-        names = [field.name for field in dataclasses.fields(self.settings)
-                 if field.metadata.get("is_file") and field.name != "model_path"]
-        files = {"model_path": self.path, **{name: getattr(self.settings, name) for name in names}}
-        for files_of in self.house.having("files_of"):
-            files |= files_of(self)
-        return {name: file for name, file in files.items() if file}
-
-    def look(self) -> tuple:
-        """What changes when one of its files does."""
-        seen = []
-        for file in self.files().values():
-            with contextlib.suppress(OSError):
-                stat = os.stat(os.path.expanduser(file))
-                seen.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
-        return tuple(seen)
-
-    def load(self, download_dir: Path, go_on: Callable[[], bool]) -> "engine.Engine":
+    def load(self, go_on: Callable[[], bool]) -> "engine.Engine":
         """Load it, and give it what features add. go_on: False interrupts. Raises ModelError."""
         def on_progress(fraction: float = 0.0) -> bool:
             self.progress = fraction
@@ -911,17 +891,16 @@ class LocalModel:
 
         def equip(loaded: "engine.Engine") -> None:
             loaded.model.name = self.name
-            for equip in house.having("equip"):
-                equip(loaded, config)
+            for equip in self.house.having("equip"):
+                equip(loaded, self.settings)
 
-        config, house = self.settings, self.house
-        path = engine.find_model_file(self.path, download_dir, on_progress)
+        path = engine.find_model_file(self.path, HERE / "models", on_progress)
         self.path = str(path)
         log.info("loading %s", path.name)
         names = ("n_ctx", "parallel", "n_batch", "n_ubatch", "n_threads", "n_gpu_layers",
                  "flash_attn", "prefill_chunk", "max_queue", "chat_template_file")
         return engine.load_engine(path, on_progress=on_progress, equip=equip,
-                                  **{name: getattr(config, name) for name in names})
+                                  **{name: getattr(self.settings, name) for name in names})
 
     def answer(self, handler: "Handler", route: "Route", sent: dict, body: bytes) -> None:
         """Read a request for this model, and answer it while the model stays loaded."""
@@ -934,13 +913,12 @@ class LocalModel:
         """Its entry in the list of models; what only a loaded model tells may be missing.
         `max_model_len` is vLLM's name for the context length of a request, `meta` has
         llama-server's names."""
-        created = STARTED
         may = {f"allow_{what}": what not in ("create_engine", "fine_tuning", "search_indices")
                for what in ("create_engine", "sampling", "logprobs", "search_indices", "view",
                             "fine_tuning")}
-        entry = {"id": name, "object": "model", "created": created, "owned_by": NAME,
+        entry = {"id": name, "object": "model", "created": STARTED, "owned_by": NAME,
                  "root": self.name, "parent": None, "permission": [
-                     {"id": f"modelperm-{NAME}", "object": "model_permission", "created": created,
+                     {"id": f"modelperm-{NAME}", "object": "model_permission", "created": STARTED,
                       **may, "organization": "*", "group": None, "is_blocking": False}]}
         loaded = self.engine  # read once: it may be unloaded right now
         if loaded is None:
@@ -959,38 +937,40 @@ class Models:
     n_loads = n_waiting = 0  # models loaded; requests that wait for one
 
     def __init__(self, config: Config, house: House, stopping: threading.Event):
-        """stopping: ends everything; set here where the model can never be loaded."""
-        self.config, self._house, self._stopping = config, house, stopping
+        """stopping: ends everything; set here where the model cannot be loaded."""
+        self.config, self.house, self.stopping = config, house, stopping
         self.default: Any = LocalModel(model_name(config.model_path), config.model_path, config,
                                        house)
         self.named: dict[str, Any] = {self.default.name: self.default}  # what answers to a name
         self.otherwise: Any = None  # what takes the names that are not known
         self.fatal_error: str | None = None
-        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
 
     def settle(self) -> None:
         """Features have added their names: see to what these mean together. Raises ConfigError."""
         self.named |= dict.fromkeys(self.config.model_aliases, self.default)
 
     def start(self) -> None:
-        """Start loading; wait until it has come to an end, or everything stops."""
-        self._thread.start()
-        while self.is_starting and not self._stopping.wait(POLL_SECONDS):
-            pass
-
-    @property
-    def is_starting(self) -> bool:
-        """Whether the default model has not been loaded yet."""
-        return self.default.engine is None
+        """Load the model; return when that has come to an end. Where it fails, `fatal_error` says
+        why, and `stopping` is set."""
+        try:
+            self.default.engine = self.default.load(lambda: not self.stopping.is_set())
+            self.n_loads = 1
+        except Exception as error:
+            if not self.stopping.is_set():  # else that interrupted the loading
+                if not isinstance(error, engine.ModelError):
+                    log.exception("loading %s failed", self.default.name)
+                self.fatal_error = str(error)
+                self.stopping.set()
 
     def check_started(self) -> None:
-        """Raise ModelFailed or ModelLoading before the default model has been loaded."""
-        if self.is_starting and self.default.error:
-            raise engine.ModelFailed(self.default.error)
-        if self.is_starting:
-            progress = self.default.progress or 0.0
-            raise engine.ModelLoading(f"the model is still loading ({progress:.0%}), try again "
-                                      "soon")
+        """Raise ModelLoading before the default model has been loaded."""
+        if self.default.engine is None:
+            raise self.loading()
+
+    def loading(self) -> engine.ModelLoading:
+        """What to say meanwhile."""
+        return engine.ModelLoading(f"the model is still loading ({self.default.progress or 0:.0%}), "
+                                   "try again soon")
 
     def names(self) -> dict[str, Any]:
         """Every name that is known, and what it stands for."""
@@ -1009,17 +989,16 @@ class Models:
                             f"{', '.join(known) or 'none'}", "model", "model_not_found")
 
     @contextlib.contextmanager
-    def lease(self, model: LocalModel, wait: Callable[[], None]) -> Iterator[engine.Engine]:
-        """A model's engine, which stays loaded within this. wait: called again and again until it
-        is there; may raise. Raises ModelLoading, ModelFailed, QueueFull, EngineClosed."""
-        if self._stopping.is_set():
-            raise engine.EngineClosed("the server is shutting down")
+    def lease(self, model: LocalModel, handler: "Handler") -> Iterator[engine.Engine]:
+        """A model's engine, which stays loaded within this, for a request. Raises ModelLoading,
+        ModelFailed, QueueFull, EngineClosed, and what the handler raises while it waits."""
         self.check_started()
         yield model.engine
 
     def engines(self) -> dict[str, engine.Engine]:
         """The engines of loaded models, by their names."""
-        return {} if self.is_starting else {self.default.name: self.default.engine}
+        loaded = self.default.engine
+        return {self.default.name: loaded} if loaded else {}
 
     def stats(self) -> engine.Stats:
         """The counts of all engines."""
@@ -1029,41 +1008,9 @@ class Models:
         """A model that is being loaded while others are served."""
         return None
 
-    def ended(self, seconds: float) -> bool:
-        """Wait for the thread to end, which it does when `stopping` is set; whether it did."""
-        if self._thread.ident:
-            self._thread.join(seconds)
-        return not self._thread.is_alive()
-
     def close(self) -> bool:
         """End every engine at once, as Engine.close does. The server must be stopping."""
         return all([loaded.close(0) for loaded in self.engines().values()])
-
-    def _run(self) -> None:
-        """Load the model. A broken file may still be on its way, and is tried again when it
-        changes; anything else is wrong with the settings."""
-        model, seen = self.default, None
-        while not self._stopping.is_set() and self.is_starting:
-            if seen == model.look():
-                self._stopping.wait(RELOAD_SECONDS)
-                continue
-            seen = model.look()
-            try:
-                loaded = model.load(HERE / "models", lambda: not self._stopping.is_set())
-                model.engine, model.error, self.n_loads = loaded, None, 1
-            except Exception as error:
-                if self._stopping.is_set():  # it is the stop that interrupted the loading
-                    return
-                if not isinstance(error, engine.ModelError):
-                    log.exception("loading %s failed", model.name)
-                model.error = str(error)
-                if not isinstance(error, engine.BrokenModel):
-                    self.fatal_error = model.error
-                    self._stopping.set()
-                else:
-                    log.error("error: %s; waiting for the file to change", error)
-            finally:
-                model.progress = None
 
 
 def model_name(path: str | None) -> str:
@@ -1076,7 +1023,6 @@ def model_name(path: str | None) -> str:
 
 # ==== 8. The server: connections; who may ask ============================================
 
-LOADING_NEWS_SECONDS = 1.0  # between two comments in a stream that waits for its model
 LINGER_SECONDS = 2.0  # how long a refused upload is still read, so that the refusal arrives
 LAST_WRITES_SECONDS = 5.0  # for handlers to write their last event when the engine has stopped
 ACCEPT_PAUSE_SECONDS = 0.1  # when the process has no file descriptor left for a connection
@@ -1212,15 +1158,19 @@ class Server(http.server.ThreadingHTTPServer):
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
         return f"http://{host}:{self.server_port}"
 
-    def state(self) -> str:
-        """What /health says: ok, loading, failed, stalled or draining."""
+    def state(self) -> tuple[str, dict]:
+        """What /health says: ok, loading, failed, stalled or draining, and more about it."""
         if self.stopping.is_set():
-            return "draining"
-        if self.models.is_starting:
-            return "failed" if self.models.default.error else "loading"
+            return "draining", {}
+        try:
+            self.models.check_started()
+        except engine.ModelLoading:
+            return "loading", {"progress": round(self.models.default.progress or 0.0, 2)}
+        except engine.ModelFailed as error:
+            return "failed", {"error": str(error)}
         limit = self.config.stall_seconds
         is_stalled = any(each.seconds_in_step() > limit for each in self.models.engines().values())
-        return "stalled" if is_stalled else "ok"
+        return "stalled" if is_stalled else "ok", {}
 
     def drain(self) -> bool:
         """Refuse new requests, let running ones finish for `drain_seconds`, free the engine. False
@@ -1964,12 +1914,8 @@ class Handler(Connection):
 
     def get_health(self) -> None:
         """200 when requests are served, else 503. Waits for nothing."""
-        models, state = self.server.models, self.server.state()
-        body: dict[str, Any] = {"status": state}
-        if state == "loading":
-            body["progress"] = round(models.default.progress or 0.0, 2)
-        if state == "failed":
-            body["error"] = models.default.error
+        models, (state, details) = self.server.models, self.server.state()
+        body: dict[str, Any] = {"status": state, **details}
         if engines := list(models.engines().values()):
             stats = [each.stats for each in engines]
             body |= {"model": engines[0].model.name, "busy": sum(each.n_busy for each in stats),
@@ -2017,20 +1963,12 @@ class Handler(Connection):
 
     @contextlib.contextmanager
     def lease(self, model: LocalModel) -> Iterator[None]:
-        """Within this, `loaded` is the engine of a model, which is loaded first if need be. From
-        its second second on, that shows in a stream."""
-        began = time.monotonic()
-
-        def wait() -> None:
-            self.check_connection()
-            seconds = time.monotonic() - max(began, self.last_write)
-            if self.streams and seconds > LOADING_NEWS_SECONDS:
-                progress = model.progress or 0.0
-                self.write_sign(f"loading {model.name} {progress:.0%}", {
-                    "type": "loading", "model": model.name, "progress": round(progress, 2)})
-
-        with engine_errors(), self.server.models.lease(model, wait) as self.loaded:
-            yield
+        """Within this, `loaded` is the engine of a model, which is loaded first if need be."""
+        with engine_errors():
+            if self.server.stopping.is_set():
+                raise engine.EngineClosed("the server is shutting down")
+            with self.server.models.lease(model, self) as self.loaded:
+                yield
 
     def read_prompts(self, prompts: Prompts, param: str, n_reply: int = 1) -> list[np.ndarray]:
         """The tokens of a text or a list of tokens, or of each in a list. n_reply: tokens of the
@@ -2351,9 +2289,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_UNUSABLE
     log.info("shutting down: running requests have %g seconds", server.config.drain_seconds)
     if not server.drain():
-        log.error("the engine is stuck in a step: ending without it")
-        os._exit(EXIT_OK)
-    if not server.models.ended(LAST_WRITES_SECONDS):  # some steps of loading cannot be interrupted
+        log.error("the engine is stuck in a step, or in loading: ending without it")
         os._exit(EXIT_OK)
     return EXIT_OK
 
