@@ -577,10 +577,8 @@ class GenerationBody(engine.SamplingParams):
     n: int = option(1, low=1, high=128)
     stop: str | list[str] | None = option(max_length=16)
     logit_bias: dict[str, float] | None = option(low=-100, high=100)  # JSON's keys are strings
-    ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
-    cache_prompt: bool = True
     user: str | None = option(no_effect=True)
 
     def check(self, _at: str) -> None:
@@ -607,29 +605,17 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = option(low=1)
     logprobs: bool = False
     top_logprobs: int | None = option(low=0, high=20)
-    chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
 
     def check(self, at: str) -> None:
         """Refuse what fields together make impossible."""
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs", f"top_logprobs: {self.top_logprobs} was sent, but it "
                                           "needs logprobs: true")
-        last = self.messages[-1].role
-        if self.continue_final_message and last != "assistant":
-            raise invalid("continue_final_message", "continue_final_message: the last message is "
-                                                    f"the {last}'s, not the assistant's")
-        if taken := TEMPLATE_NAMES & (self.chat_template_kwargs or {}).keys():
-            raise invalid("chat_template_kwargs", f"chat_template_kwargs: {min(taken)!r} is set by "
-                                                  "the server; leave it out")
 
     def reply_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
 
-TEMPLATE_NAMES = {"messages", "tools", "functions", "function_call", "tool_choice", "bos_token",
-                  "eos_token", "add_generation_prompt", "raise_exception", "strftime_now", "self"}
 MAX_STOP = 1000  # characters of a stop sequence
 MAX_CHOICES = 512  # replies to one request: prompts times n or best_of
 DEFAULTED = ("temperature", "top_p", "top_k", "min_p")  # settings, where a body does not say
@@ -1554,6 +1540,8 @@ class Generation:
         self.n_each = body.n  # choices for each prompt
         self.n_top_logprobs: int | None = None  # None: no log-probabilities
         self.scores_prompt = False  # log-probabilities of the prompts, too
+        self.reuses = True  # may take prefixes that are cached
+        self.barred: Iterable[int] = ()  # token ids that never come
         self.constrained_by: str | None = None  # the field that holds the reply to a form
         self.expected: np.ndarray | None = None  # tokens that the reply may be like
         self.pieces: dict[int, engine.Piece] = {}  # in the only prompt, by where they begin
@@ -1617,7 +1605,7 @@ class Generation:
                                      prompt, new_constraint() if new_constraint else None)
             self.choices.append(engine.Request(
                 prompt, sampler, limit, stops, self.n_top_logprobs, index, self.scores_prompt
-                and index % self.n_each == 0, reuses=body.cache_prompt, events=events,
+                and index % self.n_each == 0, reuses=self.reuses, events=events,
                 images=self.pieces, expected=self.expected))
 
     def read_bias(self) -> dict[int, float]:
@@ -1628,8 +1616,8 @@ class Generation:
             if not (is_number and int(token) < n_vocab):
                 raise invalid("logit_bias", f"logit_bias: the key {describe(token)} is not a token "
                                             f"id of this model (0 to {n_vocab - 1})")
-        ends = self.model.end_tokens if self.body.ignore_eos else ()
-        return {int(token): value for token, value in bias.items()} | dict.fromkeys(ends, -math.inf)
+        return {int(token): value for token, value in bias.items()} | dict.fromkeys(
+            self.barred, -math.inf)
 
     # ---- after: events into chunks, chunks into a reply --------------------------------------
 
@@ -1746,24 +1734,12 @@ class Chat(Generation):
         handler.log_messages([dataclasses.asdict(message) for message in body.messages])
         self.n_top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         self.messages = [dataclasses.asdict(message) for message in body.messages]
-        self.options = dict(body.chat_template_kwargs or {})  # what else the template may read
+        self.adds_prompt = True  # the prompt ends with the opening of the reply's turn
+        self.options: dict[str, Any] = {}  # what else the template may read
         # Roles of neighbours that become one message.
         self.joined = {("system", "system")}
         if engine.NO_SYSTEM in self.model.template_source:
             self.joined.add(("system", "user"))
-
-    def render(self) -> str:
-        """The prompt, as the model's chat template writes it. Raises ApiError."""
-        messages = list(self.messages)
-        begun = messages.pop() if self.body.continue_final_message else None
-        adds_prompt = self.body.add_generation_prompt or begun is not None
-        try:
-            prompt = self.model.render_chat(prepare_messages(messages, self.joined), adds_prompt,
-                                            self.options)
-        except engine.TemplateError as error:
-            raise invalid("messages", f"messages: the model's chat template refuses them: {error}",
-                          "template_error") from None
-        return prompt + (text_of(begun["content"] or "") if begun else "")
 
     def read(self) -> tuple[list[np.ndarray], Callable[[], engine.Constraint] | None]:
         """As Generation.read."""
@@ -1774,6 +1750,15 @@ class Chat(Generation):
         return [tokens], self.constrain(prompt)
 
     # ---- functions that a feature may replace --------------------------------------------
+
+    def render(self) -> str:
+        """The prompt, as the model's chat template writes it. Raises ApiError."""
+        try:
+            return self.model.render_chat(prepare_messages(self.messages, self.joined),
+                                          self.adds_prompt, self.options)
+        except engine.TemplateError as error:
+            raise invalid("messages", f"messages: the model's chat template refuses them: {error}",
+                          "template_error") from None
 
     def read_prompt(self, prompt: str) -> tuple[np.ndarray, dict[int, engine.Piece]]:
         """The tokens of a prompt, and pieces in it by where they begin. Raises ApiError."""

@@ -1,13 +1,15 @@
-"""Compat: what clients of other servers send and read, though this one could do without.
+"""Compat: what clients of other servers send and read, besides what this one needs.
 
-What for: clients that send all that OpenAI's reference has, and monitors that read llama-server's
-`timings`. How it works: fields that change nothing here are taken without a word, those for what this
-server does not do are a 400 that says so, unless they ask for nothing. It costs nothing. It reads
-those fields, and sends `timings` with the end of each reply.
+What for: clients that send all that OpenAI's reference has, those that llama-server and vLLM have
+taught more fields, and monitors that read llama-server's `timings`. How it works: fields that change
+nothing here are taken without a word; those for what this server does not do are a 400 that says so,
+unless they ask for nothing; the others change a chat before its prompt is made. It costs nothing. It
+reads those fields, and sends `timings` with the end of each reply.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import server
@@ -33,7 +35,11 @@ def check_refused(sent, at: str) -> None:
 
 @dataclasses.dataclass
 class ChatFields:
-    """The other fields of a chat."""
+    """The other fields of a chat. For the first three see vLLM's documentation."""
+
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
 
     metadata: dict[str, str] | None = server.option(no_effect=True)
     safety_identifier: str | None = server.option(no_effect=True)
@@ -47,8 +53,27 @@ class ChatFields:
     web_search_options: Any = refused("web search is not supported")
 
     def check(self, _at: str) -> None:
-        """Refuse what asks for something that is not served."""
+        """Refuse what is not served, or cannot be."""
         check_refused(self, "")
+        last = self.messages[-1].role
+        if self.continue_final_message and last != "assistant":
+            raise server.invalid("continue_final_message", "continue_final_message: the last message "
+                                 f"is the {last}'s, not the assistant's")
+        if taken := TEMPLATE_NAMES & (self.chat_template_kwargs or {}).keys():
+            raise server.invalid("chat_template_kwargs", f"chat_template_kwargs: {min(taken)!r} is "
+                                 "set by the server; leave it out")
+
+
+TEMPLATE_NAMES = {"messages", "tools", "functions", "function_call", "tool_choice", "bos_token",
+                  "eos_token", "add_generation_prompt", "raise_exception", "strftime_now", "self"}
+
+
+@dataclasses.dataclass
+class GenerationFields:
+    """The other fields of any generation."""
+
+    ignore_eos: bool = False
+    cache_prompt: bool = True
 
 
 @dataclasses.dataclass
@@ -62,12 +87,27 @@ class MessageFields:
         check_refused(self, f"{at}.")
 
 
-FIELDS = {"ChatBody": ChatFields, "Message": MessageFields}
+FIELDS = {"ChatBody": ChatFields, "GenerationBody": GenerationFields, "Message": MessageFields}
 
 
 def join(wanted: server.Generation) -> None:
-    """Let a reply end with its timings."""
+    """Let the other fields have their effect, and a reply end with its timings."""
+    body = wanted.body
     wanted.extras = functools.partial(timings, wanted)
+    wanted.reuses = body.cache_prompt
+    wanted.barred = wanted.model.end_tokens if body.ignore_eos else ()
+    if isinstance(wanted, server.Chat):
+        wanted.options |= body.chat_template_kwargs or {}
+        wanted.adds_prompt = body.add_generation_prompt
+        if body.continue_final_message:
+            wanted.render = functools.partial(render_begun, wanted, wanted.render)
+
+
+def render_begun(chat: server.Chat, render: Callable[[], str]) -> str:
+    """The prompt for a reply that goes on where the last message, the assistant's, ends."""
+    begun = chat.messages.pop()
+    chat.adds_prompt = True
+    return render() + server.text_of(begun["content"] or "")
 
 
 def timings(wanted: server.Generation) -> dict:
