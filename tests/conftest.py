@@ -27,6 +27,13 @@ DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SETTINGS = {"N_CTX": "1024", "PARALLEL": "4", "DRAIN_SECONDS": "2",
             "MODEL_ALIASES": "[gpt-4o-mini, text-embedding-3-small]"}
 
+# Under pytest-xdist (`pytest -n 2`) each worker, and the servers that it starts, has processors of its
+# own: threads of two models that share them wait for one another, which takes ten times as long.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    n_workers, processors = int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), sorted(os.sched_getaffinity(0))
+    if n_workers <= len(processors):
+        os.sched_setaffinity(0, processors[int(worker.removeprefix("gw"))::n_workers])
+
 # The heavy clients' tests belong to the environment of requirements-clients.txt.
 collect_ignore = [] if importlib.util.find_spec("langchain_openai") else ["test_clients.py"]
 # So do Ray's, in that of requirements-ray.txt.
