@@ -946,15 +946,19 @@ class Models:
                 self.fatal_error = str(error)
                 self.stopping.set()
 
-    def check_started(self) -> None:
-        """Raise ModelLoading before the default model has been loaded."""
-        if self.default.engine is None:
-            raise self.loading()
+    @property
+    def is_starting(self) -> bool:
+        """Whether the default model has not been loaded yet."""
+        return self.default.engine is None
 
-    def loading(self) -> engine.ModelLoading:
-        """What to say meanwhile."""
-        return engine.ModelLoading(f"the model is still loading ({self.default.progress or 0:.0%}), "
-                                   "try again soon")
+    def check(self) -> None:
+        """Raise EngineClosed when everything stops, ModelLoading before the default model has been
+        loaded."""
+        if self.stopping.is_set():
+            raise engine.EngineClosed("the server is shutting down")
+        if self.is_starting:
+            raise engine.ModelLoading("the model is still loading "
+                                      f"({self.default.progress or 0:.0%}), try again soon")
 
     def names(self) -> dict[str, Any]:
         """Every name that is known, and what it stands for."""
@@ -976,7 +980,7 @@ class Models:
     def lease(self, model: LocalModel, handler: "Handler") -> Iterator[engine.Engine]:
         """A model's engine, which stays loaded within this, for a request. Raises ModelLoading,
         ModelFailed, QueueFull, EngineClosed, and what the handler raises while it waits."""
-        self.check_started()
+        self.check()
         yield model.engine
 
     def engines(self) -> dict[str, engine.Engine]:
@@ -1067,8 +1071,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.changed = threading.Condition()
         self.in_flight = 0
         self.answered: collections.Counter[tuple[str, int]] = collections.Counter()
-        self.connections: set[socket.socket] = set()
-        self.excess: set[socket.socket] = set()  # those above the limit: to be refused
+        self.connections: dict[socket.socket, bool] = {}  # whether above the limit: to be refused
         self.unready: dict[socket.socket, None] = {}  # those that keep us waiting, oldest first
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         try:
@@ -1103,13 +1106,11 @@ class Server(http.server.ThreadingHTTPServer):
             if len(self.connections) >= limit and self.unready:
                 oldest = next(iter(self.unready))
                 del self.unready[oldest]
-                self.connections.remove(oldest)
+                del self.connections[oldest]
             if len(self.connections) >= limit + MAX_REFUSALS:
                 self.shutdown_request(connection)
                 return
-            if len(self.connections) >= limit:
-                self.excess.add(connection)
-            self.connections.add(connection)
+            self.connections[connection] = len(self.connections) >= limit
         if oldest:
             with contextlib.suppress(OSError):
                 oldest.shutdown(socket.SHUT_RDWR)  # its thread's read ends now
@@ -1118,8 +1119,7 @@ class Server(http.server.ThreadingHTTPServer):
     def shutdown_request(self, connection: socket.socket) -> None:
         """Close a connection, and forget it."""
         with self.changed:
-            self.connections.discard(connection)
-            self.excess.discard(connection)
+            self.connections.pop(connection, None)
             self.unready.pop(connection, None)
         super().shutdown_request(connection)
 
@@ -1144,10 +1144,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def state(self) -> tuple[str, dict]:
         """What /health says: ok, loading, failed, stalled or draining, and more about it."""
-        if self.stopping.is_set():
-            return "draining", {}
         try:
-            self.models.check_started()
+            self.models.check()
+        except engine.EngineClosed:
+            return "draining", {}
         except engine.ModelLoading:
             return "loading", {"progress": round(self.models.default.progress or 0.0, 2)}
         except engine.ModelFailed as error:
@@ -1302,7 +1302,7 @@ class Connection(socketserver.StreamRequestHandler):
         size, body = body_size(self.head, limit), None
         if size is not None and size <= SMALL_BODY:
             body = self.read_body(size, limit)
-        if self.connection in self.server.excess:
+        if self.server.connections.get(self.connection):
             self.closes = True
             raise unavailable(f"{self.server.config.max_connections} connections are open, which "
                               "is the limit (max_connections)", "too_many_connections")
@@ -1908,7 +1908,8 @@ class Handler(Connection):
         self.send_json(body, *((200, {}) if state == "ok" else (503, RETRY_SOON)))
 
     def get_slots(self) -> None:
-        self.check_started()
+        with engine_errors():
+            self.server.models.check()
         self.send_json([{"model": name, **dataclasses.asdict(slot)}
                         for name, loaded in self.server.models.engines().items()
                         for slot in loaded.stats.slots])
@@ -1917,7 +1918,8 @@ class Handler(Connection):
         self.send_body(metrics(self.server).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def get_models(self) -> None:
-        self.check_started()
+        with engine_errors():
+            self.server.models.check()
         models = self.server.models
         data = [target.entry(name) for name, target in models.names().items()]
         known = {entry["id"] for entry in data}
@@ -1926,15 +1928,9 @@ class Handler(Connection):
         self.send_json({"object": "list", "data": data})
 
     def get_model(self, name: str) -> None:
-        self.check_started()
-        self.send_json(self.server.models.find(name).entry(name))
-
-    def check_started(self) -> None:
-        """503 at the start, while what will be loaded first is not."""
         with engine_errors():
-            if self.server.stopping.is_set():
-                raise engine.EngineClosed("the server is shutting down")
-            self.server.models.check_started()
+            self.server.models.check()
+        self.send_json(self.server.models.find(name).entry(name))
 
     # ---- a model, and prompts within its context ---------------------------------------
 
@@ -1947,11 +1943,8 @@ class Handler(Connection):
     @contextlib.contextmanager
     def lease(self, model: LocalModel) -> Iterator[None]:
         """Within this, `loaded` is the engine of a model, which is loaded first if need be."""
-        with engine_errors():
-            if self.server.stopping.is_set():
-                raise engine.EngineClosed("the server is shutting down")
-            with self.server.models.lease(model, self) as self.loaded:
-                yield
+        with engine_errors(), self.server.models.lease(model, self) as self.loaded:
+            yield
 
     def read_prompts(self, prompts: Prompts, param: str, n_reply: int = 1) -> list[np.ndarray]:
         """The tokens of a text or a list of tokens, or of each in a list. n_reply: tokens of the

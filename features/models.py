@@ -146,10 +146,11 @@ class Pool(server.Models):
             while self.is_starting and not self.stopping.is_set():
                 self._changed.wait(POLL_SECONDS)
 
-    def check_started(self) -> None:
-        """As Models.check_started. Raises ModelFailed where the file has to change first."""
-        if self.is_starting:
-            raise engine.ModelFailed(self.default.error) if self.default.error else self.loading()
+    def check(self) -> None:
+        """As Models.check. Raises ModelFailed where the file has to change first."""
+        if self.is_starting and self.default.error and not self.stopping.is_set():
+            raise engine.ModelFailed(self.default.error)
+        super().check()
 
     def names(self) -> dict[str, Any]:
         """As Models.names."""
@@ -185,7 +186,7 @@ class Pool(server.Models):
 
     @property
     def is_starting(self) -> bool:
-        """Whether the default model has not been loaded yet."""
+        """As Models.is_starting."""
         return self._first in self._tickets
 
     @property
@@ -255,7 +256,7 @@ class Pool(server.Models):
     def _check_waiting(self, model: PooledModel) -> None:
         """Refuse what it makes no sense to wait for."""
         if model is self.default:
-            self.check_started()
+            self.check()
         if model.is_hopeless():
             raise engine.ModelFailed(model.error)
         try:  # known before another model has to go for it
