@@ -37,7 +37,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jinja2
@@ -569,6 +569,7 @@ class Model:
 # ==== 5. Sampling: from one row of logits to one token ==================================
 
 GREEDY_BELOW = 1e-3  # temperature: dividing logits by less overflows, and changes nothing anyway
+KEEP_AT_LEAST = 1  # tokens, of those that are filtered out
 N_SEEDS = 2**32 - 1  # seeds are 32 bit, and llama.h keeps 0xFFFFFFFF for "random"
 NO_TOKEN = -1  # nothing may follow: the reply ends
 N_DRAWS = 8  # before that: a constraint may refuse what it did not rule out, a few tokens in all
@@ -589,26 +590,55 @@ class SamplingParams:
     top_k: int = knob(0, -1, 2**31 - 1)  # keep the k likeliest; 0 and -1 keep all
     top_p: float = knob(1.0, 0, 1)  # keep the likeliest that together have this probability
     min_p: float = knob(0.0, 0, 1)  # drop what is less likely than this times the likeliest
-    typical_p: float = knob(1.0, 0, 1)  # keep the most typical that together are as probable
-    top_n_sigma: float = knob(-1.0, -1, 1000)  # standard deviations below the peak; < 0: off
     presence_penalty: float = knob(0.0, -2, 2)  # off the logit of each token generated before
     frequency_penalty: float = knob(0.0, -2, 2)  # the same, times how often
-    repeat_penalty: float = knob(1.0, 0.01, 100)  # divides the logits of the last tokens
-    repeat_last_n: int = knob(64, -1, 2**31 - 1)  # how many, of the prompt too; -1: all
-    dry_multiplier: float = knob(0.0, 0, 100)  # DRY, "don't repeat yourself": against sequences
-    dry_base: float = knob(1.75, 1, 100)
-    dry_allowed_length: int = knob(2, 0, 2**31 - 1)  # tokens: longer repetitions are penalized
-    dry_penalty_last_n: int = knob(-1, -1, 2**31 - 1)  # tokens looked back at; -1: all
-    dry_sequence_breakers: list[str] = dataclasses.field(
-        default_factory=lambda: ["\n", ":", '"', "*"], metadata={"max_length": 8})
-    xtc_probability: float = knob(0.0, 0, 1)  # XTC, "exclude top choices": the chance to drop all
-    xtc_threshold: float = knob(0.1, 0, 1)  # ... but the last of those at least this probable
-    mirostat: int = knob(0, 0, 2)  # 1, 2: steer the surprise towards tau, cut no candidates off
-    mirostat_tau: float = knob(5.0, 0, 100)  # bits
-    mirostat_eta: float = knob(0.1, 0, 100)
     min_tokens: int = knob(0, 0, 2**31 - 1)  # no end before so many tokens
     seed: int | None = knob(None, -(2**63), 2**63 - 1)  # None: a new one every time
     logit_bias: dict[int, float] = dataclasses.field(default_factory=dict)
+
+    def is_argmax(self) -> bool:
+        """Whether the largest of the biased logits is all that is asked for."""
+        return self.temperature < GREEDY_BELOW and not (
+            self.presence_penalty or self.frequency_penalty)
+
+    def chain(self, model: Model, n_ctx: int, prompt: np.ndarray) -> Iterator:
+        """Yield new samplers in llama.cpp's order, without those that would do nothing. n_ctx:
+        tokens that prompt and reply may have. prompt: token ids, below 0 for parts of images."""
+        yield from self.biases(model)
+        yield from self.penalties(model, n_ctx, prompt)
+        if self.temperature < GREEDY_BELOW:
+            yield lib.llama_sampler_init_greedy()
+        else:
+            seed = self.new_seed()
+            yield from self.filters(seed)
+            yield lib.llama_sampler_init_temp(self.temperature)
+            yield lib.llama_sampler_init_dist(seed)
+
+    def new_seed(self) -> int:
+        """The seed, as llama.cpp takes it, or a random one."""
+        return secrets.randbelow(N_SEEDS) if self.seed is None else self.seed % N_SEEDS
+
+    def biases(self, model: Model) -> Iterator:
+        """What adds to the logits of certain tokens."""
+        if self.logit_bias:
+            biases = (lib.llama_logit_bias * len(self.logit_bias))(*self.logit_bias.items())
+            yield lib.llama_sampler_init_logit_bias(model.n_vocab, len(biases), biases)
+
+    def penalties(self, model: Model, n_ctx: int, prompt: np.ndarray) -> Iterator:
+        """What makes tokens less likely because they were there before."""
+        if self.presence_penalty or self.frequency_penalty:
+            # OpenAI counts the whole reply: the window is as long as a reply can be.
+            yield lib.llama_sampler_init_penalties(
+                model.n_vocab, n_ctx, 1.0, self.frequency_penalty, self.presence_penalty)
+
+    def filters(self, seed: int) -> Iterator:
+        """What leaves out unlikely tokens, but never all."""
+        if self.top_k > 0:
+            yield lib.llama_sampler_init_top_k(self.top_k)
+        if self.top_p < 1:
+            yield lib.llama_sampler_init_top_p(self.top_p, KEEP_AT_LEAST)
+        if self.min_p:
+            yield lib.llama_sampler_init_min_p(self.min_p, KEEP_AT_LEAST)
 
 
 class GrammarError(ValueError):
@@ -638,16 +668,14 @@ class Sampler:
 
     def __init__(self, model: Model, params: SamplingParams, n_ctx: int, prompt: np.ndarray,
                  constraint: Constraint | None = None):
-        """prompt: token ids; the last ones count as text so far for repeat_penalty and DRY."""
+        """n_ctx, prompt: as for SamplingParams.chain."""
         self._model, self._constraint, self._min_tokens = model, constraint, params.min_tokens
         self._n_taken = 0
-        self._is_argmax = params.temperature < GREEDY_BELOW and not (
-            params.presence_penalty or params.frequency_penalty or params.mirostat
-            or params.repeat_penalty != 1 or params.dry_multiplier)
+        self._is_argmax = params.is_argmax()
         self._biased = np.fromiter(params.logit_bias.keys(), dtype=np.int32)  # token ids
         self._bias = np.fromiter(params.logit_bias.values(), dtype=np.float32)
         self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-        for sampler in () if self._is_argmax else _samplers(model, params, n_ctx, prompt):
+        for sampler in () if self._is_argmax else params.chain(model, n_ctx, prompt):
             lib.llama_sampler_chain_add(self._chain, sampler)
 
     def __del__(self, free=lib.llama_sampler_free):  # bound: modules may be gone at exit
@@ -705,64 +733,6 @@ def _candidate_array(candidates: np.ndarray) -> lib.llama_token_data_array:
     """llama.cpp's view of an array of CANDIDATE; the array must outlive it."""
     return lib.llama_token_data_array(
         data=_pointer(candidates, lib.llama_token_data), size=len(candidates), selected=-1)
-
-
-def _samplers(model: Model, params: SamplingParams, n_ctx: int, prompt: np.ndarray):
-    """Yield new samplers in llama.cpp's order, leaving out those that would do nothing."""
-    keep_at_least = 1  # token
-    seed = secrets.randbelow(N_SEEDS) if params.seed is None else params.seed % N_SEEDS
-
-    def after_prompt(sampler, n_last: int):
-        """The sampler, with the last tokens of the prompt as text so far."""
-        for token in prompt[max(0, len(prompt) - n_last):].tolist():
-            if token >= 0:  # else a part of an image
-                lib.llama_sampler_accept(sampler, token)
-        return sampler
-
-    if params.logit_bias:
-        biases = (lib.llama_logit_bias * len(params.logit_bias))(*params.logit_bias.items())
-        yield lib.llama_sampler_init_logit_bias(model.n_vocab, len(biases), biases)
-    if params.mirostat:  # as in llama.cpp, in place of what follows
-        yield lib.llama_sampler_init_temp(max(params.temperature, GREEDY_BELOW))
-        if params.mirostat == 1:
-            n_likeliest = 100  # llama.cpp's, for the estimate of the distribution's exponent
-            yield lib.llama_sampler_init_mirostat(
-                model.n_vocab, seed, params.mirostat_tau, params.mirostat_eta, n_likeliest)
-        else:
-            yield lib.llama_sampler_init_mirostat_v2(seed, params.mirostat_tau, params.mirostat_eta)
-        return
-    if params.presence_penalty or params.frequency_penalty:
-        # The OpenAI penalties count the whole reply: the window is as long as a reply can be.
-        yield lib.llama_sampler_init_penalties(
-            model.n_vocab, n_ctx, 1.0, params.frequency_penalty, params.presence_penalty)
-    if params.repeat_penalty != 1:
-        window = n_ctx if params.repeat_last_n < 0 else min(params.repeat_last_n, n_ctx)
-        yield after_prompt(lib.llama_sampler_init_penalties(
-            model.n_vocab, window, params.repeat_penalty, 0.0, 0.0), window)
-    if params.dry_multiplier:
-        window = n_ctx if params.dry_penalty_last_n < 0 else min(params.dry_penalty_last_n, n_ctx)
-        breakers = [breaker.encode() for breaker in params.dry_sequence_breakers]
-        yield after_prompt(lib.llama_sampler_init_dry(
-            model.vocab, params.dry_multiplier, params.dry_base, params.dry_allowed_length, window,
-            (ctypes.c_char_p * len(breakers))(*breakers), len(breakers)), window)
-    if params.top_n_sigma >= 0:
-        yield lib.llama_sampler_init_top_n_sigma(params.top_n_sigma)
-    if params.temperature < GREEDY_BELOW:
-        yield lib.llama_sampler_init_greedy()
-        return
-    if params.top_k > 0:
-        yield lib.llama_sampler_init_top_k(params.top_k)
-    if params.typical_p < 1:
-        yield lib.llama_sampler_init_typical(params.typical_p, keep_at_least)
-    if params.top_p < 1:
-        yield lib.llama_sampler_init_top_p(params.top_p, keep_at_least)
-    if params.min_p:
-        yield lib.llama_sampler_init_min_p(params.min_p, keep_at_least)
-    if params.xtc_probability:
-        yield lib.llama_sampler_init_xtc(
-            params.xtc_probability, params.xtc_threshold, keep_at_least, seed)
-    yield lib.llama_sampler_init_temp(params.temperature)
-    yield lib.llama_sampler_init_dist(seed)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -2013,8 +2013,9 @@ class Handler(Connection):
         the engine hears of it."""
         body, loaded = wanted.body, self.loaded
         stops, n_top = body.stops(), body.n_top_logprobs()
+        new_params = self.server.house.type_of(engine.SamplingParams)
         params = {field.name: getattr(body, field.name)
-                  for field in dataclasses.fields(engine.SamplingParams)}
+                  for field in dataclasses.fields(new_params)}
         params["logit_bias"] = self.read_bias(body)
         limit = given(body.reply_limit(), self.server.config.max_tokens)
         limit = loaded.n_ctx if limit is None else limit
@@ -2028,8 +2029,8 @@ class Handler(Connection):
             prompt = prompts[index // n_each]
             if body.seed is not None:
                 params["seed"] = body.seed + index * SEED_STRIDE
-            sampler = engine.Sampler(loaded.model, engine.SamplingParams(**params), loaded.n_ctx,
-                                     prompt, new_constraint() if new_constraint else None)
+            sampler = engine.Sampler(loaded.model, new_params(**params), loaded.n_ctx, prompt,
+                                     new_constraint() if new_constraint else None)
             choices.append(engine.Request(
                 prompt, sampler, limit, stops, 0 if n_each > body.n and n_top is None else n_top,
                 index, scores_prompt=body.scores_prompt() and index % n_each == 0,
