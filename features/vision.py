@@ -266,7 +266,7 @@ def equip(loaded: engine.Engine, settings: server.Config) -> None:
     """Give a model its projector, if there is an mmproj for it. Raises engine.ModelError."""
     if not (mmproj := mmproj_of(settings.mmproj, loaded.model.path)):
         return
-    path = engine.find_model_file(mmproj, loaded.model.path.parent, setting="mmproj")
+    path = server.find_file(settings.house, mmproj, loaded.model.path.parent, "mmproj")
     projector = Projector(loaded.model, path, loaded.context.n_threads)
     loaded.model.parts.callback(projector.close)
     projectors[loaded] = projector
@@ -276,9 +276,11 @@ def equip(loaded: engine.Engine, settings: server.Config) -> None:
 def mmproj_of(setting: str | None, path: str | Path | None) -> str | None:
     """With what a model sees: what the settings say, or else NAME.mmproj.gguf or mmproj-NAME.gguf
     beside its file NAME.gguf."""
-    file = Path(os.path.expanduser(path or engine.HUB))
+    if setting or not path:
+        return setting
+    file = Path(os.path.expanduser(path))
     beside = [file.with_name(f"{file.stem}.mmproj.gguf"), file.with_name(f"mmproj-{file.name}")]
-    return setting or next((str(each) for each in beside if each.is_file()), None)
+    return next((str(each) for each in beside if each.is_file()), None)
 
 
 def files_of(model: "server.LocalModel") -> dict[str, str | None]:

@@ -854,7 +854,7 @@ def test_a_wrong_prediction_is_400_and_named(without_drafts, prediction, param):
 
 @pytest.fixture(scope="module")
 def gguf():
-    return engine.find_model_file(None, ROOT / "models")
+    return conftest.default_model()
 
 
 @pytest.fixture(scope="module")
@@ -869,7 +869,8 @@ def loaded(gguf, **options):
     """An engine for which rows and the draft model's time cost nearly nothing."""
     context_options = {"n_batch": 32, "n_threads": 1}
     settings = {**context_options, "n_ubatch": 32, "flash_attn": "auto", "draft": None,
-                "draft_model_path": None, "draft_n_ctx": 0, "draft_n_gpu_layers": 0, **options}
+                "draft_model_path": None, "draft_n_ctx": 0, "draft_n_gpu_layers": 0,
+                "house": conftest.house(), **options}
     running = engine.load_engine(gguf, n_ctx=512, parallel=2, n_gpu_layers=0, prefill_chunk=32,
                                  max_queue=9, **context_options,
                                  equip=lambda loaded: drafts.equip(
@@ -969,7 +970,7 @@ def test_a_draft_model_with_another_vocabulary_is_refused_by_its_token(gguf, tmp
         return drafts.load_draft_model(
             str(path), types.SimpleNamespace(model=target, context=context),
             types.SimpleNamespace(draft_n_ctx=64, draft_n_gpu_layers=0, n_batch=64, n_ubatch=64,
-                                  n_threads=1, flash_attn="auto"))
+                                  n_threads=1, flash_attn="auto", house=conftest.house()))
     try:
         with pytest.raises(engine.ModelError) as caught:
             load_draft_model(path, model)

@@ -38,7 +38,7 @@ MIROSTAT = {1: "mirostat", 2: "mirostat-v2"}
 
 @pytest.fixture(scope="module")
 def model():
-    model = engine.Model(engine.find_model_file(None, conftest.ROOT / "models"), n_gpu_layers=0)
+    model = engine.Model(conftest.default_model(), n_gpu_layers=0)
     yield model
     model.close()
 
