@@ -459,17 +459,6 @@ class Model:
             n = lib.llama_token_to_piece(self.vocab, token, buffer, -n, 0, special)
         return buffer.raw[:n]
 
-    def infill(self, prefix: str, suffix: str) -> np.ndarray | None:
-        """The prompt for what belongs between two texts; None if the model was not trained so."""
-        marks = [mark(self.vocab) for mark in (
-            lib.llama_vocab_fim_pre, lib.llama_vocab_fim_suf, lib.llama_vocab_fim_mid)]
-        if min(marks) < 0:
-            return None
-        before, after = self.tokenize(prefix, bos=False), self.tokenize(suffix, bos=False)
-        bos = [self._bos] if self._add_bos else []
-        parts = [bos, marks[:1], before, marks[1:2], after, marks[2:]]
-        return np.concatenate([np.array(part, dtype=np.int32) for part in parts])
-
     def render_chat(self, messages: list[dict], add_generation_prompt: bool = True,
                     options: dict | None = None) -> str:
         """Return the prompt for `messages`. options: what else the template may read, such as
@@ -879,7 +868,6 @@ class Request:
         # time.perf_counter(), seconds
         self.submitted = self.placed = self.first_token = self.last_token = 0.0
         self.prompt_logprobs: list[TokenLogprob] = []  # of its tokens from the second on
-        self.sum_logprob = 0.0  # of the tokens generated, where log-probabilities are asked for
         self._text = TextStream(stops)
         self._unsent_logprobs: collections.deque[tuple[int, TokenLogprob]] = collections.deque()
 
@@ -905,7 +893,6 @@ class Request:
         """Take one token; return the text it completes and the finish_reason, if any."""
         self.n_generated += 1
         self.last_token = time.perf_counter()
-        self.sum_logprob += logprob.logprob if logprob else 0
         if logprob is not None and not is_end:
             self._unsent_logprobs.append((self._text.n_decoded, logprob))
         is_full = self.n_generated >= self.max_tokens

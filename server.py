@@ -23,7 +23,6 @@ model to load; each connection has one that handles its requests, and each engin
 """
 
 import argparse
-import ast
 import collections
 import contextlib
 import dataclasses
@@ -175,16 +174,17 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     # Which features there are decides which settings there are.
     chosen = read_variable("features", list[str], environ)
     chosen = content.get("features") or [] if chosen is None else chosen
-    house = House(chosen if isinstance(chosen, list) else [chosen])
+    house = load_features(chosen if isinstance(chosen, list) else [chosen])
     found = sort_settings(house, file, content)  # {key: (where it was set, value)}
     hints = house.hints(house.Config)
     secrets_ = {field.name for field in dataclasses.fields(house.Config)
                 if field.metadata.get("secret")}
-    for variable, name in house.aliases.items():
+    aliases = functools.reduce(dict.__or__, house.having("ALIASES"), {})
+    for variable, name in aliases.items():
         if environ.get(variable) and environ.get(name.upper()):
             raise ConfigError(f"environment variables {variable} and {name.upper()} mean the same; "
                               "set one of them")
-    for variable, name in [*house.aliases.items(), *((name.upper(), name) for name in hints)]:
+    for variable, name in [*aliases.items(), *((name.upper(), name) for name in hints)]:
         if environ.get(variable):  # an empty one is none
             found[name] = (f"environment variable {variable}",
                            read_variable(variable, hints[name], environ, name in secrets_))
@@ -324,13 +324,17 @@ def unavailable(message: str, code: str) -> ApiError:
     return ApiError(503, message, code=code, headers=RETRY_SOON)
 
 
+def to_json(value) -> bytes:
+    """Compact JSON, UTF-8."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.encode(errors="replace")  # an error may quote half a character
+
+
 # ==== 3. Validation: JSON into dataclasses ==============================================
 #
 # A field's type says what JSON it takes. Its metadata may say:
 #   low, high              inclusive limits of a number, also inside a list or object
 #   min_length, max_length items of a list
-#   refused                why a field of the OpenAI API is not served, ...
-#   harmless               ... and its values that ask for nothing, besides null and empty
 #   no_effect              accepted for compatibility; changes nothing here
 #   secret                 no message shows a value
 
@@ -444,11 +448,6 @@ def read_object(cls, value: dict, at: str, reading: Reading):
                     hints[field.name]):
                 given[field.name] = None
             continue
-        refused = field.metadata.get("refused")
-        nothing = (False, "", [], {}, *field.metadata.get("harmless", ()))
-        if refused and not any(type(sent) is type(no) and sent == no for no in nothing):  # 0 is no
-            raise invalid(name, f"{name}: {refused}; got {describe(sent)}, leave it out",
-                          "unsupported_parameter")
         given[field.name] = read_value(hints[field.name], sent, name, field.metadata, reading)
     reading.ignored += [prefix + name for name in value if name not in hints]
     whole = cls(**given)
@@ -461,74 +460,31 @@ def read_object(cls, value: dict, at: str, reading: Reading):
 # ==== 4. Features: files that plug in ====================================================
 
 FEATURES = HERE / "features"
-EXPORTS = ("Settings", "ROUTES", "FIELDS", "equip", "receive", "join", "start", "fetch")
 
 
 class House:
-    """The features that are switched on, and what they add to the two files. A feature is a module
-    in the folder features/; docs/features.md tells what it may export. Raises ConfigError."""
+    """What the features that are switched on add to the two files. docs/features.md tells what a
+    feature, which is a module, may export."""
 
-    def __init__(self, names: Iterable[str]):
-        self.modules: list[types.ModuleType] = []
-        for name in names:
-            self._add(name, ())
-        self.routes = dict(ROUTES)
-        self.aliases: dict[str, str] = {}  # environment variables that mean a setting
-        extensions: dict[str, list[type]] = {}  # by the name of the class that they extend
+    def __init__(self, modules: Iterable[types.ModuleType] = (),
+                 off: Mapping[tuple[str, str], str] = types.MappingProxyType({})):
+        """off: features that are there, but off, by a class of the two files and the name of a
+        field that they would add to it."""
+        self.modules, self._off = list(modules), off
+        self.extensions: dict[str, list[type]] = {}  # by the name of the class that they extend
         for module in self.modules:
-            self._claim(module, self.routes, getattr(module, "ROUTES", {}))
-            self.aliases |= getattr(module, "ALIASES", {})
             added = {**getattr(module, "FIELDS", {})}
             if hasattr(module, "Settings"):
                 added["Config"] = module.Settings
             for target, extension in added.items():
-                extensions.setdefault(target, []).append(extension)
-                self._check_fields(module, target, extensions[target])
-        self.extensions, self._types, self._hints = extensions, {}, {}
+                self.extensions.setdefault(target, []).append(extension)
+        self._types: dict[type, type] = {}
+        self._hints: dict[type, dict] = {}
         self.Config = self.type_of(Config)
+        self.routes = functools.reduce(dict.__or__, self.having("ROUTES"), ROUTES)
         self.dialects = {path: route.dialect for (_, path), route in self.routes.items()}
-        self._off = fields_of_others({module.__name__ for module in self.modules})
 
-    def _add(self, name: str, wanted_by: tuple[str, ...]) -> None:
-        """Import a feature, behind those that it needs."""
-        if name in wanted_by:
-            raise ConfigError(f"features: {name} needs itself, by way of {', '.join(wanted_by)}")
-        if not isinstance(name, str) or not name.isidentifier() \
-                or not (FEATURES / f"{name}.py").is_file():
-            there = ", ".join(sorted(file.stem for file in FEATURES.glob("[!_]*.py"))) or "none"
-            raise ConfigError(f"features: {describe(name)} is not in the folder features, which "
-                              f"has {there}")
-        if any(module.__name__ == f"features.{name}" for module in self.modules):
-            return
-        try:
-            module = importlib.import_module(f"features.{name}")
-        except Exception as error:
-            raise ConfigError(f"features: {name} cannot be imported: {type(error).__name__}: "
-                              f"{error}") from error
-        if not any(hasattr(module, export) for export in EXPORTS):
-            raise ConfigError(f"features: {name} is a part of other features, and none by itself")
-        for needed in getattr(module, "NEEDS", ()):
-            self._add(needed, (*wanted_by, name))
-        self.modules.append(module)
-
-    @staticmethod
-    def _claim(module, taken: dict, added: dict) -> None:
-        for key in added:
-            if key in taken:
-                raise ConfigError(f"features: {module.__name__} claims the path {' '.join(key)}, "
-                                  "which is there already")
-        taken |= added
-
-    @staticmethod
-    def _check_fields(module, target: str, extensions: list[type]) -> None:
-        """A field of a feature is its own; only what the two files declare may be widened."""
-        *before, last = extensions
-        for name in last.__annotations__:
-            if any(name in other.__annotations__ for other in before):
-                raise ConfigError(f"features: {module.__name__} claims the field {name} of "
-                                  f"{target}, which another feature has")
-
-    def having(self, name: str) -> list[Callable]:
+    def having(self, name: str) -> list:
         """What the features export under a name, in their order."""
         return [getattr(module, name) for module in self.modules if hasattr(module, name)]
 
@@ -564,23 +520,15 @@ class House:
         return f"unknown key {name!r}; the nearest is {near!r}"
 
 
-def fields_of_others(modules: set[str]) -> dict[tuple[str, str], str]:
-    """The fields that features add which are off, and so are only read, not imported: by the class
-    that they extend and their name, the feature."""
-    found: dict[tuple[str, str], str] = {}
-    for file in sorted(FEATURES.glob("[!_]*.py")):
-        tree = ast.parse(file.read_text()) if f"features.{file.stem}" not in modules else None
-        classes = {node.name: node for node in (tree.body if tree else ())
-                   if isinstance(node, ast.ClassDef)}
-        extended = [("Config", "Settings")] + [
-            (key.value, value.id) for node in (tree.body if tree else ())
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FIELDS"
-            for key, value in zip(node.value.keys, node.value.values)]
-        for target, name in extended:
-            for node in classes[name].body if name in classes else ():
-                if isinstance(node, ast.AnnAssign):
-                    found[target, node.target.id] = file.stem
-    return found
+def load_features(names: list) -> House:
+    """The house with the features of these names, for which the folder of the features is asked.
+    Raises ConfigError."""
+    if (FEATURES / "__init__.py").is_file():
+        return importlib.import_module(FEATURES.name).load(names)
+    if names:
+        raise ConfigError(f"features: {describe(names[0])} cannot be switched on: there is no "
+                          f"folder {FEATURES}")
+    return House()
 
 
 # ==== 5. Bodies: what a client may send =================================================
@@ -604,7 +552,6 @@ class Message:
     content: str | list[Part] | None = None
     name: str | None = None
     refusal: str | None = None
-    audio: Any = option(refused="only text and images are supported")
 
     def is_empty(self) -> bool:
         """Whether there is nothing in it."""
@@ -633,10 +580,8 @@ class GenerationBody(engine.SamplingParams):
     n: int = option(1, low=1, high=128)
     stop: str | list[str] | None = option(max_length=16)
     logit_bias: dict[str, float] | None = option(low=-100, high=100)  # JSON's keys are strings
-    ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
-    cache_prompt: bool = True
     user: str | None = option(no_effect=True)
 
     def check(self, _at: str) -> None:
@@ -663,45 +608,17 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = option(low=1)
     logprobs: bool = False
     top_logprobs: int | None = option(low=0, high=20)
-    chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    metadata: dict[str, str] | None = option(no_effect=True)
-    safety_identifier: str | None = option(no_effect=True)
-    prompt_cache_key: str | None = option(no_effect=True)
-    prompt_cache_retention: str | None = option(no_effect=True)
-    service_tier: str | None = option(no_effect=True)
-    verbosity: str | None = option(no_effect=True)
-    store: Any = option(refused="replies are not stored")
-    modalities: Any = option(refused="only text is supported", harmless=(["text"],))
-    audio: Any = option(refused="only text is supported")
-    web_search_options: Any = option(refused="web search is not supported")
 
     def check(self, at: str) -> None:
         """Refuse what fields together make impossible."""
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs", f"top_logprobs: {self.top_logprobs} was sent, but it "
                                           "needs logprobs: true")
-        last = self.messages[-1].role
-        if self.continue_final_message and last != "assistant":
-            raise invalid("continue_final_message", "continue_final_message: the last message is "
-                                                    f"the {last}'s, not the assistant's")
-        if taken := TEMPLATE_NAMES & (self.chat_template_kwargs or {}).keys():
-            raise invalid("chat_template_kwargs", f"chat_template_kwargs: {min(taken)!r} is set by "
-                                                  "the server; leave it out")
 
     def reply_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
-    def n_top_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
 
-    def scores_prompt(self) -> bool:
-        return False
-
-
-TEMPLATE_NAMES = {"messages", "tools", "functions", "function_call", "tool_choice", "bos_token",
-                  "eos_token", "add_generation_prompt", "raise_exception", "strftime_now", "self"}
 MAX_STOP = 1000  # characters of a stop sequence
 MAX_CHOICES = 512  # replies to one request: prompts times n or best_of
 DEFAULTED = ("temperature", "top_p", "top_k", "min_p")  # settings, where a body does not say
@@ -716,28 +633,9 @@ class CompletionBody(GenerationBody):
 
     prompt: Prompts = dataclasses.field(kw_only=True)
     max_tokens: int | None = option(low=0)
-    logprobs: int | None = option(low=0, high=20)
-    echo: bool = False
-    suffix: str | None = None
-    best_of: int | None = option(low=1, high=128)
-
-    def check(self, at: str) -> None:
-        """Refuse what fields together make impossible."""
-        best_of = self.best_of or self.n
-        if best_of < self.n or (best_of > self.n and self.stream):
-            raise invalid("best_of", f"best_of: {best_of} was sent; it must be at least n "
-                                     f"({self.n}), and equal to n in a stream")
-        if self.suffix is not None and not isinstance(self.prompt, str):
-            raise invalid("suffix", "suffix: the prompt must be one string")
 
     def reply_limit(self) -> int | None:
         return LEGACY_MAX_TOKENS if self.max_tokens is None else self.max_tokens
-
-    def n_top_logprobs(self) -> int | None:
-        return self.logprobs
-
-    def scores_prompt(self) -> bool:
-        return self.echo and self.logprobs is not None
 
 
 # ==== 6. The wire: heads, bodies, addresses, a rate limit ===============================
@@ -960,7 +858,6 @@ class RateLimiter:
 
 # ==== 7. Models: which names there are ===================================================
 
-RELOAD_SECONDS = 2.0  # between looks whether a model file that could not be loaded has changed
 POLL_SECONDS = 0.1  # how often who waits looks whether its client is still there
 
 
@@ -974,27 +871,8 @@ class LocalModel:
     house: House
     engine: "engine.Engine | None" = None
     progress: float | None = None  # 0 to 1, while it loads
-    error: str | None = None  # why it could not be loaded the last time
 
-    def files(self) -> dict[str, str]:
-        """Its files, by the settings that name them."""
-        names = [field.name for field in dataclasses.fields(self.settings)
-                 if field.metadata.get("is_file") and field.name != "model_path"]
-        files = {"model_path": self.path, **{name: getattr(self.settings, name) for name in names}}
-        for files_of in self.house.having("files_of"):
-            files |= files_of(self)
-        return {name: file for name, file in files.items() if file}
-
-    def look(self) -> tuple:
-        """What changes when one of its files does."""
-        seen = []
-        for file in self.files().values():
-            with contextlib.suppress(OSError):
-                stat = os.stat(os.path.expanduser(file))
-                seen.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
-        return tuple(seen)
-
-    def load(self, download_dir: Path, go_on: Callable[[], bool]) -> "engine.Engine":
+    def load(self, go_on: Callable[[], bool]) -> "engine.Engine":
         """Load it, and give it what features add. go_on: False interrupts. Raises ModelError."""
         def on_progress(fraction: float = 0.0) -> bool:
             self.progress = fraction
@@ -1002,17 +880,16 @@ class LocalModel:
 
         def equip(loaded: "engine.Engine") -> None:
             loaded.model.name = self.name
-            for equip in house.having("equip"):
-                equip(loaded, config)
+            for equip in self.house.having("equip"):
+                equip(loaded, self.settings)
 
-        config, house = self.settings, self.house
-        path = find_file(house, self.path, download_dir, go_on=on_progress)
+        path = find_file(self.house, self.path, HERE / "models", go_on=on_progress)
         self.path = str(path)
         log.info("loading %s", path.name)
         names = ("n_ctx", "parallel", "n_batch", "n_ubatch", "n_threads", "n_gpu_layers",
                  "flash_attn", "prefill_chunk", "max_queue", "chat_template_file")
         return engine.load_engine(path, on_progress=on_progress, equip=equip,
-                                  **{name: getattr(config, name) for name in names})
+                                  **{name: getattr(self.settings, name) for name in names})
 
     def answer(self, handler: "Handler", route: "Route", sent: dict, body: bytes) -> None:
         """Read a request for this model, and answer it while the model stays loaded."""
@@ -1025,13 +902,12 @@ class LocalModel:
         """Its entry in the list of models; what only a loaded model tells may be missing.
         `max_model_len` is vLLM's name for the context length of a request, `meta` has
         llama-server's names."""
-        created = STARTED
         may = {f"allow_{what}": what not in ("create_engine", "fine_tuning", "search_indices")
                for what in ("create_engine", "sampling", "logprobs", "search_indices", "view",
                             "fine_tuning")}
-        entry = {"id": name, "object": "model", "created": created, "owned_by": NAME,
+        entry = {"id": name, "object": "model", "created": STARTED, "owned_by": NAME,
                  "root": self.name, "parent": None, "permission": [
-                     {"id": f"modelperm-{NAME}", "object": "model_permission", "created": created,
+                     {"id": f"modelperm-{NAME}", "object": "model_permission", "created": STARTED,
                       **may, "organization": "*", "group": None, "is_blocking": False}]}
         loaded = self.engine  # read once: it may be unloaded right now
         if loaded is None:
@@ -1050,38 +926,40 @@ class Models:
     n_loads = n_waiting = 0  # models loaded; requests that wait for one
 
     def __init__(self, config: Config, house: House, stopping: threading.Event):
-        """stopping: ends everything; set here where the model can never be loaded."""
-        self.config, self._house, self._stopping = config, house, stopping
+        """stopping: ends everything; set here where the model cannot be loaded."""
+        self.config, self.house, self.stopping = config, house, stopping
         self.default: Any = LocalModel(model_name(config.model_path, house), config.model_path,
                                        config, house)
         self.named: dict[str, Any] = {self.default.name: self.default}  # what answers to a name
         self.otherwise: Any = None  # what takes the names that are not known
         self.fatal_error: str | None = None
-        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
 
     def settle(self) -> None:
         """Features have added their names: see to what these mean together. Raises ConfigError."""
         self.named |= dict.fromkeys(self.config.model_aliases, self.default)
 
     def start(self) -> None:
-        """Start loading; wait until it has come to an end, or everything stops."""
-        self._thread.start()
-        while self.is_starting and not self._stopping.wait(POLL_SECONDS):
-            pass
-
-    @property
-    def is_starting(self) -> bool:
-        """Whether the default model has not been loaded yet."""
-        return self.default.engine is None
+        """Load the model; return when that has come to an end. Where it fails, `fatal_error` says
+        why, and `stopping` is set."""
+        try:
+            self.default.engine = self.default.load(lambda: not self.stopping.is_set())
+            self.n_loads = 1
+        except Exception as error:
+            if not self.stopping.is_set():  # else that interrupted the loading
+                if not isinstance(error, engine.ModelError):
+                    log.exception("loading %s failed", self.default.name)
+                self.fatal_error = str(error)
+                self.stopping.set()
 
     def check_started(self) -> None:
-        """Raise ModelFailed or ModelLoading before the default model has been loaded."""
-        if self.is_starting and self.default.error:
-            raise engine.ModelFailed(self.default.error)
-        if self.is_starting:
-            progress = self.default.progress or 0.0
-            raise engine.ModelLoading(f"the model is still loading ({progress:.0%}), try again "
-                                      "soon")
+        """Raise ModelLoading before the default model has been loaded."""
+        if self.default.engine is None:
+            raise self.loading()
+
+    def loading(self) -> engine.ModelLoading:
+        """What to say meanwhile."""
+        return engine.ModelLoading(f"the model is still loading ({self.default.progress or 0:.0%}), "
+                                   "try again soon")
 
     def names(self) -> dict[str, Any]:
         """Every name that is known, and what it stands for."""
@@ -1100,17 +978,16 @@ class Models:
                             f"{', '.join(known) or 'none'}", "model", "model_not_found")
 
     @contextlib.contextmanager
-    def lease(self, model: LocalModel, wait: Callable[[], None]) -> Iterator[engine.Engine]:
-        """A model's engine, which stays loaded within this. wait: called again and again until it
-        is there; may raise. Raises ModelLoading, ModelFailed, QueueFull, EngineClosed."""
-        if self._stopping.is_set():
-            raise engine.EngineClosed("the server is shutting down")
+    def lease(self, model: LocalModel, handler: "Handler") -> Iterator[engine.Engine]:
+        """A model's engine, which stays loaded within this, for a request. Raises ModelLoading,
+        ModelFailed, QueueFull, EngineClosed, and what the handler raises while it waits."""
         self.check_started()
         yield model.engine
 
     def engines(self) -> dict[str, engine.Engine]:
         """The engines of loaded models, by their names."""
-        return {} if self.is_starting else {self.default.name: self.default.engine}
+        loaded = self.default.engine
+        return {self.default.name: loaded} if loaded else {}
 
     def stats(self) -> engine.Stats:
         """The counts of all engines."""
@@ -1120,41 +997,9 @@ class Models:
         """A model that is being loaded while others are served."""
         return None
 
-    def ended(self, seconds: float) -> bool:
-        """Wait for the thread to end, which it does when `stopping` is set; whether it did."""
-        if self._thread.ident:
-            self._thread.join(seconds)
-        return not self._thread.is_alive()
-
     def close(self) -> bool:
         """End every engine at once, as Engine.close does. The server must be stopping."""
         return all([loaded.close(0) for loaded in self.engines().values()])
-
-    def _run(self) -> None:
-        """Load the model. A broken file may still be on its way, and is tried again when it
-        changes; anything else is wrong with the settings."""
-        model, seen = self.default, None
-        while not self._stopping.is_set() and self.is_starting:
-            if seen == model.look():
-                self._stopping.wait(RELOAD_SECONDS)
-                continue
-            seen = model.look()
-            try:
-                loaded = model.load(HERE / "models", lambda: not self._stopping.is_set())
-                model.engine, model.error, self.n_loads = loaded, None, 1
-            except Exception as error:
-                if self._stopping.is_set():  # it is the stop that interrupted the loading
-                    return
-                if not isinstance(error, engine.ModelError):
-                    log.exception("loading %s failed", model.name)
-                model.error = str(error)
-                if not isinstance(error, engine.BrokenModel):
-                    self.fatal_error = model.error
-                    self._stopping.set()
-                else:
-                    log.error("error: %s; waiting for the file to change", error)
-            finally:
-                model.progress = None
 
 
 def find_file(house: House, path: str | None, folder: Path, setting: str = "model_path",
@@ -1174,129 +1019,8 @@ def model_name(path: str | None, house: House) -> str:
     return Path(path or "model").stem
 
 
-# ==== 8. What is wanted: a body on its way to the model =====================================
+# ==== 8. The server: connections; who may ask ============================================
 
-
-class Generation:
-    """A body, and what features may change before its prompt is made. In the thread of its request,
-    while its model stays loaded."""
-
-    def __init__(self, handler: "Handler", body: GenerationBody):
-        self.handler, self.body, self.loaded = handler, body, handler.loaded
-        self.config = handler.server.config
-        self.constrained_by: str | None = None  # the field that holds the reply to a form
-        self.expected: np.ndarray | None = None  # tokens that the reply may be like
-
-    # What follows are functions that a feature may replace.
-
-    def constrain(self, prompt: str) -> Callable[[], engine.Constraint] | None:
-        """What makes the Constraint of each choice, or None. Raises ApiError."""
-        return None
-
-    def lead(self, prompt: str) -> str:
-        """The text that must come before the answer, because the prompt has begun something else;
-        "" where it has not."""
-        return ""
-
-
-class Chat(Generation):
-    """A conversation: its messages become a prompt, its reply deltas."""
-
-    def __init__(self, handler: "Handler", body: ChatBody):
-        super().__init__(handler, body)
-        handler.log_messages([dataclasses.asdict(message) for message in body.messages])
-        self.messages = [dataclasses.asdict(message) for message in body.messages]
-        self.options = dict(body.chat_template_kwargs or {})  # what else the template may read
-        # Roles of neighbours that become one message.
-        self.joined = {("system", "system")}
-        if engine.NO_SYSTEM in handler.loaded.model.template_source:
-            self.joined.add(("system", "user"))
-
-    def render(self) -> str:
-        """The prompt, as the model's chat template writes it. Raises ApiError."""
-        messages = list(self.messages)
-        begun = messages.pop() if self.body.continue_final_message else None
-        try:
-            prompt = self.loaded.model.render_chat(prepare_messages(messages, self.joined),
-                self.body.add_generation_prompt or begun is not None, self.options)
-        except engine.TemplateError as error:
-            raise invalid("messages", f"messages: the model's chat template refuses them: {error}",
-                          "template_error") from None
-        return prompt + (text_of(begun["content"] or "") if begun else "")
-
-    # What follows are functions that a feature may replace.
-
-    def read_prompt(self, prompt: str) -> tuple[np.ndarray, dict[int, engine.Piece]]:
-        """The tokens of a prompt, and pieces in it by where they begin. Raises ApiError."""
-        return self.handler.tokenize(prompt, "messages"), {}
-
-    def show(self, prompt: str) -> str:
-        """A prompt for people to read."""
-        return prompt
-
-    def parse(self, prompt: str) -> Callable[[], "TextParser"]:
-        """What makes the parser of each choice's text."""
-        return TextParser
-
-
-class TextParser:
-    """Turns the text of a reply, piece by piece, into OpenAI deltas: here, all is content."""
-
-    def feed(self, text: str) -> list[dict]:
-        """Take the next piece of the reply; return the deltas that are certain now."""
-        return [{"content": text}] if text else []
-
-    def finish(self) -> list[dict]:
-        """The reply has ended: return what was held back."""
-        return []
-
-    def finish_reason(self, reason: str) -> str:
-        """Why it ended; `reason` is the engine's."""
-        return reason
-
-    def whole(self, message: dict) -> dict:
-        """The message that the deltas make, put together."""
-        return message
-
-
-NEW_ROLES = {"developer": "system"}
-NOT_FOR_TEMPLATES = ("name", "refusal", "audio")
-
-
-def prepare_messages(messages: list[dict], joined: set[tuple[str, str]]) -> list[dict]:
-    """Messages for a chat template: content is text, what is not there is left out, and neighbours
-    whose roles are `joined` become one, with the second's role."""
-    turns: list[dict] = []
-    for message in messages:
-        turn = {key: value for key, value in message.items()
-                if value is not None and key not in NOT_FOR_TEMPLATES}
-        turn["role"] = NEW_ROLES.get(turn["role"], turn["role"])
-        turn["content"] = text_of(message.get("content") or message.get("refusal") or "")
-        if turns and (turns[-1]["role"], turn["role"]) in joined:
-            turn["content"] = f"{turns.pop()['content']}\n\n{turn['content']}"
-        turns.append(turn)
-    return turns
-
-
-def text_of(content: str | list[dict]) -> str:
-    """A message's content, its parts joined: texts by a newline, what stands for another part in
-    place as it is."""
-    if isinstance(content, str):
-        return content
-    text = ""
-    for before, part in zip([None, *content], content):
-        is_text = part["type"] in TEXTS and (before is None or before["type"] in TEXTS)
-        text += "\n" * (before is not None and is_text)
-        text += part["text"] or part["refusal"]
-    return text
-
-
-TEXTS = ("text", "refusal")  # types of parts
-
-
-# ==== 9. The server: connections; who may ask ============================================
-
-LOADING_NEWS_SECONDS = 1.0  # between two comments in a stream that waits for its model
 LINGER_SECONDS = 2.0  # how long a refused upload is still read, so that the refusal arrives
 LAST_WRITES_SECONDS = 5.0  # for handlers to write their last event when the engine has stopped
 ACCEPT_PAUSE_SECONDS = 0.1  # when the process has no file descriptor left for a connection
@@ -1343,7 +1067,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.config = config
         self.stopping = threading.Event()  # set by a signal or a fatal error
         self.is_over = False  # what is under way has had its time
-        self.house: House = getattr(config, "house", None) or House(())
+        self.house: House = getattr(config, "house", None) or House()
         self.models = Models(config, self.house, self.stopping)
         for start in self.house.having("start"):
             start(self)
@@ -1432,15 +1156,19 @@ class Server(http.server.ThreadingHTTPServer):
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
         return f"http://{host}:{self.server_port}"
 
-    def state(self) -> str:
-        """What /health says: ok, loading, failed, stalled or draining."""
+    def state(self) -> tuple[str, dict]:
+        """What /health says: ok, loading, failed, stalled or draining, and more about it."""
         if self.stopping.is_set():
-            return "draining"
-        if self.models.is_starting:
-            return "failed" if self.models.default.error else "loading"
+            return "draining", {}
+        try:
+            self.models.check_started()
+        except engine.ModelLoading:
+            return "loading", {"progress": round(self.models.default.progress or 0.0, 2)}
+        except engine.ModelFailed as error:
+            return "failed", {"error": str(error)}
         limit = self.config.stall_seconds
         is_stalled = any(each.seconds_in_step() > limit for each in self.models.engines().values())
-        return "stalled" if is_stalled else "ok"
+        return "stalled" if is_stalled else "ok", {}
 
     def drain(self) -> bool:
         """Refuse new requests, let running ones finish for `drain_seconds`, free the engine. False
@@ -1802,6 +1530,364 @@ class Connection(socketserver.StreamRequestHandler):
         self.send_head(status, headers)
 
 
+# ==== 9. Replies: a body becomes a prompt, events become chunks ============================
+
+SEED_STRIDE = 0x9E3779B9  # 2**32 / golden ratio: choice 2 of a seed is not choice 1 of the next
+LOWEST_LOGPROB = -9999.0  # what the OpenAI API sends for an impossible token; JSON has no -inf
+
+
+class Generation:
+    """One reply, in the order of its life: what features may change before its prompts are made, the
+    choices that the engine gets, and their rendering. It yields chunks; the unstreamed reply is
+    folded from them. In the thread of its request, while its model stays loaded."""
+
+    id_prefix: str
+    stream_object: str
+    reply_object: str
+    closing: dict  # what the last chunk of a choice carries
+
+    def __init__(self, handler: "Handler", body: GenerationBody):
+        self.handler, self.body, self.loaded = handler, body, handler.loaded
+        self.model, self.config = handler.loaded.model, handler.server.config
+        self.n_each = body.n  # choices for each prompt
+        self.n_top_logprobs: int | None = None  # None: no log-probabilities
+        self.scores_prompt = False  # log-probabilities of the prompts, too
+        self.reuses = True  # may take prefixes that are cached
+        self.barred: Iterable[int] = ()  # token ids that never come
+        self.constrained_by: str | None = None  # the field that holds the reply to a form
+        self.expected: np.ndarray | None = None  # tokens that the reply may be like
+        self.pieces: dict[int, engine.Piece] = {}  # in the only prompt, by where they begin
+        self.choices: list[engine.Request] = []
+        self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
+
+    # ---- functions that a feature may replace --------------------------------------------
+
+    def read(self) -> tuple[list[np.ndarray], Callable[[], engine.Constraint] | None]:
+        """The tokens of its prompts, and what makes the Constraint of each choice, if anything.
+        Raises ApiError."""
+        raise NotImplementedError
+
+    def constrain(self, prompt: str) -> Callable[[], engine.Constraint] | None:
+        """What makes the Constraint of each choice, or None. Raises ApiError."""
+        return None
+
+    def lead(self, prompt: str) -> str:
+        """The text that must come before the answer, because the prompt has begun something else;
+        "" where it has not."""
+        return ""
+
+    def opening(self, choice: engine.Request) -> Iterator[dict]:
+        """The chunks before a choice's first text."""
+        yield from ()
+
+    def logprobs(self, index: int, tokens: tuple[engine.TokenLogprob, ...]) -> dict | None:
+        """Log-probabilities of a choice's next tokens, as its chunks have them."""
+
+    def kept(self, group: list[engine.Request]) -> list[engine.Request]:
+        """Those of a prompt's choices that the unstreamed reply has."""
+        return group
+
+    def extras(self) -> dict:
+        """What the reply says at its end, besides what the OpenAI API has."""
+        return {}
+
+    # ---- before: choices -------------------------------------------------------------------
+
+    def make_choices(self) -> None:
+        """Make the requests for the engine: n_each for each prompt. Everything that can be refused
+        is refused here, before the engine hears of it. Raises ApiError."""
+        body, loaded = self.body, self.loaded
+        prompts, new_constraint = self.read()
+        if self.n_each * len(prompts) > MAX_CHOICES:
+            param = "n" if self.n_each > 1 else "prompt"
+            raise invalid(param, f"{param}: {len(prompts)} prompts with {self.n_each} replies each "
+                                 f"were asked for; the limit is {MAX_CHOICES} replies in one request")
+        stops = body.stops()
+        new_params = self.handler.server.house.type_of(engine.SamplingParams)
+        params = {field.name: getattr(body, field.name)
+                  for field in dataclasses.fields(new_params)}
+        params["logit_bias"] = self.read_bias()
+        limit = given(body.reply_limit(), self.config.max_tokens)
+        limit = loaded.n_ctx if limit is None else limit
+        events: queue.SimpleQueue = queue.SimpleQueue()
+        for index in range(self.n_each * len(prompts)):
+            prompt = prompts[index // self.n_each]
+            if body.seed is not None:
+                params["seed"] = body.seed + index * SEED_STRIDE
+            sampler = engine.Sampler(self.model, new_params(**params), loaded.n_ctx, prompt,
+                                     new_constraint() if new_constraint else None)
+            self.choices.append(engine.Request(
+                prompt, sampler, limit, stops, self.n_top_logprobs, index, self.scores_prompt
+                and index % self.n_each == 0, reuses=self.reuses, events=events,
+                images=self.pieces, expected=self.expected))
+
+    def read_bias(self) -> dict[int, float]:
+        """The logit bias by token id; a wrong one must not reach the model."""
+        n_vocab, bias = self.model.n_vocab, self.body.logit_bias or {}
+        for token in bias:  # JSON's keys are strings
+            is_number = token.isascii() and token.isdigit() and len(token) < 12
+            if not (is_number and int(token) < n_vocab):
+                raise invalid("logit_bias", f"logit_bias: the key {describe(token)} is not a token "
+                                            f"id of this model (0 to {n_vocab - 1})")
+        return {int(token): value for token, value in bias.items()} | dict.fromkeys(
+            self.barred, -math.inf)
+
+    # ---- after: events into chunks, chunks into a reply --------------------------------------
+
+    def chunks(self, events: Iterator[engine.Event]) -> Iterator[dict]:
+        """Yield the reply's stream, one chunk after the other, without [DONE]."""
+        self.head = {"id": f"{self.id_prefix}-{secrets.token_hex(12)}",
+                     "object": self.stream_object, "created": int(time.time()),
+                     "model": self.body.model or self.model.name,
+                     "system_fingerprint": f"{NAME}-{VERSION}"}
+        self.unsent: list[tuple[engine.TokenLogprob, ...]] = [()] * len(self.choices)
+        begun: set[int] = set()
+        unfinished = len(self.choices)
+        for event in events:
+            choice = event.request
+            if choice.index not in begun:
+                begun.add(choice.index)
+                yield from self.opening(choice)
+            self.unsent[choice.index] += event.logprobs
+            for part in self.parts(event):
+                yield self.chunk(choice, part)
+            if event.finish_reason:
+                unfinished -= 1
+                is_last = not unfinished and not self.with_usage
+                yield {**self.chunk(choice, self.closing, self.finish_reason(event)),
+                       **(self.extras() if is_last else {})}
+        if self.with_usage:
+            yield {**self.head, "choices": [], "usage": self.usage(), **self.extras()}
+
+    def chunk(self, choice: engine.Request, part: dict, reason: str | None = None) -> dict:
+        """One chunk, with the log-probabilities that have waited for it."""
+        logprobs = None
+        if self.n_top_logprobs is not None:
+            logprobs = self.logprobs(choice.index, self.unsent[choice.index])
+            self.unsent[choice.index] = ()
+        return {**self.head, **({"usage": None} if self.with_usage else {}), "choices": [
+            {"index": choice.index, **part, "logprobs": logprobs, "finish_reason": reason}]}
+
+    def parts(self, event: engine.Event) -> Iterator[dict]:
+        """What the chunks of an event carry."""
+        raise NotImplementedError
+
+    def finish_reason(self, event: engine.Event) -> str:
+        return event.finish_reason
+
+    def whole(self, choice: dict) -> dict:
+        """A choice of the unstreamed reply, of what its chunks make."""
+        return choice
+
+    def usage(self) -> dict:
+        """Token counts; a prompt with several choices counts once."""
+        prompts = {id(choice.prompt): choice for choice in reversed(self.choices)}.values()
+        n_prompt = sum(choice.n_prompt for choice in prompts)
+        n_generated = sum(choice.n_generated for choice in self.choices)
+        return {"prompt_tokens": n_prompt, "completion_tokens": n_generated,
+                "total_tokens": n_prompt + n_generated, "prompt_tokens_details": {
+                    "cached_tokens": sum(choice.n_reused for choice in prompts)},
+                "completion_tokens_details": {
+                    f"{outcome}_prediction_tokens": sum(
+                        getattr(choice, f"n_{outcome}") for choice in self.choices)
+                    for outcome in ("accepted", "rejected")}}
+
+    def fold(self, chunks: Iterator[dict]) -> dict:
+        """The unstreamed reply: the stream's chunks put together."""
+        wholes: list[dict] = [{} for _ in self.choices]
+        for chunk in chunks:
+            for choice in chunk["choices"]:
+                merge(wholes[choice["index"]], choice)
+        kept = [choice.index for start in range(0, len(wholes), self.n_each)
+                for choice in self.kept(self.choices[start : start + self.n_each])]
+        return {**self.head, "object": self.reply_object, "choices": [
+            {**self.whole(wholes[index]), "index": place} for place, index in enumerate(kept)],
+            "usage": self.usage(), **self.extras()}
+
+    def token_text(self, token: int) -> str:
+        return self.model.piece(token, special=True).decode("utf-8", "replace")
+
+
+def given(value, default):
+    """`value`, or the default where the client sent none."""
+    return default if value is None else value
+
+
+def merge(whole: dict, part: dict) -> dict:
+    """Fold a delta into what came before: text and lists grow, null changes nothing; items
+    with an index are deltas themselves."""
+    for name, value in part.items():
+        old = whole.get(name)
+        if isinstance(value, dict):
+            whole[name] = merge(old or {}, value)
+        elif isinstance(value, list) and value and isinstance(value[0], dict) \
+                and "index" in value[0]:
+            items = whole.setdefault(name, [])
+            for item in value:
+                items += [{} for _ in range(len(items), item["index"] + 1)]
+                merge(items[item["index"]], {
+                    key: inner for key, inner in item.items() if key != "index"})
+        elif isinstance(old, (str, list)) and value is not None:
+            whole[name] = old + value
+        elif value is not None or name not in whole:
+            whole[name] = value
+    return whole
+
+
+class Chat(Generation):
+    """A conversation: its messages become a prompt, its reply deltas.
+    https://platform.openai.com/docs/api-reference/chat"""
+
+    id_prefix = "chatcmpl"
+    stream_object, reply_object = "chat.completion.chunk", "chat.completion"
+    closing = {"delta": {}}
+
+    def __init__(self, handler: "Handler", body: ChatBody):
+        super().__init__(handler, body)
+        handler.log_messages([dataclasses.asdict(message) for message in body.messages])
+        self.n_top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        self.messages = [dataclasses.asdict(message) for message in body.messages]
+        self.adds_prompt = True  # the prompt ends with the opening of the reply's turn
+        self.options: dict[str, Any] = {}  # what else the template may read
+        # Roles of neighbours that become one message.
+        self.joined = {("system", "system")}
+        if engine.NO_SYSTEM in self.model.template_source:
+            self.joined.add(("system", "user"))
+
+    def read(self) -> tuple[list[np.ndarray], Callable[[], engine.Constraint] | None]:
+        """As Generation.read."""
+        prompt = self.render()
+        tokens, self.pieces = self.read_prompt(prompt)
+        new_parser = self.parse(prompt)
+        self.parsers = [new_parser() for _ in range(self.n_each)]
+        return [tokens], self.constrain(prompt)
+
+    # ---- functions that a feature may replace --------------------------------------------
+
+    def render(self) -> str:
+        """The prompt, as the model's chat template writes it. Raises ApiError."""
+        try:
+            return self.model.render_chat(prepare_messages(self.messages, self.joined),
+                                          self.adds_prompt, self.options)
+        except engine.TemplateError as error:
+            raise invalid("messages", f"messages: the model's chat template refuses them: {error}",
+                          "template_error") from None
+
+    def read_prompt(self, prompt: str) -> tuple[np.ndarray, dict[int, engine.Piece]]:
+        """The tokens of a prompt, and pieces in it by where they begin. Raises ApiError."""
+        return self.handler.tokenize(prompt, "messages"), {}
+
+    def show(self, prompt: str) -> str:
+        """A prompt for people to read."""
+        return prompt
+
+    def parse(self, prompt: str) -> Callable[[], "TextParser"]:
+        """What makes the parser of each choice's text."""
+        return TextParser
+
+    # ---- rendering -------------------------------------------------------------------------
+
+    def opening(self, choice: engine.Request) -> Iterator[dict]:
+        """As api.openai.com begins."""
+        yield self.chunk(choice, {"delta": {"role": "assistant", "content": "", "refusal": None}})
+
+    def parts(self, event: engine.Event) -> Iterator[dict]:
+        """The deltas that are certain now."""
+        parser = self.parsers[event.request.index]
+        for delta in parser.feed(event.text) + (parser.finish() if event.finish_reason else []):
+            yield {"delta": delta}
+
+    def finish_reason(self, event: engine.Event) -> str:
+        return self.parsers[event.request.index].finish_reason(event.finish_reason)
+
+    def whole(self, choice: dict) -> dict:
+        """A delta becomes a message."""
+        message = self.parsers[choice["index"]].whole(choice.pop("delta"))
+        return {"index": 0, "message": message, **choice}
+
+    def logprobs(self, index: int, tokens: tuple[engine.TokenLogprob, ...]) -> dict:
+        """As Generation.logprobs."""
+        return {"content": [{**self.token_entry(entry.token, entry.logprob),
+                             "top_logprobs": [self.token_entry(*other) for other in entry.top]}
+                            for entry in tokens], "refusal": None}
+
+    def token_entry(self, token: int, logprob: float) -> dict:
+        return {"token": self.token_text(token), "logprob": max(logprob, LOWEST_LOGPROB),
+                "bytes": list(self.model.piece(token, special=True))}
+
+
+class Completion(Generation):
+    """Texts that go on. https://platform.openai.com/docs/api-reference/completions"""
+
+    id_prefix = "cmpl"
+    stream_object = reply_object = "text_completion"
+    closing = {"text": ""}
+
+    def read(self) -> tuple[list[np.ndarray], Callable[[], engine.Constraint] | None]:
+        """As Generation.read."""
+        return self.handler.read_prompts(self.body.prompt, "prompt"), self.constrain("")
+
+    def parts(self, event: engine.Event) -> Iterator[dict]:
+        """The text as it is."""
+        if event.text:
+            yield {"text": event.text}
+
+
+class TextParser:
+    """Turns the text of a reply, piece by piece, into OpenAI deltas: here, all is content."""
+
+    def feed(self, text: str) -> list[dict]:
+        """Take the next piece of the reply; return the deltas that are certain now."""
+        return [{"content": text}] if text else []
+
+    def finish(self) -> list[dict]:
+        """The reply has ended: return what was held back."""
+        return []
+
+    def finish_reason(self, reason: str) -> str:
+        """Why it ended; `reason` is the engine's."""
+        return reason
+
+    def whole(self, message: dict) -> dict:
+        """The message that the deltas make, put together."""
+        return message
+
+
+NEW_ROLES = {"developer": "system"}
+NOT_FOR_TEMPLATES = ("name", "refusal", "audio")
+
+
+def prepare_messages(messages: list[dict], joined: set[tuple[str, str]]) -> list[dict]:
+    """Messages for a chat template: content is text, what is not there is left out, and neighbours
+    whose roles are `joined` become one, with the second's role."""
+    turns: list[dict] = []
+    for message in messages:
+        turn = {key: value for key, value in message.items()
+                if value is not None and key not in NOT_FOR_TEMPLATES}
+        turn["role"] = NEW_ROLES.get(turn["role"], turn["role"])
+        turn["content"] = text_of(message.get("content") or message.get("refusal") or "")
+        if turns and (turns[-1]["role"], turn["role"]) in joined:
+            turn["content"] = f"{turns.pop()['content']}\n\n{turn['content']}"
+        turns.append(turn)
+    return turns
+
+
+def text_of(content: str | list[dict]) -> str:
+    """A message's content, its parts joined: texts by a newline, what stands for another part in
+    place as it is."""
+    if isinstance(content, str):
+        return content
+    text = ""
+    for before, part in zip([None, *content], content):
+        is_text = part["type"] in TEXTS and (before is None or before["type"] in TEXTS)
+        text += "\n" * (before is not None and is_text)
+        text += part["text"] or part["refusal"]
+    return text
+
+
+TEXTS = ("text", "refusal")  # types of parts
+
+
 # ==== 10. Routes: what answers ==========================================================
 
 
@@ -1826,12 +1912,8 @@ class Handler(Connection):
 
     def get_health(self) -> None:
         """200 when requests are served, else 503. Waits for nothing."""
-        models, state = self.server.models, self.server.state()
-        body: dict[str, Any] = {"status": state}
-        if state == "loading":
-            body["progress"] = round(models.default.progress or 0.0, 2)
-        if state == "failed":
-            body["error"] = models.default.error
+        models, (state, details) = self.server.models, self.server.state()
+        body: dict[str, Any] = {"status": state, **details}
         if engines := list(models.engines().values()):
             stats = [each.stats for each in engines]
             body |= {"model": engines[0].model.name, "busy": sum(each.n_busy for each in stats),
@@ -1879,20 +1961,12 @@ class Handler(Connection):
 
     @contextlib.contextmanager
     def lease(self, model: LocalModel) -> Iterator[None]:
-        """Within this, `loaded` is the engine of a model, which is loaded first if need be. From
-        its second second on, that shows in a stream."""
-        began = time.monotonic()
-
-        def wait() -> None:
-            self.check_connection()
-            seconds = time.monotonic() - max(began, self.last_write)
-            if self.streams and seconds > LOADING_NEWS_SECONDS:
-                progress = model.progress or 0.0
-                self.write_sign(f"loading {model.name} {progress:.0%}", {
-                    "type": "loading", "model": model.name, "progress": round(progress, 2)})
-
-        with engine_errors(), self.server.models.lease(model, wait) as self.loaded:
-            yield
+        """Within this, `loaded` is the engine of a model, which is loaded first if need be."""
+        with engine_errors():
+            if self.server.stopping.is_set():
+                raise engine.EngineClosed("the server is shutting down")
+            with self.server.models.lease(model, self) as self.loaded:
+                yield
 
     def read_prompts(self, prompts: Prompts, param: str, n_reply: int = 1) -> list[np.ndarray]:
         """The tokens of a text or a list of tokens, or of each in a list. n_reply: tokens of the
@@ -1926,11 +2000,9 @@ class Handler(Connection):
 
     def check_fewest(self, text: str, param: str, n_reply: int) -> None:
         """400 for a text that surely has too many tokens."""
-        n_ctx = self.loaded.n_ctx
-        if len(text) > n_ctx:  # characters: it may or may not fit
-            fewest = self.loaded.model.fewest_tokens(text)
-            if fewest > n_ctx - n_reply:
-                self.check_length(fewest, param, n_reply, "over ")
+        if len(text) > self.loaded.n_ctx:  # characters: it may or may not fit
+            fewest = self.loaded.model.fewest_tokens(text) or 1
+            self.check_length(fewest, param, n_reply, "over ")
 
     def check_length(self, n_tokens: int, param: str, n_reply: int, over: str = "") -> None:
         """400 for no tokens, or more than the context holds."""
@@ -1951,65 +2023,42 @@ class Handler(Connection):
     # ---- completions ---------------------------------------------------------------------
 
     def post_chat(self, body: ChatBody, write: Callable | None = None) -> None:
-        """write: takes the chunks, in place of our own ways to send them."""
-        self.check_generates()
-        chat = self.join(Chat(self, body))
-        prompt = chat.render()
-        tokens, pieces = chat.read_prompt(prompt)
-        self.generate(chat, [tokens], chat.constrain(prompt), functools.partial(
-            ChatRenderer, chat.parse(prompt)), pieces=pieces, write=write)
+        self.generate(self.join(Chat, body), write)
 
     def post_completion(self, body: CompletionBody) -> None:
-        self.check_generates()
-        loaded, best_of = self.loaded, body.best_of or body.n
-        wanted = self.join(Generation(self, body))
-        prompts = self.read_prompts(body.prompt, "prompt")
-        if body.suffix is not None:
-            prompt = loaded.model.infill(body.prompt, body.suffix)
-            if prompt is None:
-                raise invalid("suffix", "suffix: this model was not trained to fill in; leave it "
-                                        "out, or load one with fill-in-the-middle tokens")
-            self.check_length(len(prompt), "prompt", 1)
-            prompts = [prompt]
-        self.generate(wanted, prompts, wanted.constrain(""), TextRenderer, best_of)
+        self.generate(self.join(Completion, body))
 
-    def check_generates(self) -> None:
-        """400 for a model that makes no text."""
+    def join(self, kind: type[Generation], body: GenerationBody) -> Any:
+        """What a body wants, after features have had their say. 400 for a model that makes no
+        text."""
         model = self.loaded.model
         if not model.generates:
             raise invalid("model", f"{model.name} makes embeddings only; ask /v1/embeddings")
-
-    def join(self, wanted):
-        """Let features change what is wanted. Returns it."""
+        wanted = kind(self, body)
         for join in self.server.house.having("join"):
             join(wanted)
         return wanted
 
-    def generate(self, wanted: "Generation", prompts: list[np.ndarray],
-                 new_constraint: Callable[[], engine.Constraint] | None, renderer: Callable,
-                 best_of: int | None = None, pieces: dict[int, engine.Piece] | None = None,
-                 write: Callable | None = None) -> None:
-        """Submit the choices, and write their reply. pieces: those in the only prompt. write:
-        takes the chunks, in place of our own ways to send them."""
-        body, loaded, n_each = wanted.body, self.loaded, best_of or wanted.body.n
-        choices = self.make_choices(wanted, prompts, n_each, new_constraint, pieces or {})
-        self.tally.prompt = sum(choice.n_prompt for choice in choices[::n_each])
-        with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        reply = renderer(body, choices, loaded.model, with_usage)
+    def generate(self, wanted: Generation, write: Callable | None = None) -> None:
+        """Submit the choices, and write their reply. write: takes the chunks, in place of our own
+        ways to send them."""
+        wanted.make_choices()
+        choices, prompts = wanted.choices, wanted.choices[:: wanted.n_each]
+        self.tally.prompt = sum(choice.n_prompt for choice in prompts)
         try:
             with engine_errors(wanted.constrained_by):
-                loaded.submit(choices)
-                chunks = reply.chunks(self.events(choices, self.streams))
+                self.loaded.submit(choices)
+                chunks = wanted.chunks(self.events(choices, self.streams))
                 if write:
                     write(chunks)
-                elif body.stream:
+                elif wanted.body.stream:
                     self.write_stream(chunks)
                 else:
-                    self.send_json(reply.fold(chunks, n_each))
+                    self.send_json(wanted.fold(chunks))
         finally:
             for choice in choices:
                 choice.cancel()
-            self.tally.cached = sum(choice.n_reused for choice in choices[::n_each])
+            self.tally.cached = sum(choice.n_reused for choice in prompts)
             self.tally.generated = sum(choice.n_generated for choice in choices)
 
     def write_stream(self, chunks: Iterator[dict]) -> None:
@@ -2017,49 +2066,6 @@ class Handler(Connection):
         for chunk in chunks:
             self.write_event(chunk)
         self.write_event("[DONE]", is_last=True)
-
-    def make_choices(self, wanted: "Generation", prompts: list[np.ndarray], n_each: int,
-                     new_constraint: Callable[[], engine.Constraint] | None,
-                     pieces: dict[int, engine.Piece]) -> list[engine.Request]:
-        """n_each requests for each prompt. Everything that can be refused is refused here, before
-        the engine hears of it."""
-        body, loaded = wanted.body, self.loaded
-        stops, n_top = body.stops(), body.n_top_logprobs()
-        new_params = self.server.house.type_of(engine.SamplingParams)
-        params = {field.name: getattr(body, field.name)
-                  for field in dataclasses.fields(new_params)}
-        params["logit_bias"] = self.read_bias(body)
-        limit = given(body.reply_limit(), self.server.config.max_tokens)
-        limit = loaded.n_ctx if limit is None else limit
-        events: queue.SimpleQueue = queue.SimpleQueue()
-        choices, n_choices = [], n_each * len(prompts)
-        if n_choices > MAX_CHOICES:
-            param = "n" if n_each > 1 else "prompt"
-            raise invalid(param, f"{param}: {len(prompts)} prompts with {n_each} replies each were "
-                                 f"asked for; the limit is {MAX_CHOICES} replies in one request")
-        for index in range(n_choices):
-            prompt = prompts[index // n_each]
-            if body.seed is not None:
-                params["seed"] = body.seed + index * SEED_STRIDE
-            sampler = engine.Sampler(loaded.model, new_params(**params), loaded.n_ctx, prompt,
-                                     new_constraint() if new_constraint else None)
-            choices.append(engine.Request(
-                prompt, sampler, limit, stops, 0 if n_each > body.n and n_top is None else n_top,
-                index, scores_prompt=body.scores_prompt() and index % n_each == 0,
-                reuses=body.cache_prompt, events=events, images=pieces,
-                expected=wanted.expected))
-        return choices
-
-    def read_bias(self, body: GenerationBody) -> dict[int, float]:
-        """The logit bias by token id; a wrong one must not reach the model."""
-        n_vocab, bias = self.loaded.model.n_vocab, body.logit_bias or {}
-        for token in bias:  # JSON's keys are strings
-            is_number = token.isascii() and token.isdigit() and len(token) < 12
-            if not (is_number and int(token) < n_vocab):
-                raise invalid("logit_bias", f"logit_bias: the key {describe(token)} is not a token "
-                                            f"id of this model (0 to {n_vocab - 1})")
-        ends = self.loaded.model.end_tokens if body.ignore_eos else ()
-        return {int(token): value for token, value in bias.items()} | dict.fromkeys(ends, -math.inf)
 
     def events(self, choices: list[engine.Request], streams: bool) -> Iterator[engine.Event]:
         """Yield the engine's events until each choice has ended; in a stream that has been silent
@@ -2100,8 +2106,6 @@ class Handler(Connection):
                              describe(text, most=math.inf))
 
 
-SEED_STRIDE = 0x9E3779B9  # 2**32 / golden ratio: choice 2 of a seed is not choice 1 of the next
-
 UNAVAILABLE = {engine.QueueFull: "queue_full", engine.EngineClosed: "shutting_down",
                engine.ModelLoading: "loading", engine.ModelFailed: "model_failed"}
 
@@ -2117,11 +2121,6 @@ def engine_errors(grammar_from: str | None = None):
         raise invalid(grammar_from, f"{grammar_from}: the grammar is refused: {error}") from None
     except engine.EngineFault as error:
         raise ApiError(500, str(error), code="engine_error") from None
-
-
-def given(value, default):
-    """`value`, or the default where the client sent none."""
-    return default if value is None else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2229,214 +2228,7 @@ def buckets(values: engine.Histogram) -> dict[str, float]:
             "_sum": values.total, "_count": sums[-1]}
 
 
-# ==== 11. Rendering: events into chunks, chunks into a reply =============================
-
-LOWEST_LOGPROB = -9999.0  # what the OpenAI API sends for an impossible token; JSON has no -inf
-
-
-def to_json(value) -> bytes:
-    """Compact JSON, UTF-8."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.encode(errors="replace")  # an error may quote half a character
-
-
-def merge(whole: dict, part: dict) -> dict:
-    """Fold a delta into what came before: text and lists grow, null changes nothing; items
-    with an index are deltas themselves."""
-    for name, value in part.items():
-        old = whole.get(name)
-        if isinstance(value, dict):
-            whole[name] = merge(old or {}, value)
-        elif isinstance(value, list) and value and isinstance(value[0], dict) \
-                and "index" in value[0]:
-            items = whole.setdefault(name, [])
-            for item in value:
-                items += [{} for _ in range(len(items), item["index"] + 1)]
-                merge(items[item["index"]], {
-                    key: inner for key, inner in item.items() if key != "index"})
-        elif isinstance(old, (str, list)) and value is not None:
-            whole[name] = old + value
-        elif value is not None or name not in whole:
-            whole[name] = value
-    return whole
-
-
-class Renderer:
-    """Writes one reply. Subclasses give the two endpoints their shapes: `opening` is what the
-    first chunk of a choice carries, `closing` the last one, `parts` what is between."""
-
-    def __init__(self, body: GenerationBody, choices: list[engine.Request], model: engine.Model,
-                 with_usage: bool):
-        """with_usage: end the stream with the token counts."""
-        self.body, self.choices, self.model, self.with_usage = body, choices, model, with_usage
-        self.unsent: list[tuple[engine.TokenLogprob, ...]] = [()] * len(choices)
-        self.head = {"id": f"{self.id_prefix}-{secrets.token_hex(12)}",
-                     "object": self.stream_object, "created": int(time.time()),
-                     "model": body.model or model.name,
-                     "system_fingerprint": f"{NAME}-{VERSION}"}
-
-    def chunks(self, events: Iterator[engine.Event]) -> Iterator[dict]:
-        """Yield the reply's stream, one chunk after the other, without [DONE]."""
-        begun: set[int] = set()
-        unfinished = len(self.choices)
-        for event in events:
-            choice = event.request
-            if choice.index not in begun:
-                begun.add(choice.index)
-                yield from self.opening(choice)
-            self.unsent[choice.index] += event.logprobs
-            for part in self.parts(event):
-                yield self.chunk(choice, part)
-            if event.finish_reason:
-                unfinished -= 1
-                is_last = not unfinished and not self.with_usage
-                yield self.chunk(choice, self.closing, self.finish_reason(event)) | (
-                    {"timings": self.timings()} if is_last else {})
-        if self.with_usage:
-            yield {**self.head, "choices": [], "usage": self.usage(), "timings": self.timings()}
-
-    def chunk(self, choice: engine.Request, part: dict, reason: str | None = None) -> dict:
-        """One chunk, with the log-probabilities that have waited for it."""
-        logprobs = None
-        if self.body.n_top_logprobs() is not None:
-            logprobs = self.logprobs(choice.index, self.unsent[choice.index])
-            self.unsent[choice.index] = ()
-        return {**self.head, **({"usage": None} if self.with_usage else {}), "choices": [
-            {"index": choice.index, **part, "logprobs": logprobs, "finish_reason": reason}]}
-
-    def finish_reason(self, event: engine.Event) -> str:
-        return event.finish_reason
-
-    def usage(self) -> dict:
-        """Token counts; a prompt with several choices counts once."""
-        prompts = {id(choice.prompt): choice for choice in reversed(self.choices)}.values()
-        n_prompt = sum(choice.n_prompt for choice in prompts)
-        n_generated = sum(choice.n_generated for choice in self.choices)
-        return {"prompt_tokens": n_prompt, "completion_tokens": n_generated,
-                "total_tokens": n_prompt + n_generated, "prompt_tokens_details": {
-                    "cached_tokens": sum(choice.n_reused for choice in prompts)},
-                "completion_tokens_details": {
-                    f"{outcome}_prediction_tokens": sum(
-                        getattr(choice, f"n_{outcome}") for choice in self.choices)
-                    for outcome in ("accepted", "rejected")}}
-
-    def timings(self) -> dict:
-        """What the first choice's prompt and the slowest reply took, in llama-server's names."""
-        first = self.choices[0]
-        n_prompt, n_cached = first.n_prompt, first.n_reused
-        prompt_ms = (first.first_token - first.placed) * 1000
-        slowest = max(self.choices, key=lambda choice: choice.last_token - choice.first_token)
-        return {"cache_n": n_cached, **timing("prompt", n_prompt - n_cached, prompt_ms),
-                **timing("predicted", slowest.n_generated,
-                         (slowest.last_token - slowest.first_token) * 1000)}
-
-    def fold(self, chunks: Iterator[dict], n_each: int) -> dict:
-        """The unstreamed reply: the stream's chunks put together; a delta becomes a message. Of
-        n_each choices for a prompt the n likeliest stay."""
-        wholes: list[dict] = [{} for _ in self.choices]
-        for chunk in chunks:
-            for choice in chunk["choices"]:
-                merge(wholes[choice["index"]], choice)
-        kept = []
-        for start in range(0, len(wholes), n_each):
-            group = range(start, start + n_each)
-            if n_each > self.body.n:
-                group = sorted(group, key=lambda index: -self.choices[index].sum_logprob / max(
-                    1, self.choices[index].n_generated))[: self.body.n]
-            kept += [{**self.whole(wholes[index]), "index": len(kept) + i}
-                     for i, index in enumerate(group)]
-        return {**self.head, "object": self.reply_object, "choices": kept, "usage": self.usage(),
-                "timings": self.timings()}
-
-    def whole(self, choice: dict) -> dict:
-        return choice
-
-    def token_text(self, token: int) -> str:
-        return self.model.piece(token, special=True).decode("utf-8", "replace")
-
-
-def timing(what: str, n: int, ms: float) -> dict:
-    """n tokens in ms milliseconds, as llama-server says it."""
-    return {f"{what}_n": n, f"{what}_ms": ms, f"{what}_per_token_ms": ms / max(n, 1),
-            f"{what}_per_second": n * 1000 / max(ms, 0.001)}
-
-
-class ChatRenderer(Renderer):
-    """https://platform.openai.com/docs/api-reference/chat"""
-
-    id_prefix = "chatcmpl"
-    stream_object, reply_object = "chat.completion.chunk", "chat.completion"
-    closing = {"delta": {}}
-
-    def __init__(self, new_parser: Callable[[], TextParser], *arguments):
-        super().__init__(*arguments)
-        self.parsers = [new_parser() for _ in self.choices]
-
-    def opening(self, choice: engine.Request) -> Iterator[dict]:
-        yield self.chunk(choice, {"delta": {"role": "assistant", "content": "", "refusal": None}})
-
-    def parts(self, event: engine.Event) -> Iterator[dict]:
-        parser = self.parsers[event.request.index]
-        for delta in parser.feed(event.text) + (parser.finish() if event.finish_reason else []):
-            yield {"delta": delta}
-
-    def finish_reason(self, event: engine.Event) -> str:
-        return self.parsers[event.request.index].finish_reason(event.finish_reason)
-
-    def whole(self, choice: dict) -> dict:
-        message = self.parsers[choice["index"]].whole(choice.pop("delta"))
-        return {"index": 0, "message": message, **choice}
-
-    def logprobs(self, index: int, tokens: tuple[engine.TokenLogprob, ...]) -> dict:
-        return {"content": [{**self.token_entry(entry.token, entry.logprob),
-                             "top_logprobs": [self.token_entry(*other) for other in entry.top]}
-                            for entry in tokens], "refusal": None}
-
-    def token_entry(self, token: int, logprob: float) -> dict:
-        return {"token": self.token_text(token), "logprob": max(logprob, LOWEST_LOGPROB),
-                "bytes": list(self.model.piece(token, special=True))}
-
-
-class TextRenderer(Renderer):
-    """https://platform.openai.com/docs/api-reference/completions"""
-
-    id_prefix = "cmpl"
-    stream_object = reply_object = "text_completion"
-    closing = {"text": ""}
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.offsets = [0] * len(self.choices)  # of each choice's next token
-
-    def opening(self, choice: engine.Request) -> Iterator[dict]:
-        """With `echo`, the prompt; its first token has no log-probability."""
-        if not self.body.echo:
-            return
-        first = engine.TokenLogprob(int(choice.prompt[0]), None, ())
-        scored = next(c for c in self.choices if c.prompt is choice.prompt)
-        self.unsent[choice.index] = (first, *scored.prompt_logprobs)
-        text = b"".join(self.model.piece(int(token), special=True) for token in choice.prompt)
-        yield self.chunk(choice, {"text": text.decode("utf-8", "replace")})
-
-    def parts(self, event: engine.Event) -> Iterator[dict]:
-        if event.text:
-            yield {"text": event.text}
-
-    def logprobs(self, index: int, tokens: tuple[engine.TokenLogprob, ...]) -> dict:
-        """The legacy shape; offsets count characters from the start of the choice's text."""
-        texts, offsets = [self.token_text(entry.token) for entry in tokens], []
-        for text in texts:
-            offsets.append(self.offsets[index])
-            self.offsets[index] += len(text)
-        return {"tokens": texts, "text_offset": offsets,
-                "token_logprobs": [None if entry.logprob is None else
-                                   max(entry.logprob, LOWEST_LOGPROB) for entry in tokens],
-                "top_logprobs": [None if entry.logprob is None else {
-                    self.token_text(token): max(logprob, LOWEST_LOGPROB)
-                    for token, logprob in entry.top} for entry in tokens]}
-
-
-# ==== 12. Main: start, signals, drain ====================================================
+# ==== 11. Main: start, signals, drain ====================================================
 
 EXIT_OK, EXIT_UNUSABLE = 0, 2
 EXAMPLE_BODY = '{"messages": [{"role": "user", "content": "What is gravity?"}], "max_tokens": 64}'
@@ -2495,9 +2287,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_UNUSABLE
     log.info("shutting down: running requests have %g seconds", server.config.drain_seconds)
     if not server.drain():
-        log.error("the engine is stuck in a step: ending without it")
-        os._exit(EXIT_OK)
-    if not server.models.ended(LAST_WRITES_SECONDS):  # some steps of loading cannot be interrupted
+        log.error("the engine is stuck in a step, or in loading: ending without it")
         os._exit(EXIT_OK)
     return EXIT_OK
 

@@ -118,7 +118,7 @@ def test_token_logprob_is_log_softmax():
 # ==== 2. Validation =======================================================================
 
 
-ALONE = server.House(())  # no features
+ALONE = server.House()  # no features
 
 
 def refusal(cls, body) -> server.ApiError:
@@ -160,7 +160,6 @@ HI = [{"role": "user", "content": "hi"}]
     ({"stream": "yes"}, "stream", "true or false"),
     ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "true or false"),
     ({"top_logprobs": 21}, "top_logprobs", "between 0 and 20"),
-    ({"store": True}, "store", "not stored; got true"),
 ])
 def test_a_wrong_field_is_refused_by_name_with_the_limit(change, param, words):
     """The message says what was sent and what is allowed; `param` says where."""
@@ -691,20 +690,13 @@ def test_chat_logprobs_add_up_to_the_text(client):
     assert without.choices[0].logprobs.content[0].top_logprobs == []
 
 
-def test_completions_and_their_legacy_logprobs(client, model):
-    reply = client.completions.create(model=model, prompt="Once upon a time", max_tokens=8,
-                                      temperature=0, logprobs=2)
+def test_a_text_goes_on_streamed_or_not(client, model):
+    asked = dict(model=model, prompt="Once upon a time", max_tokens=8, temperature=0)
+    reply = client.completions.create(**asked)
     choice = reply.choices[0]
-    assert reply.object == "text_completion" and choice.finish_reason == "length"
-    assert "".join(choice.logprobs.tokens) == choice.text
-    assert choice.logprobs.text_offset[2] == len("".join(choice.logprobs.tokens[:2]))
-    assert all(len(top) == 2 for top in choice.logprobs.top_logprobs)
-    streamed = list(client.completions.create(model=model, prompt="Once upon a time", max_tokens=8,
-                                              temperature=0, logprobs=2, stream=True))
+    assert reply.object == "text_completion" and choice.finish_reason == "length" and choice.text
+    streamed = list(client.completions.create(**asked, stream=True))
     assert "".join(chunk.choices[0].text for chunk in streamed) == choice.text
-    offsets = [offset for chunk in streamed if chunk.choices[0].logprobs
-               for offset in chunk.choices[0].logprobs.text_offset]
-    assert offsets == choice.logprobs.text_offset
     default = client.completions.create(model=model, prompt="1 2 3", temperature=0)
     assert default.usage.completion_tokens <= server.LEGACY_MAX_TOKENS
 

@@ -76,7 +76,7 @@ class Replica:
     def __init__(self, settings: dict):
         """settings: of server.Config, as plain values: its class, made of features, cannot travel."""
         logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(message)s")
-        house = server.House(settings["features"])
+        house = server.load_features(settings["features"])
         self.server = Server(server.read_object(house.Config, settings, "", server.Reading(house)))
         self.name = serve.get_replica_context().replica_id.unique_id
         self.server.models.start()
@@ -85,7 +85,7 @@ class Replica:
 
     def check_health(self) -> None:
         """Ray asks every few seconds, and replaces a replica that raises."""
-        if self.server.state() == "stalled":
+        if self.server.state()[0] == "stalled":
             raise RuntimeError("a step of the engine takes longer than stall_seconds")
 
     async def __call__(self, request: Request) -> StreamingResponse:

@@ -1,5 +1,92 @@
-"""Features: each file is one that plugs into server.py and engine.py, or a part of one.
+"""Features: how the files of this folder plug into server.py and engine.py.
 
-This file makes the folder a package of its own: another package of this name, wherever it is
-installed, is not taken for it.
+A feature is a module that exports some of EXPORTS; docs/features.md tells what they mean. The other
+files are parts of features. The settings name the features that are on; those are imported, behind
+what they need, and make a server.House. Those that are off are read, but not imported, so that a
+request or setting which needs one can be told its name. (This file also makes the folder a package of
+its own: another one of this name, wherever it is installed, is not taken for it.)
 """
+
+import ast
+import importlib
+import types
+from pathlib import Path
+
+import server
+
+FOLDER = Path(__file__).resolve().parent
+EXPORTS = ("Settings", "ROUTES", "FIELDS", "equip", "receive", "join", "start", "fetch")
+
+
+def load(names: list) -> server.House:
+    """The house with the features of these names. Raises ConfigError."""
+    modules: list[types.ModuleType] = []
+    for name in names:
+        _add(modules, name, ())
+    _check_claims(modules)
+    return server.House(modules, fields_of_others({module.__name__ for module in modules}))
+
+
+def _add(modules: list[types.ModuleType], name, wanted_by: tuple[str, ...]) -> None:
+    """Import a feature, behind those that it needs."""
+    if name in wanted_by:
+        raise server.ConfigError(f"features: {name} needs itself, by way of {', '.join(wanted_by)}")
+    if not isinstance(name, str) or not name.isidentifier() \
+            or not (FOLDER / f"{name}.py").is_file():
+        there = ", ".join(sorted(file.stem for file in FOLDER.glob("[!_]*.py"))) or "none"
+        raise server.ConfigError(f"features: {server.describe(name)} is not in the folder features, "
+                                 f"which has {there}")
+    if any(module.__name__ == f"features.{name}" for module in modules):
+        return
+    try:
+        module = importlib.import_module(f"features.{name}")
+    except Exception as error:
+        raise server.ConfigError(f"features: {name} cannot be imported: {type(error).__name__}: "
+                                 f"{error}") from error
+    if not any(hasattr(module, export) for export in EXPORTS):
+        raise server.ConfigError(f"features: {name} is a part of other features, and none by "
+                                 "itself")
+    for needed in getattr(module, "NEEDS", ()):
+        _add(modules, needed, (*wanted_by, name))
+    modules.append(module)
+
+
+def _check_claims(modules: list[types.ModuleType]) -> None:
+    """A path, and a field or setting of a feature, is its own; a field that the two files declare
+    may be widened."""
+    paths, fields = set(server.ROUTES), set()
+    for module in modules:
+        routes = getattr(module, "ROUTES", {}).keys()
+        for key in paths & routes:
+            raise server.ConfigError(f"features: {module.__name__} claims the path {' '.join(key)}, "
+                                     "which is there already")
+        added = {**getattr(module, "FIELDS", {})}
+        if hasattr(module, "Settings"):
+            added["Config"] = module.Settings
+        claimed = {(target, name) for target, extension in added.items()
+                   for name in extension.__annotations__}
+        for target, name in sorted(fields & claimed):
+            raise server.ConfigError(f"features: {module.__name__} claims the field {name} of "
+                                     f"{target}, which another feature has")
+        paths |= routes
+        fields |= claimed
+
+
+def fields_of_others(modules: set[str]) -> dict[tuple[str, str], str]:
+    """The fields that features add which are off: by the class that they extend and their name, the
+    feature."""
+    found: dict[tuple[str, str], str] = {}
+    for file in sorted(FOLDER.glob("[!_]*.py")):
+        if f"features.{file.stem}" in modules:
+            continue
+        tree = ast.parse(file.read_text()).body
+        classes = {node.name: node for node in tree if isinstance(node, ast.ClassDef)}
+        extended = [("Config", "Settings")] + [
+            (key.value, value.id) for node in tree
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FIELDS"
+            for key, value in zip(node.value.keys, node.value.values)]
+        for target, name in extended:
+            for node in classes[name].body if name in classes else ():
+                if isinstance(node, ast.AnnAssign):
+                    found[target, node.target.id] = file.stem
+    return found

@@ -68,6 +68,10 @@ def add_arguments(reply: structured.Form, form: ToolFormat, schema: dict, at: st
     parameters come in the schema's order, and those not required may be left out."""
     if schema.get("type", "object") != "object":
         raise SchemaError(f"{at}.type: must be 'object', got {schema['type']!r:.60}")
+    # JSON Schema would allow more members. But a function takes what it declares, and a model that
+    # may go on to invent arguments does.
+    if "properties" in schema and schema.keys() & KNOWN <= {"type", "properties", "required"}:
+        schema = {**schema, "additionalProperties": False}
     if not form.xml:
         return reply.add_schema({**schema, "type": "object"}, at)
     whole, elements = Schema(schema, at), []

@@ -21,10 +21,13 @@ from typing import Any
 
 import engine
 import server
-from server import POLL_SECONDS, RELOAD_SECONDS
+from server import POLL_SECONDS
 
 
 MODEL_NAME = r"[A-Za-z0-9][\w./:@+-]*"
+RELOAD_SECONDS = 2.0  # between looks whether a model file that could not be loaded has changed
+NEWS_SECONDS = 1.0  # between two comments in a stream that waits for its model
+LAST_STEP_SECONDS = 5.0  # at the end, for a step of loading that cannot be interrupted
 IDLE_GRACE_SECONDS = 0.2  # a client that sends one request after the other is back within this
 
 @dataclasses.dataclass
@@ -95,6 +98,7 @@ class PooledModel(server.LocalModel):
     """A model that comes and goes. What it says more of how it stands is the Pool's."""
 
     is_in_folder: bool = False  # of the models_dir, from which it may vanish
+    error: str | None = None  # why it could not be loaded the last time
     is_broken: bool = False  # it could not be loaded, and it was a file's fault, ...
     seen: tuple = ()  # ... what its files looked like then ...
     failed_at: float = -math.inf  # ... and when; time.monotonic()
@@ -104,6 +108,24 @@ class PooledModel(server.LocalModel):
     is_leaving: bool = False  # takes no new users, and is unloaded when the last one has gone
     must_go: bool = False  # leaves because somebody unloads it by hand
     is_off: bool = False  # has been unloaded by hand: only who asks for it by name loads it again
+
+    def files(self) -> dict[str, str]:
+        """Its files, by the settings that name them."""
+        names = [field.name for field in dataclasses.fields(self.settings)
+                 if field.metadata.get("is_file") and field.name != "model_path"]
+        files = {"model_path": self.path, **{name: getattr(self.settings, name) for name in names}}
+        for files_of in self.house.having("files_of"):
+            files |= files_of(self)
+        return {name: file for name, file in files.items() if file}
+
+    def look(self) -> tuple:
+        """What changes when one of its files does."""
+        seen = []
+        for file in self.files().values():
+            with contextlib.suppress(OSError):
+                stat = os.stat(os.path.expanduser(file))
+                seen.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
+        return tuple(seen)
 
     def is_hopeless(self) -> bool:
         """Whether to load it would fail again: it just has, or its files are what they were when
@@ -142,8 +164,8 @@ class Pool(server.Models):
                 wanted == own and not getattr(config, "openai_base_url", None):
             local = {own: PooledModel(own, config.model_path, config, house), **local}
         self._models, self.named = local, dict(local)
-        self._download_dir = server.HERE / "models"
         self.default = None
+        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
         self.retired = engine.Stats()  # the counts of engines that are gone
         # Guards all that is below and the models' standing; notified when any of it changes.
         self._changed = threading.Condition()
@@ -172,8 +194,13 @@ class Pool(server.Models):
         """Start the thread; wait until the default model is loaded, or everything stops."""
         self._thread.start()
         with self._changed:
-            while self.is_starting and not self._stopping.is_set():
+            while self.is_starting and not self.stopping.is_set():
                 self._changed.wait(POLL_SECONDS)
+
+    def check_started(self) -> None:
+        """As Models.check_started. Raises ModelFailed where the file has to change first."""
+        if self.is_starting:
+            raise engine.ModelFailed(self.default.error) if self.default.error else self.loading()
 
     def names(self) -> dict[str, Any]:
         """As Models.names."""
@@ -203,8 +230,8 @@ class Pool(server.Models):
         """The GGUF files in models_dir, by their names without the ending."""
         folder = Path(os.path.expanduser(self.config.models_dir or ""))
         files = engine.model_files(folder) if self.config.models_dir else []
-        settings = ModelEntry().settings(self.config, self._house)
-        return [PooledModel(file.stem, str(file), settings, self._house, is_in_folder=True)
+        settings = ModelEntry().settings(self.config, self.house)
+        return [PooledModel(file.stem, str(file), settings, self.house, is_in_folder=True)
                 for file in files if re.fullmatch(MODEL_NAME, file.stem)]
 
     @property
@@ -228,24 +255,35 @@ class Pool(server.Models):
         return {name: engine for name, engine in engines.items() if engine}
 
     @contextlib.contextmanager
-    def lease(self, model: PooledModel, wait: Callable[[], None]) -> Iterator[engine.Engine]:
-        """A model's engine, which stays loaded within this. wait: called again and again until it
-        is there; may raise. Raises engine.ModelLoading, engine.ModelFailed, engine.QueueFull, engine.EngineClosed."""
+    def lease(self, model: PooledModel, handler: server.Handler) -> Iterator[engine.Engine]:
+        """As Models.lease; from its second second on, a stream tells that it waits."""
+        began = time.monotonic()
+
+        def wait() -> None:
+            handler.check_connection()
+            if handler.streams and time.monotonic() - max(began, handler.last_write) > NEWS_SECONDS:
+                progress = model.progress or 0.0
+                handler.write_sign(f"loading {model.name} {progress:.0%}", {
+                    "type": "loading", "model": model.name, "progress": round(progress, 2)})
+
         self._enter(model, wait)
         try:
             yield model.engine
         finally:
-            with self._changed:
-                model.n_users -= 1
-                model.last_used = time.monotonic()
-                self._changed.notify_all()
+            self._leave(model)
+
+    def _leave(self, model: PooledModel) -> None:
+        with self._changed:
+            model.n_users -= 1
+            model.last_used = time.monotonic()
+            self._changed.notify_all()
 
     def _enter(self, model: PooledModel, wait: Callable[[], None]) -> None:
         ticket = None
         try:
             while True:
                 with self._changed:
-                    if self._stopping.is_set():
+                    if self.stopping.is_set():
                         raise engine.EngineClosed("the server is shutting down")
                     if ticket and ticket.error:
                         raise engine.ModelFailed(ticket.error)
@@ -274,7 +312,7 @@ class Pool(server.Models):
         try:  # known before another model has to go for it
             for name, file in model.files().items():
                 if name != "chat_template_file" and not server.NO_PATH.match(file):
-                    engine.find_model_file(file, self._download_dir, setting=name)
+                    engine.find_model_file(file, server.HERE, setting=name)
         except engine.ModelError as error:
             raise engine.ModelFailed(str(error)) from None
         if len(self._tickets) >= self.config.max_queue:
@@ -285,8 +323,8 @@ class Pool(server.Models):
         model.error = None  # who asks like this wants it tried, whatever happened before
         if exclusive:
             self.unload([other for other in self.loaded() if other is not model], wait)
-        with self.lease(model, wait):
-            pass
+        self._enter(model, wait)
+        self._leave(model)
 
     def unload(self, models: list[PooledModel], wait: Callable[[], None]) -> None:
         """Give the memory of these models back, when their work is done."""
@@ -298,7 +336,7 @@ class Pool(server.Models):
             self._changed.notify_all()
         while any(model.must_go for model in models):
             with self._changed:
-                if self._stopping.is_set():
+                if self.stopping.is_set():
                     raise engine.EngineClosed("the server is shutting down")
                 self._changed.wait(POLL_SECONDS)
             wait()
@@ -313,10 +351,17 @@ class Pool(server.Models):
         model = self._working_on
         return model if model and model.progress is not None else None
 
+    def close(self) -> bool:
+        """As Models.close; False, too, when a step of loading does not end."""
+        closed = super().close()
+        if self._thread.ident:
+            self._thread.join(LAST_STEP_SECONDS)
+        return closed and not self._thread.is_alive()
+
     # ---- the loader's thread only ------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._stopping.is_set():
+        while not self.stopping.is_set():
             with self._changed:
                 work, self._working_on = self._choose()
                 if work is None:
@@ -355,7 +400,7 @@ class Pool(server.Models):
     def _load(self, model: PooledModel) -> None:
         try:
             model.progress, model.seen = 0.0, model.look()
-            loaded = model.load(self._download_dir, lambda: not self._stopping.is_set())
+            loaded = model.load(lambda: not self.stopping.is_set())
             model.seen = model.look()
         except Exception as error:
             self._fail(model, error)
@@ -375,7 +420,7 @@ class Pool(server.Models):
         if not isinstance(error, engine.ModelError):
             server.log.exception("loading %s failed", model.name)
         is_first = self.is_starting and model is self.default
-        if self._stopping.is_set():  # it is the stop that interrupted the loading
+        if self.stopping.is_set():  # it is the stop that interrupted the loading
             return
         with self._changed:
             model.error, model.is_broken = str(error), isinstance(error, engine.BrokenModel)
@@ -385,7 +430,7 @@ class Pool(server.Models):
                     ticket.error = model.error
         if is_first and not isinstance(error, engine.BrokenModel):
             self.fatal_error = model.error
-            self._stopping.set()
+            self.stopping.set()
         else:
             server.log.error("error: %s%s", error, "; waiting for the file to change" * is_first)
 

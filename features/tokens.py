@@ -46,7 +46,7 @@ def post_detokenize(handler, request: DetokenizeBody) -> None:
 
 
 def post_template(handler, body: server.ChatBody) -> None:
-    chat = handler.join(server.Chat(handler, body))
+    chat = handler.join(server.Chat, body)
     handler.send_json({"prompt": chat.show(chat.render())})
 
 

@@ -71,7 +71,7 @@ def house():
     """All features that config.yaml names."""
     sys.path.insert(0, str(ROOT))
     import server  # not in the environments of other clients
-    return server.House(FEATURES)
+    return server.load_features(FEATURES)
 
 
 def server_python() -> str:

@@ -424,6 +424,25 @@ def test_the_form_of_calls_takes_what_the_parser_reads(model, name, parallel, fr
     assert [call[1:] for call in reply["calls"]] == [["get_time", "{}"]]
 
 
+OPENERS = [{"additionalProperties": True}, {"additionalProperties": {"type": "integer"}},
+           {"patternProperties": {"^p": {}}}, {"allOf": [{"properties": {"a": {}, "p": {}}}]}]
+
+
+def test_a_call_has_the_arguments_that_its_function_declares(model):
+    """A little model that may invent arguments does so until its length cuts the call off. Where a
+    schema says more than `properties`, its own rules hold."""
+    declared = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    for schema, text, may in [
+            (declared, '{"a": 1}', True), (declared, '{"p": 1}', False),
+            (declared, '{"a": 1, "p": 1}', False), ({"properties": {}}, '{"p": 1}', False),
+            ({"properties": {}, "description": "Nothing."}, "{}", True),
+            ({"type": "object"}, '{"p": 1}', True), ({}, '{"p": 1}', True),
+            *[({**declared, **opener}, '{"a": 1, "p": 1}', True) for opener in OPENERS]]:
+        form = structured.Form()
+        form.root = forms.add_arguments(form, forms.GENERIC, schema, "parameters")
+        assert follows(model, form, text) == may, (schema, text)
+
+
 # ==== 6. Rendering ========================================================================
 
 ENDLESS = {

@@ -970,6 +970,19 @@ def test_a_wrong_completion_is_refused_by_name(http, change, param):
     refused(http, COMPLETIONS, {"prompt": FOX, "max_tokens": 2, **change}, param)
 
 
+def test_legacy_logprobs_have_the_offsets_of_their_tokens_streamed_or_not(client):
+    asked = dict(model=MODEL, prompt="Once upon a time", max_tokens=8, temperature=0, logprobs=2)
+    choice = client.completions.create(**asked).choices[0]
+    assert "".join(choice.logprobs.tokens) == choice.text
+    assert choice.logprobs.text_offset[2] == len("".join(choice.logprobs.tokens[:2]))
+    assert all(len(top) == 2 for top in choice.logprobs.top_logprobs)
+    streamed = list(client.completions.create(**asked, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in streamed) == choice.text
+    offsets = [offset for chunk in streamed if chunk.choices[0].logprobs
+               for offset in chunk.choices[0].logprobs.text_offset]
+    assert offsets == choice.logprobs.text_offset
+
+
 def test_the_client_types_completions(client):
     reply = client.completions.create(model=MODEL, prompt=[FOX, RAIN], max_tokens=3, echo=True,
                                       logprobs=1, temperature=0)

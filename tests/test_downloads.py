@@ -113,7 +113,7 @@ def test_a_model_that_the_hub_does_not_have_is_one_sentence(hub):
 def test_the_default_model_has_its_name_before_it_is_fetched(tmp_path, monkeypatch):
     """With the feature. Without it, the one file in models/ is the model."""
     monkeypatch.setattr(server, "HERE", tmp_path)
-    with_it, without = server.House(["downloads"]), server.House([])
+    with_it, without = server.load_features(["downloads"]), server.load_features([])
     name = Path(downloads.DEFAULT_MODEL).stem
     assert server.model_name(None, with_it) == name
     (tmp_path / "models").mkdir()
@@ -132,4 +132,4 @@ def test_every_setting_that_names_a_file_may_name_one_of_the_hub(setting, monkey
     threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
     running.models.start()
     assert "hf:o/r/f.gguf needs the huggingface_hub library" in running.models.fatal_error
-    assert running.models.ended(10) and running.drain()
+    assert running.drain()

@@ -146,7 +146,7 @@ def load(tmp_path, text: str):
 
 
 def test_a_field_of_a_feature_that_is_off_names_it():
-    house = server.House(["structured", "reasoning"])
+    house = server.load_features(["structured", "reasoning"])
     for field, value, feature in (("tools", [{}], "tools"), ("prediction", {"type": "content"}, "drafts")):
         with pytest.raises(server.ApiError, match=f"{field}: needs the feature {feature}") as caught:
             server.read_object(house.type_of(server.ChatBody), {
@@ -188,11 +188,11 @@ def test_a_feature_that_cannot_be_is_one_sentence(features, words, monkeypatch, 
     (folder / "again.py").write_text((ROOT / "features" / "memory.py").read_text())
     (folder / "tokens2.py").write_text(route % "/tokenize")
     (folder / "path.py").write_text((route % "/health").replace("POST", "GET"))
-    monkeypatch.setattr(server, "FEATURES", folder)
     import features as package
+    monkeypatch.setattr(package, "FOLDER", folder)
     monkeypatch.setattr(package, "__path__", [str(folder)])
     with pytest.raises(server.ConfigError, match=words) as caught:
-        server.House(features)
+        server.load_features(features)
     assert str(caught.value).startswith("features: ") and "\n" not in str(caught.value)
 
 
@@ -221,6 +221,7 @@ def test_config_yaml_shows_every_setting_with_its_default():
      "messages[0].content[0].type", "'image_url'"),
     ({"tools": [{"type": "function"}]}, "tools[0].function", "required"),
     ({"response_format": {"type": "yaml"}}, "response_format.type", "'json_schema'"),
+    ({"store": True}, "store", "not stored; got true"),
 ])
 def test_a_wrong_field_of_a_feature_is_refused_by_name(change, param, words):
     house = conftest.house()
@@ -257,6 +258,7 @@ def test_the_example_of_the_docs_plugs_in(alone, tmp_path):
     folder = tmp_path / "with"
     shutil.copytree(alone, folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "features").mkdir()
+    shutil.copy(ROOT / "features" / "__init__.py", folder / "features")
     (folder / "features" / "shout.py").write_text(code)
     asked = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "temperature": 0}
 

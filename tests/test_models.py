@@ -46,7 +46,8 @@ def listening(models, **settings):
         yield running
     finally:
         running.stopping.set()
-        ended = running.models.ended(10)
+        running.models._thread.join(10)
+        ended = not running.models._thread.is_alive()
         assert running.drain() and ended
 
 

@@ -23,7 +23,7 @@ import engine  # noqa: E402
 import server  # noqa: E402
 from features import samplers  # noqa: E402
 
-HOUSE = server.House(["samplers"])
+HOUSE = server.load_features(["samplers"])
 
 # ==== 1. The chain ========================================================================
 
@@ -164,7 +164,7 @@ def test_a_wrong_sampler_is_refused_by_name(http, name, wrong):
 
 def test_without_the_feature_each_field_names_it():
     """But what asks for nothing is served."""
-    with serving(server.House([])) as http:
+    with serving(server.load_features([])) as http:
         for field in dataclasses.fields(samplers.SamplerFields):
             value = ["."] if field.name == "dry_sequence_breakers" else 1
             for path, body in ((CHAT, {"messages": HI}), (COMPLETIONS, {"prompt": HA})):

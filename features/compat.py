@@ -1,0 +1,128 @@
+"""Compat: what clients of other servers send and read, besides what this one needs.
+
+What for: clients that send all that OpenAI's reference has, those that llama-server and vLLM have
+taught more fields, and monitors that read llama-server's `timings`. How it works: fields that change
+nothing here are taken without a word; those for what this server does not do are a 400 that says so,
+unless they ask for nothing; the others change a chat before its prompt is made. It costs nothing. It
+reads those fields, and sends `timings` with the end of each reply.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import server
+
+
+def refused(reason: str, *harmless):
+    """A field of the OpenAI API that is not served, and why. harmless: its values that ask for
+    nothing, besides null and empty."""
+    return server.option(refused=reason, harmless=harmless)
+
+
+def check_refused(sent, at: str) -> None:
+    """Refuse what asks for something that is not served."""
+    for field in dataclasses.fields(sent):
+        value, nothing = getattr(sent, field.name), (None, False, "", [], {})
+        if "refused" in field.metadata and not any(  # 0 is not False
+                type(value) is type(no) and value == no
+                for no in nothing + field.metadata["harmless"]):
+            raise server.invalid(f"{at}{field.name}", f"{at}{field.name}: "
+                                 f"{field.metadata['refused']}; got {server.describe(value)}, leave "
+                                 "it out", "unsupported_parameter")
+
+
+@dataclasses.dataclass
+class ChatFields:
+    """The other fields of a chat. For the first three see vLLM's documentation."""
+
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+    metadata: dict[str, str] | None = server.option(no_effect=True)
+    safety_identifier: str | None = server.option(no_effect=True)
+    prompt_cache_key: str | None = server.option(no_effect=True)
+    prompt_cache_retention: str | None = server.option(no_effect=True)
+    service_tier: str | None = server.option(no_effect=True)
+    verbosity: str | None = server.option(no_effect=True)
+    store: Any = refused("replies are not stored")
+    modalities: Any = refused("only text is supported", ["text"])
+    audio: Any = refused("only text is supported")
+    web_search_options: Any = refused("web search is not supported")
+
+    def check(self, _at: str) -> None:
+        """Refuse what is not served, or cannot be."""
+        check_refused(self, "")
+        last = self.messages[-1].role
+        if self.continue_final_message and last != "assistant":
+            raise server.invalid("continue_final_message", "continue_final_message: the last message "
+                                 f"is the {last}'s, not the assistant's")
+        if taken := TEMPLATE_NAMES & (self.chat_template_kwargs or {}).keys():
+            raise server.invalid("chat_template_kwargs", f"chat_template_kwargs: {min(taken)!r} is "
+                                 "set by the server; leave it out")
+
+
+TEMPLATE_NAMES = {"messages", "tools", "functions", "function_call", "tool_choice", "bos_token",
+                  "eos_token", "add_generation_prompt", "raise_exception", "strftime_now", "self"}
+
+
+@dataclasses.dataclass
+class GenerationFields:
+    """The other fields of any generation."""
+
+    ignore_eos: bool = False
+    cache_prompt: bool = True
+
+
+@dataclasses.dataclass
+class MessageFields:
+    """The other fields of a message."""
+
+    audio: Any = refused("only text and images are supported")
+
+    def check(self, at: str) -> None:
+        """Refuse what asks for something that is not served."""
+        check_refused(self, f"{at}.")
+
+
+FIELDS = {"ChatBody": ChatFields, "GenerationBody": GenerationFields, "Message": MessageFields}
+
+
+def join(wanted: server.Generation) -> None:
+    """Let the other fields have their effect, and a reply end with its timings."""
+    body = wanted.body
+    wanted.extras = functools.partial(timings, wanted)
+    wanted.reuses = body.cache_prompt
+    wanted.barred = wanted.model.end_tokens if body.ignore_eos else ()
+    if isinstance(wanted, server.Chat):
+        wanted.options |= body.chat_template_kwargs or {}
+        wanted.adds_prompt = body.add_generation_prompt
+        if body.continue_final_message:
+            wanted.render = functools.partial(render_begun, wanted, wanted.render)
+
+
+def render_begun(chat: server.Chat, render: Callable[[], str]) -> str:
+    """The prompt for a reply that goes on where the last message, the assistant's, ends."""
+    begun = chat.messages.pop()
+    chat.adds_prompt = True
+    return render() + server.text_of(begun["content"] or "")
+
+
+def timings(wanted: server.Generation) -> dict:
+    """What the first choice's prompt and the slowest reply took, in llama-server's names."""
+    first = wanted.choices[0]
+    n_new = first.n_prompt - first.n_reused
+    slowest = max(wanted.choices, key=lambda choice: choice.last_token - choice.first_token)
+    return {"timings": {
+        "cache_n": first.n_reused,
+        **timing("prompt", n_new, (first.first_token - first.placed) * 1000),
+        **timing("predicted", slowest.n_generated,
+                 (slowest.last_token - slowest.first_token) * 1000)}}
+
+
+def timing(what: str, n: int, ms: float) -> dict:
+    """n tokens in ms milliseconds, as llama-server says it."""
+    return {f"{what}_n": n, f"{what}_ms": ms, f"{what}_per_token_ms": ms / max(n, 1),
+            f"{what}_per_second": n * 1000 / max(ms, 0.001)}

@@ -1,0 +1,126 @@
+"""Legacy: what only the older of OpenAI's two endpoints for text has.
+
+What for: programs that weigh texts (an evaluation harness asks for the log-probability of each token
+of a prompt), editors that fill in what is missing between two texts, and scripts from before chats. How
+it works: a Completion gets other ways to read its prompts and to write its chunks. It costs what its
+replies cost: `best_of` generates more than it shows, and a prompt whose tokens are scored is computed
+whole, whatever the KV cache holds. It reads the fields `logprobs`, `echo`, `suffix` and `best_of` of
+/v1/completions, and sends what the reference has for them:
+https://platform.openai.com/docs/api-reference/completions
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+from llama_cpp import llama_cpp as lib
+
+import engine
+import server
+
+
+@dataclasses.dataclass
+class CompletionFields:
+    """What else a text completion may ask for."""
+
+    logprobs: int | None = server.option(low=0, high=20)
+    echo: bool = False
+    suffix: str | None = None
+    best_of: int | None = server.option(low=1, high=128)
+
+    def check(self, at: str) -> None:
+        """Refuse what fields together make impossible."""
+        best_of = self.best_of or self.n
+        if best_of < self.n or (best_of > self.n and self.stream):
+            raise server.invalid("best_of", f"best_of: {best_of} was sent; it must be at least n "
+                                            f"({self.n}), and equal to n in a stream")
+        if self.suffix is not None and not isinstance(self.prompt, str):
+            raise server.invalid("suffix", "suffix: the prompt must be one string")
+
+
+FIELDS = {"CompletionBody": CompletionFields}
+
+
+class LegacyReply:
+    """What a Completion does in other ways; `join` puts these in place."""
+
+    def __init__(self, wanted: server.Completion):
+        self.wanted, self.body = wanted, wanted.body
+        self.read_prompts = wanted.read
+        self.offsets: collections.Counter[int] = collections.Counter()  # of each next token, by choice
+        self.sums: collections.Counter[int] = collections.Counter()  # of log-probabilities, by choice
+
+    def read(self):
+        """As Generation.read: with a suffix, the prompt for what stands before it."""
+        prompts, new_constraint = self.read_prompts()
+        if self.body.suffix is None:
+            return prompts, new_constraint
+        prompt = infill(self.wanted.model, self.body.prompt, self.body.suffix)
+        if prompt is None:
+            raise server.invalid("suffix", "suffix: this model was not trained to fill in; leave it "
+                                           "out, or load one with fill-in-the-middle tokens")
+        self.wanted.handler.check_length(len(prompt), "prompt", 1)
+        return [prompt], new_constraint
+
+    def opening(self, choice: engine.Request) -> Iterator[dict]:
+        """As Generation.opening: with `echo`, the prompt; its first token has no log-probability."""
+        if not self.body.echo:
+            return
+        wanted, prompt = self.wanted, choice.prompt
+        scored = next(other for other in wanted.choices if other.prompt is prompt)
+        wanted.unsent[choice.index] = (engine.TokenLogprob(int(prompt[0]), None, ()),
+                                       *scored.prompt_logprobs)
+        text = b"".join(wanted.model.piece(int(token), special=True) for token in prompt)
+        yield wanted.chunk(choice, {"text": text.decode("utf-8", "replace")})
+
+    def logprobs(self, index: int, tokens: tuple[engine.TokenLogprob, ...]) -> dict:
+        """As Generation.logprobs; offsets count characters from the start of the choice's text."""
+        lowest, text_of = server.LOWEST_LOGPROB, self.wanted.token_text
+        texts, offsets = [text_of(entry.token) for entry in tokens], []
+        for text in texts:
+            offsets.append(self.offsets[index])
+            self.offsets[index] += len(text)
+        self.sums[index] += sum(entry.logprob or 0 for entry in tokens)
+        return {"tokens": texts, "text_offset": offsets,
+                "token_logprobs": [None if entry.logprob is None else max(entry.logprob, lowest)
+                                   for entry in tokens],
+                "top_logprobs": [None if entry.logprob is None else {
+                    text_of(token): max(logprob, lowest) for token, logprob in entry.top}
+                    for entry in tokens]}
+
+    def kept(self, group: list[engine.Request]) -> list[engine.Request]:
+        """As Generation.kept: the n whose tokens are the likeliest."""
+        if len(group) == self.body.n:
+            return group
+        return sorted(group, key=lambda choice: -self.sums[choice.index] / max(
+            1, choice.n_generated))[: self.body.n]
+
+    def whole(self, choice: dict) -> dict:
+        """As Generation.whole: log-probabilities that only `kept` wanted are not shown."""
+        return choice if self.body.logprobs is not None else {**choice, "logprobs": None}
+
+
+def join(wanted: server.Generation) -> None:
+    """Let a text completion have what it asks for."""
+    if not isinstance(wanted, server.Completion):
+        return
+    body, reply = wanted.body, LegacyReply(wanted)
+    wanted.n_each = body.best_of or body.n
+    wanted.n_top_logprobs = 0 if wanted.n_each > body.n and body.logprobs is None else body.logprobs
+    wanted.scores_prompt = body.echo and body.logprobs is not None
+    wanted.read, wanted.opening, wanted.logprobs = reply.read, reply.opening, reply.logprobs
+    wanted.kept, wanted.whole = reply.kept, reply.whole
+
+
+def infill(model: engine.Model, prefix: str, suffix: str) -> np.ndarray | None:
+    """The prompt (token ids, int32) for what belongs between two texts; None if the model was not
+    trained so. https://arxiv.org/abs/2207.14255"""
+    marks = [mark(model.vocab) for mark in (
+        lib.llama_vocab_fim_pre, lib.llama_vocab_fim_suf, lib.llama_vocab_fim_mid)]
+    if min(marks) < 0:
+        return None
+    bos = model.tokenize("")
+    before, after = model.tokenize(prefix, bos=False), model.tokenize(suffix, bos=False)
+    return np.concatenate([np.array(part, dtype=np.int32) for part in (
+        bos, marks[:1], before, marks[1:2], after, marks[2:])])
