@@ -476,10 +476,12 @@ def test_an_exception_while_sampling_ends_that_request_only():
 @pytest.mark.parametrize("owner, method", [
     *[(FakeContext, name) for name in ("decode", "trim", "copy")], (FakeModel, "piece"),
     (FakeSampler, "sample"), (engine.Request, "push"), (engine.Request, "send"),
-    (engine.Slot, "stats"), (engine.Histogram, "add"), (engine.Histogram, "copy"),
+    (engine.PrefixCache, "place"), (engine.Slot, "stats"),
+    (engine.Histogram, "add"), (engine.Histogram, "copy"),
     *[(engine.Engine, name) for name in (
-        "step", "_wait_for_work", "_run_errand", "_admit", "_place", "_busy", "_fill",
-        "_take_logits", "_decode_and_sample", "_sample", "_release", "_fail", "_publish", "_fail_everyone")]])
+        "step", "_wait_for_work", "_run_errand", "_admit", "_busy", "_fill",
+        "_take_logits", "_decode_and_sample", "_sample", "_release", "_fail", "_publish",
+        "_fail_everyone")]])
 def test_the_engine_thread_outlives_an_exception_at_any_place(owner, method, nth, monkeypatch):
     """Wherever a step raises, once: nobody waits for ever, and the next requests are served."""
     monkeypatch.setattr(engine, "FAULT_PAUSE_SECONDS", 0.01)
@@ -1142,8 +1144,8 @@ def test_a_folder_stands_for_the_one_model_in_it(tmp_path, gguf):
         assert engine.find_model_file(named, tmp_path) == tmp_path / "a.gguf"
     (tmp_path / "b.gguf").symlink_to(gguf)
     for named in (str(tmp_path), None):
-        with pytest.raises(engine.ModelError,
-                           match="holds 2 models .a.gguf, b.gguf.: name one of them, by model_path"):
+        with pytest.raises(engine.ModelError, match="holds 2 models .a.gguf, b.gguf.: name one of "
+                                                    "them, by model_path"):
             engine.find_model_file(named, tmp_path)
 
 

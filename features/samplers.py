@@ -60,22 +60,10 @@ class SamplerFields:
         return super().is_argmax() and not (
             self.mirostat or self.repeat_penalty != 1 or self.dry_multiplier)
 
-    def chain(self, model: engine.Model, n_ctx: int, prompt: np.ndarray) -> Iterator:
-        """As SamplingParams has it; or Mirostat, as in llama.cpp in place of what follows the
-        bias."""
-        if not self.mirostat:
-            yield from super().chain(model, n_ctx, prompt)
-            return
-        yield from self.biases(model)
-        yield lib.llama_sampler_init_temp(max(self.temperature, engine.GREEDY_BELOW))
-        seed, tau, eta = self.new_seed(), self.mirostat_tau, self.mirostat_eta
-        if self.mirostat == 1:
-            yield lib.llama_sampler_init_mirostat(model.n_vocab, seed, tau, eta, N_LIKELIEST)
-        else:
-            yield lib.llama_sampler_init_mirostat_v2(seed, tau, eta)
-
     def penalties(self, model: engine.Model, n_ctx: int, prompt: np.ndarray) -> Iterator:
         """As SamplingParams has it, then those that look at the end of the prompt, too."""
+        if self.mirostat:
+            return
         yield from super().penalties(model, n_ctx, prompt)
         if self.repeat_penalty != 1:
             window = n_ctx if self.repeat_last_n < 0 else min(self.repeat_last_n, n_ctx)
@@ -87,6 +75,18 @@ class SamplerFields:
             yield after(prompt, window, lib.llama_sampler_init_dry(
                 model.vocab, self.dry_multiplier, self.dry_base, self.dry_allowed_length, window,
                 (ctypes.c_char_p * len(breakers))(*breakers), len(breakers)))
+
+    def choice(self, model: engine.Model, seed: int) -> Iterator:
+        """As SamplingParams has it, or Mirostat."""
+        if not self.mirostat:
+            yield from super().choice(model, seed)
+            return
+        yield lib.llama_sampler_init_temp(max(self.temperature, engine.GREEDY_BELOW))
+        if self.mirostat == 1:
+            yield lib.llama_sampler_init_mirostat(
+                model.n_vocab, seed, self.mirostat_tau, self.mirostat_eta, N_LIKELIEST)
+        else:
+            yield lib.llama_sampler_init_mirostat_v2(seed, self.mirostat_tau, self.mirostat_eta)
 
     def filters(self, seed: int) -> Iterator:
         """As SamplingParams has it, with others before, between and behind."""

@@ -125,7 +125,7 @@ def fake_draft_model(guess, **options) -> drafts.DraftModel:
 def drafting_engine(price, draft_model=None, looks_up=True, prefill_chunk=32, **options):
     """An engine on a RowContext, on which a row more costs `price` decodes."""
     fake = engine.Engine(FakeModel(), RowContext(**options), prefill_chunk, 99)
-    fake.store = memory.MemoryStore(10_000)
+    fake.prefixes.store = memory.MemoryStore(10_000)
     fake.drafter = drafts.Drafts(looks_up, draft_model)
     fake.drafter.price = SetPrice(price)
     return fake
@@ -315,7 +315,7 @@ def test_an_image_is_never_drafted():
         lookup.feed(token)
     assert lookup.n_matched and list(lookup.guesses()) == []
     fake = drafting_engine(0.0)
-    fake.store = engine.PrefixStore()  # a fake context's states are bytes
+    fake.prefixes.store = engine.PrefixStore()  # a fake context's states are bytes
     request = ask(b"x", 40, FakeSampler(lambda prefix: b"see this:"[len(prefix) % 9]))
     request.prompt = prompt
     request.images = {9: engine.Piece(ids, np.zeros((3, 1), np.float32))}

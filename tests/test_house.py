@@ -27,7 +27,7 @@ from test_models import running_process
 CORE = ("server.py", "engine.py")
 ALL = [*CORE, *(f"features/{file.name}" for file in sorted((ROOT / "features").glob("*.py")))]
 # Lines at most; what is larger than it should be is held where it is.
-LIMITS = {"server.py": 2495, "engine.py": 1680}
+LIMITS = {"server.py": 2495, "engine.py": 1510}
 MAX_FEATURE, MAX_CLASS, MAX_FUNCTION = 450, 400, 60
 
 
@@ -43,8 +43,7 @@ def test_no_file_class_or_function_is_too_long(name):
     for node in ast.walk(tree):
         size = getattr(node, "end_lineno", 0) - getattr(node, "lineno", 0) + 1
         if isinstance(node, ast.ClassDef):
-            most = 560 if node.name == "Engine" else MAX_CLASS
-            assert size <= most, f"class {node.name} has {size} lines"
+            assert size <= MAX_CLASS, f"class {node.name} has {size} lines"
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert size <= MAX_FUNCTION + 5, f"{node.name} has {size} lines"
 
