@@ -12,11 +12,10 @@ known first:
     5  bodies       what a client may send
     6  the wire     heads, bodies, addresses, a rate limit
     7  models       which names there are
-    8  what is wanted: a body on its way to the model
-    9  the server   connections; who may ask
-    10 routes       what answers; prompt, submit, events
-    11 rendering    events into chunks; the unstreamed reply is folded from the chunks
-    12 main         start, signals, drain
+    8  the server   connections; who may ask
+    9  replies      a body becomes a prompt, the engine's events become chunks
+    10 routes       what answers: submit, wait, write
+    11 main         start, signals, drain
 
 Threads: the main thread waits for the end, others for signals, for new connections and for the
 model to load; each connection has one that handles its requests, and each engine has its own.
@@ -95,7 +94,6 @@ class Config:
     features: list[str] = setting("features", ())
     host: str = setting("server", "127.0.0.1")
     port: int = setting("server", 8080, low=0, high=65535)
-    log_messages: bool = setting("server", False)
     cors_origins: list[str] = setting("server", ())
     allowed_hosts: list[str] = setting("server", ())
     max_connections: int = setting("server", 512, low=1, high=2**15)
@@ -1744,7 +1742,6 @@ class Chat(Generation):
 
     def __init__(self, handler: "Handler", body: ChatBody):
         super().__init__(handler, body)
-        handler.log_messages([dataclasses.asdict(message) for message in body.messages])
         self.n_top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         self.messages = [dataclasses.asdict(message) for message in body.messages]
         self.adds_prompt = True  # the prompt ends with the opening of the reply's turn
@@ -1954,8 +1951,9 @@ class Handler(Connection):
 
     # ---- a model, and prompts within its context ---------------------------------------
 
-    def receive(self, body, target: LocalModel) -> None:
-        """Let features see a body before its model must be there. Raises ApiError."""
+    def receive(self, body, target) -> None:
+        """Let features see a body before its model must be there; one that goes elsewhere is a
+        dict. Raises ApiError."""
         for receive in self.server.house.having("receive"):
             receive(self, body, target)
 
@@ -2090,20 +2088,6 @@ class Handler(Connection):
                 self.tally.first_token = time.monotonic() - self.tally.started
             unfinished -= event.finish_reason is not None
             yield event
-
-    def log_messages(self, messages) -> None:
-        """Log the text of messages as they were sent, if the settings say so."""
-        if not self.server.config.log_messages or not isinstance(messages, list):
-            return
-        for message in messages:
-            if isinstance(message, dict):
-                content = message.get("content")
-                for text in content if isinstance(content, list) else [content]:
-                    if isinstance(text, dict):  # a part; an image would fill the log
-                        kind = text.get("type")
-                        text = text.get("text") if kind in TEXTS else f"<{kind}>"
-                    log.info("%s %s: %s", self.tally.id, printable(str(message.get("role"))),
-                             describe(text, most=math.inf))
 
 
 UNAVAILABLE = {engine.QueueFull: "queue_full", engine.EngineClosed: "shutting_down",

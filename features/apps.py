@@ -224,7 +224,7 @@ def answer_app(handler, request: AppBody, sees: bool = False, streams: bool = Fa
     name = request.model_key or (target.name if isinstance(target, server.LocalModel) else target.model)
     body = request.openai(name)
     if not isinstance(target, server.LocalModel):
-        handler.log_messages(body["messages"])
+        handler.receive(body, target)
         with elsewhere.ask(handler, target, "POST", "/chat/completions", elsewhere.for_upstream(target, body),
                            reads_errors=True) \
                 as response:

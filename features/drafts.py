@@ -1,36 +1,29 @@
 """Drafts: tokens guessed ahead, so that one decode brings several.
 
 What it is for. Most of a decode's time goes into reading the weights, for one row as for several.
-engine.Drafter says how guesses are verified: they may change how fast a reply comes, nothing else.
-Two guess. `PromptLookup`: the text goes on as it did where its last two tokens stood before, or as
-a `prediction` says. `DraftModel`: a smaller GGUF with the same vocabulary writes ahead, unless the
-last SURE_MATCH tokens agree with a place before.
+engine.Drafter says how guesses are verified. Two guess. `PromptLookup`: the text goes on as it did
+where its last two tokens stood before, or as it is expected to (predictions.py). `DraftModel`: a
+smaller GGUF with the same vocabulary writes ahead, unless the last SURE_MATCH tokens stood before.
 
 The rule for how many. A token is drafted if its chance to count, times the seconds of the decode so
 far, exceeds the tokens so far times the seconds that it adds. Its chance is the product of the odds
-of all drafted tokens up to it; odds are the share of like guesses that came true in this reply, the
-latest above all: of a lookup's, those with as long a match, drafted or not; of a model's, all. The
-seconds are measured: what decodes with drafts took longer than those without. So that nobody pays
-for drafts of others, each of several slots reckons as though all drafted as many as it does, and
-then the longest are cut until the tokens of who gains least (who reads a prompt gains nothing) make
-up for the longer decode, but for SLACK. A model, each of whose guesses is a decode, is asked only
+of all drafted tokens up to it: how many like guesses (with as long a match; of a model, all) came
+true in this reply, the latest above all. The seconds are measured. So that nobody pays for drafts of
+others, each of several slots reckons as though all drafted as many, and the longest are
+cut until who gains least (a prompt gains nothing) loses no more than SLACK. A model is asked only
 while a single reply is written; if its guesses do not pay, it rests until the reply is twice as
 long, and then guesses one token, to see whether they do now.
 
-What it costs. A lookup a few microseconds a token, and now and then a row that is drafted in vain:
-on new text nothing that could be measured. A model its weights and KV cache, and reading each text.
-
-What it reads and sends. The settings `draft`, `draft_model_path`, `draft_n_ctx` and
-`draft_n_gpu_layers`, the `prediction` of a chat; `usage` and /metrics count what became of drafts.
+What it costs. A lookup a few microseconds a token, and a row drafted in vain now and then; a model
+its weights and KV cache, and reading each text. What it reads and sends. The settings `draft` and
+`draft_...`; `usage` and /metrics count what became of drafts.
 """
 
 import copy
 import dataclasses
 import itertools
-import logging
 import time
 from collections.abc import Iterable, Iterator
-
 from typing import Literal
 
 import numpy as np
@@ -38,9 +31,7 @@ from llama_cpp import llama_cpp as lib
 
 import engine
 import server
-from engine import Slot
-
-log = logging.getLogger("drafts")
+from engine import Slot, log
 
 PROMPT_LOOKUP = "prompt-lookup"
 MAX_DRAFT = 32  # tokens for a slot in one step: hardly any gain is left in more
@@ -66,8 +57,7 @@ class PromptLookup:
         if expected is not None and len(expected):
             self._next, self.n_matched = len(self._tokens), 1
             self._tokens += expected.tolist()
-        # Where each pair of tokens stood last: the index of what followed it. Before the reply,
-        # which choices share, and in the reply.
+        # What followed each pair of tokens last, by index: before the reply, and in it.
         self._before = dict(zip(itertools.pairwise(self._tokens), itertools.count(2)))
         self._behind: dict[tuple[int, int], int] = {}
 
@@ -101,16 +91,15 @@ class PromptLookup:
         while self.n_matched:
             index = self._next + len(ahead)
             beyond = index - len(self._tokens)  # where a text repeats itself without end
-            token = self._tokens[index] if beyond < 0 else ahead[beyond]
-            if token < 0:
+            if (token := self._tokens[index] if beyond < 0 else ahead[beyond]) < 0:
                 return  # a part of an image
             yield token, self._odds[(self.n_matched + len(ahead)).bit_length()]
             ahead.append(token)
 
 
 class DraftModel:
-    """A smaller model with the same vocabulary. Its own context has the same slots; each reads its
-    slot's text when a guess is wanted. Engine thread only."""
+    """A smaller model with the same vocabulary, and a context with the same slots, of which each
+    reads its slot's text when a guess is wanted. Engine thread only."""
 
     MAX_READ = 96  # tokens of a slot's text read in one step
     WEIGHT = 1 / 8  # of the latest guess, in its seconds
@@ -121,15 +110,15 @@ class DraftModel:
             texts = [lib.llama_vocab_get_text(each.vocab, token) for each in (model, target)]
             if texts[0] != texts[1]:
                 raise engine.ModelError(
-                    f"draft_model_path: {model.path} has another vocabulary than {target.path}: "
-                    f"token {token} is {texts[0]!r}, not {texts[1]!r}; take one of its family")
+                    f"draft_model_path: token {token} of {model.path} is {texts[0]!r}, of "
+                    f"{target.path} {texts[1]!r}; take a model of its family")
         self._context, self._n_vocab = context, min(model.n_vocab, target.n_vocab)
         self._slots = [Slot(i, context.n_ctx) for i in range(context.parallel)]
         self.seconds = 0.0  # of a guess
 
     def guess(self, slot: Slot, n: int, max_unread: int) -> list[int]:
-        """The n likeliest tokens after a slot's text; fewer at the end of the context. None while
-        the text is being read, a piece in each step, or if more of it than max_unread is left."""
+        """The n likeliest tokens after a slot's text; fewer at the end of the context, none while
+        it is being read, a piece in each step, or if more than max_unread tokens are left."""
         own, text = self._slots[slot.seq_id], slot.tokens[: slot.n_cached]
         same = engine.common_prefix(own.tokens[: own.n_cached], text)
         if same < own.n_cached:  # another text, or guesses that were wrong
@@ -182,8 +171,8 @@ class Price:
 
 
 def worth(guesses: Iterable[tuple[int, float]], price: float) -> tuple[list[int], float]:
-    """Of tokens that come with their odds the first that pay, and how many of them and one more
-    will count. price: of each, in what a token costs without drafts."""
+    """Of tokens with their odds the first that pay, and how many of them and one more will count.
+    price: of each, in what a token costs without drafts."""
     draft, chance, tokens = [], 1.0, 1.0
     for token, odds in guesses:
         chance *= odds
@@ -215,15 +204,15 @@ class Drafts(engine.Drafter):
     def __init__(self, looks_up: bool, model: DraftModel | None = None):
         """looks_up: also for requests that expect nothing. The model becomes its own."""
         self._looks_up, self.model, self.price = looks_up, model, Price()
+        self.note = self.price.note  # as engine.Drafter has it
 
     def prepare(self, requests: list[engine.Request]) -> None:
-        by_prompt = {id(request.prompt): request for request in requests}  # choices share theirs
-        lookups = {key: PromptLookup(request.prompt, request.expected)
-                   for key, request in by_prompt.items()
-                   if self._looks_up or request.expected is not None}
-        for request in requests:
-            lookup = lookups.get(id(request.prompt))
-            request.drafting = Drafting(lookup and lookup.again())
+        for _, choices in itertools.groupby(requests, key=lambda request: id(request.prompt)):
+            first, *others = choices
+            if looks_up := self._looks_up or first.expected is not None:
+                lookup = PromptLookup(first.prompt, first.expected)
+            for request in (first, *others):
+                request.drafting = Drafting(lookup.again() if looks_up else None)
 
     def drafts(self, slots: list[Slot], n_prefill: int, room: int) -> dict[Slot, list[int]]:
         price, is_alone = self.price.of(len(slots)), len(slots) == 1 and n_prefill == 0
@@ -233,9 +222,9 @@ class Drafts(engine.Drafter):
         found = {slot: self._draft(slot, room, price, asks) for slot in slots}
         limit, least = MAX_DRAFT, 1.0 if n_prefill else min(tokens for _, tokens in found.values())
         spare = ((1 + SLACK) * least - 1) * (len(slots) + n_prefill * price)
-        while limit and not is_alone and (
-                (n_rows := sum(len(draft[:limit]) for draft, _ in found.values())) > room
-                or n_rows * price > spare):
+        rows = min(room, spare / price if price else room)  # as many as nobody pays for
+        while limit and not is_alone and sum(
+                len(draft[:limit]) for draft, _ in found.values()) > rows:
             limit -= 1
         return {slot: draft[:limit] for slot, (draft, _) in found.items()}
 
@@ -250,8 +239,8 @@ class Drafts(engine.Drafter):
     def _ask(self, slot: Slot, most: int) -> list[int]:
         """The draft model's guesses, as many as pay. If it fails, go on without it."""
         own, n_done = slot.request.drafting, slot.request.n_generated
-        planned, _ = worth([(engine.NO_TOKEN, own.share)] * most,
-                           self.price.of(1, self.model.seconds))
+        price = self.price.of(1, self.model.seconds)
+        planned, _ = worth([(engine.NO_TOKEN, own.share)] * most, price)
         if not planned and n_done < own.rests_until:
             return []
         try:
@@ -260,7 +249,8 @@ class Drafts(engine.Drafter):
         except Exception:
             log.exception("the draft model failed; going on without it")
             self.model = None
-        own.rests_until = 2 * n_done if own.guesses and not planned else own.rests_until
+        if own.guesses and not planned:
+            own.rests_until = 2 * n_done
         return own.guesses
 
     def verified(self, slot: Slot, tokens: list[int]) -> None:
@@ -273,9 +263,6 @@ class Drafts(engine.Drafter):
         for token in tokens if own.lookup else ():
             own.lookup.feed(token)
 
-    def note(self, n_rows: int, n_draft: int, seconds: float) -> None:
-        self.price.note(n_rows, n_draft, seconds)
-
 
 @dataclasses.dataclass
 class Settings:
@@ -287,47 +274,12 @@ class Settings:
     draft_n_gpu_layers: int = server.setting("model", -1, low=-1, high=server.INT32_MAX)
 
 
-@dataclasses.dataclass
-class Prediction:
-    """A text that the reply may be like in many places: what it shares with it comes faster."""
-
-    type: Literal["content"]
-    content: str | list[server.Part]
-
-    def check(self, at: str) -> None:
-        """Refuse what is no text."""
-        if any(getattr(part, "image_url", None) for part in self.content
-               if isinstance(part, server.Part)):
-            raise server.invalid(f"{at}.content", f"{at}.content: only text can be predicted")
-
-
-@dataclasses.dataclass
-class ChatFields:
-    """OpenAI's predicted outputs."""
-
-    prediction: Prediction | None = None
-
-
-FIELDS = {"ChatBody": ChatFields}
-
-
-def join(wanted: server.Generation) -> None:
-    """Read the prediction. Raises ApiError."""
-    predicted = getattr(wanted.body, "prediction", None)
-    text = server.text_of(dataclasses.asdict(predicted)["content"]) if predicted else ""
-    if text:
-        wanted.handler.check_fewest(text, "prediction", 0)
-        tokens = wanted.loaded.model.tokenize(text, bos=False, special=False)
-        wanted.handler.check_length(len(tokens), "prediction", 0)
-        wanted.expected = tokens
-
-
 def equip(loaded: engine.Engine, settings: server.Config) -> None:
-    """Let a model have drafts. Loader thread, before anybody has the engine. Raises ModelError."""
+    """Let a model have drafts. Raises ModelError."""
     file, target = settings.draft_model_path, loaded.model
     if target.can_rewind and target.generates:  # else nothing could be taken back
-        model = load_draft_model(file, loaded, settings) if file else None
-        loaded.drafter = Drafts(settings.draft == PROMPT_LOOKUP, model)
+        loaded.drafter = Drafts(settings.draft == PROMPT_LOOKUP,
+                                load_draft_model(file, loaded, settings) if file else None)
     elif file:
         log.warning("no drafts for %s: it makes embeddings, or cannot be rewound", target.name)
 
@@ -338,11 +290,11 @@ def load_draft_model(file: str, loaded: engine.Engine, settings: server.Config) 
     model = engine.Model(path, settings.draft_n_gpu_layers)
     loaded.model.parts.callback(model.close)
     if not (model.can_rewind and model.generates):
-        raise engine.ModelError(f"draft_model_path: {path} cannot draft: it makes embeddings only, "
-                                "or its recurrent state cannot be rewound")
-    n_ctx = min(settings.draft_n_ctx or loaded.n_ctx, model.n_ctx_train)
-    context = engine.Context(model, n_ctx, loaded.context.parallel, **{
-        name: getattr(settings, name) for name in ("n_batch", "n_ubatch", "n_threads", "flash_attn")})
+        raise engine.ModelError(f"draft_model_path: {path} cannot draft: embeddings only, or not "
+                                "to be rewound")
+    context = engine.Context(model, min(settings.draft_n_ctx or loaded.n_ctx, model.n_ctx_train),
+                             loaded.context.parallel, **{name: getattr(settings, name) for name in (
+                                 "n_batch", "n_ubatch", "n_threads", "flash_attn")})
     model.parts.callback(context.close)
     log.info("%s drafts for %s", model.name, loaded.model.name)
     return DraftModel(model, context, loaded.model)

@@ -165,7 +165,7 @@ def relay(handler, upstream: "Upstream", sent: dict, body: bytes) -> None:
         raise server.invalid("model", f"{server.describe(sent.get('model'))} is an engine elsewhere; it "
                                f"takes /v1 and /chat, not {server.describe(path)}")
     handler.streams = sent.get("stream") is True
-    handler.log_messages(sent.get("messages"))
+    handler.receive(sent, upstream)
     if upstream.model not in (None, sent.get("model")):
         body = for_upstream(upstream, sent)
     with ask(handler, upstream, "POST", path.removeprefix("/v1"), body) as response:

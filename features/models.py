@@ -10,7 +10,6 @@ for all.
 
 import contextlib
 import dataclasses
-import math
 import os
 import re
 import threading
@@ -21,11 +20,11 @@ from typing import Any
 
 import engine
 import server
+from features.pooled import PooledModel, Ticket
 from server import POLL_SECONDS
 
 
 MODEL_NAME = r"[A-Za-z0-9][\w./:@+-]*"
-RELOAD_SECONDS = 2.0  # between looks whether a model file that could not be loaded has changed
 NEWS_SECONDS = 1.0  # between two comments in a stream that waits for its model
 LAST_STEP_SECONDS = 5.0  # at the end, for a step of loading that cannot be interrupted
 IDLE_GRACE_SECONDS = 0.2  # a client that sends one request after the other is back within this
@@ -91,56 +90,6 @@ class Settings:
             if (entry.parallel or 0) > self.n_batch:
                 raise server.invalid(f"models.{name}", f"models.{name}.parallel is {entry.parallel}, but "
                                                 f"n_batch is only {self.n_batch}")
-
-
-@dataclasses.dataclass(eq=False)
-class PooledModel(server.LocalModel):
-    """A model that comes and goes. What it says more of how it stands is the Pool's."""
-
-    is_in_folder: bool = False  # of the models_dir, from which it may vanish
-    error: str | None = None  # why it could not be loaded the last time
-    is_broken: bool = False  # it could not be loaded, and it was a file's fault, ...
-    seen: tuple = ()  # ... what its files looked like then ...
-    failed_at: float = -math.inf  # ... and when; time.monotonic()
-    n_users: int = 0
-    loaded_at: float = 0.0  # time.monotonic()
-    last_used: float = 0.0
-    is_leaving: bool = False  # takes no new users, and is unloaded when the last one has gone
-    must_go: bool = False  # leaves because somebody unloads it by hand
-    is_off: bool = False  # has been unloaded by hand: only who asks for it by name loads it again
-
-    def files(self) -> dict[str, str]:
-        """Its files, by the settings that name them."""
-        names = [field.name for field in dataclasses.fields(self.settings)
-                 if field.metadata.get("is_file") and field.name != "model_path"]
-        files = {"model_path": self.path, **{name: getattr(self.settings, name) for name in names}}
-        for files_of in self.house.having("files_of"):
-            files |= files_of(self)
-        return {name: file for name, file in files.items() if file}
-
-    def look(self) -> tuple:
-        """What changes when one of its files does."""
-        seen = []
-        for file in self.files().values():
-            with contextlib.suppress(OSError):
-                stat = os.stat(os.path.expanduser(file))
-                seen.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
-        return tuple(seen)
-
-    def is_hopeless(self) -> bool:
-        """Whether to load it would fail again: it just has, or its files are what they were when
-        they were broken."""
-        return self.error is not None and (
-            time.monotonic() - self.failed_at < RELOAD_SECONDS
-            or self.is_broken and self.seen == self.look())
-
-
-@dataclasses.dataclass(eq=False)
-class Ticket:
-    """One that waits for a model."""
-
-    model: PooledModel
-    error: str | None = None  # why it waits in vain
 
 
 class Pool(server.Models):

@@ -146,7 +146,7 @@ def load(tmp_path, text: str):
 
 def test_a_field_of_a_feature_that_is_off_names_it():
     house = server.load_features(["structured", "reasoning"])
-    for field, value, feature in (("tools", [{}], "tools"), ("prediction", {"type": "content"}, "drafts")):
+    for field, value, feature in (("tools", [{}], "tools"), ("prediction", {"type": "content"}, "predictions")):
         with pytest.raises(server.ApiError, match=f"{field}: needs the feature {feature}") as caught:
             server.read_object(house.type_of(server.ChatBody), {
                 "messages": [{"role": "user", "content": "Hi"}], field: value}, "", server.Reading(house))

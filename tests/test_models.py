@@ -21,7 +21,7 @@ import pytest
 import conftest
 import engine
 import server
-from features import models, vision
+from features import models, pooled, vision
 
 KEY = "sk-a-secret-key"
 HI = [{"role": "user", "content": "Say hello."}]
@@ -305,7 +305,7 @@ def test_load_has_its_shapes_and_takes_names_only(gguf):
 
 def test_a_model_without_its_file_harms_no_other(tmp_path, gguf, monkeypatch):
     """503 with the reason; the others go on. Each time that the file appears, it is served."""
-    monkeypatch.setattr(models, "RELOAD_SECONDS", 0.1)
+    monkeypatch.setattr(pooled, "RELOAD_SECONDS", 0.1)
     file, away = tmp_path / "late.gguf", tmp_path / "away"
     os.link(gguf, away)
     with listening({"a": gguf, "late": file}) as running:
