@@ -99,6 +99,8 @@ class StopMatcher:
 
     def feed(self, text: str) -> tuple[str, bool]:
         """Return the text that may be sent now, and whether a stop sequence was completed."""
+        if not self._stops:
+            return text, False
         pending, self._held = self._held + text, ""
         ends = [(pending.index(stop) + len(stop), len(stop))
                 for stop in self._stops if stop in pending]
@@ -153,9 +155,9 @@ def find_model_file(model_path: str | None, models_dir: Path, setting: str = "mo
             if not files:
                 raise ModelError(f"no .gguf file in the folder {path}: set {setting} to one")
             if len(files) > 1:
-                raise ModelError(f"the folder {path} holds {len(files)} models "
-                                 f"({', '.join(file.name for file in files)}): name one of them, "
-                                 f"by {setting}")
+                names = ", ".join(file.name for file in files)
+                raise ModelError(f"the folder {path} holds {len(files)} models ({names}): name one "
+                                 f"of them, by {setting}")
             path = files[0]
         if not path.is_file():
             what = "not a file" if path.exists() else "model file not found"
@@ -1101,10 +1103,10 @@ class PrefixCache:
         tokens, state = self.store.get(key)
         self._save(slot, 0)
         slot.n_cached = 0  # whatever happens now
-        is_restored = self.context.restore(slot.seq_id, state)
-        slot.n_cached = len(tokens) if is_restored else 0
-        slot.tokens[: slot.n_cached] = tokens[: slot.n_cached]
-        self.counts.n_restored += is_restored
+        if self.context.restore(slot.seq_id, state):
+            slot.n_cached = len(tokens)
+            slot.tokens[: len(tokens)] = tokens
+            self.counts.n_restored += 1
 
 
 # ==== 10. The engine ===================================================================
@@ -1183,9 +1185,8 @@ class Engine:
     def between_steps(self, errand: Callable):
         """Run a function on the engine thread, under the model lock, between two steps; return
         what it returns. Raises EngineClosed, or what it raises. (Who just waited for the lock
-        could wait for ever: the engine thread takes it again at once. And subtle: decodes belong on
-        one thread. GNU's OpenMP keeps workers for each that has made any, and where those outnumber
-        the processors, a barrier sleeps: a step takes 1.4 times as long.)"""
+        could wait for ever. And subtle: decodes belong on one thread. GNU's OpenMP keeps workers
+        for each; where they outnumber the processors, a step takes 1.4 times as long.)"""
         future: Future = Future()
         with self.changed:
             if self._deadline is not None:
@@ -1250,7 +1251,6 @@ class Engine:
             self._counts.n_steps += 1
             self._run_errand()
             self._admit()
-            self._publish()  # that slots are taken, before what takes long
             for batch in self._fill():
                 self._decode_and_sample(batch)
         self._publish()
@@ -1299,6 +1299,8 @@ class Engine:
                 continue
             with self.changed:
                 self._waiting.remove(request)
+        if waiting:
+            self._publish()  # who is there now, before a decode that may take long
 
     def _fill(self) -> list[list[Chunk]]:
         """Choose the rows of the next batch: every decoding slot's token and what is drafted after
