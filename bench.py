@@ -233,7 +233,9 @@ def servers_for(group: "Group", options: argparse.Namespace, made: Path) -> list
         return others
     sys.path.insert(0, str(HERE))
     import engine
-    model = str(engine.find_model_file(options.model, HERE / "models"))
+    from features import downloads
+    model = downloads.fetch(options.model, HERE / "models") or options.model
+    model = str(engine.find_model_file(model, HERE / "models"))
     if group.made and not any(made.iterdir()):
         subprocess.run([sys.executable, str(HERE / "tests" / "make_deep_model.py"), str(made)],
                        check=True)

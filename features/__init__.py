@@ -15,7 +15,7 @@ from pathlib import Path
 import server
 
 FOLDER = Path(__file__).resolve().parent
-EXPORTS = ("Settings", "ROUTES", "FIELDS", "equip", "receive", "join", "start")
+EXPORTS = ("Settings", "ROUTES", "FIELDS", "equip", "receive", "join", "start", "fetch")
 
 
 def load(names: list) -> server.House:

@@ -286,7 +286,7 @@ def equip(loaded: engine.Engine, settings: server.Config) -> None:
 
 def load_draft_model(file: str, loaded: engine.Engine, settings: server.Config) -> DraftModel:
     """The model that drafts for another, and is freed with it. Raises engine.ModelError."""
-    path = engine.find_model_file(file, loaded.model.path.parent, setting="draft_model_path")
+    path = server.find_file(settings.house, file, loaded.model.path.parent, "draft_model_path")
     model = engine.Model(path, settings.draft_n_gpu_layers)
     loaded.model.parts.callback(model.close)
     if not (model.can_rewind and model.generates):

@@ -88,4 +88,4 @@ class Settings:
 
 def equip(loaded: engine.Engine, settings: server.Config) -> None:
     """Give a model a store of `cache_ram_mib`. Loader thread, before anybody has the engine."""
-    loaded.store = MemoryStore(int(settings.cache_ram_mib * 2**20))
+    loaded.prefixes.store = MemoryStore(int(settings.cache_ram_mib * 2**20))

@@ -108,7 +108,7 @@ class Pool(server.Models):
             raise server.ConfigError(f"models_dir: {config.models_dir} is not a folder")
         local = {name: PooledModel(name, entry.model_path, entry.settings(config, house), house)
                  for name, entry in config.models.items() if entry.is_here()}
-        own, wanted = server.model_name(config.model_path), config.default_regular_model
+        own, wanted = server.model_name(config.model_path, house), config.default_regular_model
         if config.model_path or not (wanted or config.models) or \
                 wanted == own and not getattr(config, "openai_base_url", None):
             local = {own: PooledModel(own, config.model_path, config, house), **local}
@@ -261,7 +261,7 @@ class Pool(server.Models):
             raise engine.ModelFailed(model.error)
         try:  # known before another model has to go for it
             for name, file in model.files().items():
-                if name != "chat_template_file" and not file.startswith(engine.HUB):
+                if name != "chat_template_file" and not server.NO_PATH.match(file):
                     engine.find_model_file(file, server.HERE, setting=name)
         except engine.ModelError as error:
             raise engine.ModelFailed(str(error)) from None

@@ -32,6 +32,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import os
 import re
 import secrets
@@ -266,7 +267,7 @@ def equip(loaded: engine.Engine, settings: server.Config) -> None:
     """Give a model its projector, if there is an mmproj for it. Raises engine.ModelError."""
     if not (mmproj := mmproj_of(settings.mmproj, loaded.model.path)):
         return
-    path = engine.find_model_file(mmproj, loaded.model.path.parent, setting="mmproj")
+    path = server.find_file(settings.house, mmproj, loaded.model.path.parent, "mmproj")
     projector = Projector(loaded.model, path, loaded.context.n_threads)
     loaded.model.parts.callback(projector.close)
     projectors[loaded] = projector
@@ -276,9 +277,11 @@ def equip(loaded: engine.Engine, settings: server.Config) -> None:
 def mmproj_of(setting: str | None, path: str | Path | None) -> str | None:
     """With what a model sees: what the settings say, or else NAME.mmproj.gguf or mmproj-NAME.gguf
     beside its file NAME.gguf."""
-    file = Path(os.path.expanduser(path or engine.HUB))
+    if setting or not path:
+        return setting
+    file = Path(os.path.expanduser(path))
     beside = [file.with_name(f"{file.stem}.mmproj.gguf"), file.with_name(f"mmproj-{file.name}")]
-    return setting or next((str(each) for each in beside if each.is_file()), None)
+    return next((str(each) for each in beside if each.is_file()), None)
 
 
 def files_of(model: "server.LocalModel") -> dict[str, str | None]:
@@ -401,11 +404,22 @@ def read_prompt(chat: server.Chat, marked: dict[str, Pieces], prompt: str
                                          "image once", "template_error")
     parts = re.split(f"({'|'.join(map(re.escape, marked))})", prompt)
     chat.handler.check_fewest("".join(part for part in parts if part not in marked), "messages", 1)
-    tokens, pieces = chat.loaded.model.tokenize_parts([marked.get(part, part) for part in parts])
+    tokens, pieces = tokenize(chat.loaded.model, [marked.get(part, part) for part in parts])
     chat.handler.check_length(len(tokens) + engine.extra_tokens(pieces), "messages", 1)
     if tokens[-1] < 0:
         raise server.invalid("messages", "messages: the prompt ends with an image; add text")
     return tokens, pieces
+
+
+def tokenize(model: engine.Model, parts: list[str | Pieces]
+             ) -> tuple[np.ndarray, dict[int, engine.Piece]]:
+    """The token ids of texts and images, one after the other, and the Pieces by their places."""
+    pieces = [piece for index, part in enumerate(parts) for piece in (
+        [model.tokenize(part, bos=index == 0)] if isinstance(part, str) else part)]
+    ids = [piece.ids if isinstance(piece, engine.Piece) else piece for piece in pieces]
+    starts = itertools.accumulate(map(len, ids), initial=0)
+    return np.concatenate(ids), {start: piece for start, piece in zip(starts, pieces)
+                                 if isinstance(piece, engine.Piece)}
 
 
 def encode(loaded: engine.Engine, file: bytes, at: str) -> Pieces:
@@ -417,8 +431,8 @@ def encode(loaded: engine.Engine, file: bytes, at: str) -> Pieces:
         pieces = projectors[loaded].read(file)
     n_batch = loaded.context.n_batch
     for piece in pieces:
-        if isinstance(piece, engine.Piece) and piece.sees_ahead and piece.n_tokens > n_batch:
-            raise server.invalid(at, f"{at}: this model must read the {piece.n_tokens} tokens of "
+        if isinstance(piece, engine.Piece) and piece.sees_ahead and len(piece.rows) > n_batch:
+            raise server.invalid(at, f"{at}: this model must read the {len(piece.rows)} tokens of "
                                      f"an image at once, but n_batch is {n_batch}; raise n_batch "
                                      "and n_ubatch")
     return pieces

@@ -66,6 +66,13 @@ def entry(**settings):
     return house().type_of(models.ModelEntry)(**settings)
 
 
+def default_model() -> Path:
+    """Its file; in a clean checkout it is fetched first."""
+    sys.path.insert(0, str(ROOT))
+    from features import downloads
+    return Path(downloads.fetch(None, ROOT / "models"))
+
+
 @functools.cache
 def house():
     """All features that config.yaml names."""

@@ -91,8 +91,8 @@ def write(reader: gguf.GGUFReader, layers: list[dict], target: Path):
 
 def main(directory: str):
     sys.path.insert(0, str(ROOT))
-    import engine  # here, so that tests import this file without llama.cpp
-    base = engine.find_model_file(None, ROOT / "models")
+    from features import downloads  # here, so that tests import this file without llama.cpp
+    base = Path(downloads.fetch(None, ROOT / "models"))
     Path(directory).mkdir(parents=True, exist_ok=True)
     make_deep(base, Path(directory, "deep.gguf"))
     make_degraded(base, Path(directory, "degraded.gguf"))

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import engine  # noqa: E402
-from features import schemas, structured  # noqa: E402
+from features import downloads, schemas, structured  # noqa: E402
 
 MAX_ORDERS = 24  # of a document's members that are tried
 APPLICATORS = ("allOf", "anyOf", "oneOf")
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--names", action="store_true", help="print each refused or wrong one")
     options = parser.parse_args()
-    model = engine.Model(engine.find_model_file(None, ROOT / "models"))
+    model = engine.Model(Path(downloads.fetch(None, ROOT / "models")))
     counts: collections.Counter = collections.Counter()
     opened = gzip.open if options.file.suffix == ".gz" else open
     for line in opened(options.file, "rt"):

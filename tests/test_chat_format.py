@@ -24,6 +24,7 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import conftest  # noqa: E402
 import engine  # noqa: E402
 import server  # noqa: E402
 from features import calls as forms
@@ -381,7 +382,7 @@ def test_work_does_not_grow_with_the_text():
 @pytest.fixture(scope="module")
 def model():
     """The default model."""
-    model = engine.Model(engine.find_model_file(None, ROOT / "models"))
+    model = engine.Model(conftest.default_model())
     yield model
     model.close()
 
@@ -465,7 +466,7 @@ def load(tmp_path):
     def load(template: str) -> engine.Model:
         file = tmp_path / "template.jinja"
         file.write_text(template)
-        models.append(engine.Model(engine.find_model_file(None, ROOT / "models"),
+        models.append(engine.Model(conftest.default_model(),
                                    chat_template_file=str(file)))
         return models[-1]
 
@@ -498,7 +499,7 @@ def test_the_template_files_own_words_reach_the_prompt(load):
 
 
 def test_a_template_that_cannot_be_used_is_a_model_error(tmp_path):
-    path = engine.find_model_file(None, ROOT / "models")
+    path = conftest.default_model()
     with pytest.raises(engine.ModelError, match="no-such.jinja"):
         engine.Model(path, chat_template_file=str(tmp_path / "no-such.jinja"))
     (tmp_path / "bad.jinja").write_text("{% for %}")

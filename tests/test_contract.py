@@ -593,12 +593,6 @@ def test_a_picture_is_refused_at_its_place(http):
 @pytest.mark.parametrize("narrow", [
     {"top_k": 1},
     {"min_p": 1},
-    {"top_n_sigma": 0.001},
-    {"mirostat": 1, "mirostat_tau": 0.001},
-    {"mirostat": 2, "mirostat_tau": 0.001},
-    {"mirostat": 2, "mirostat_tau": 0.5, "mirostat_eta": 0.0001},
-    {"xtc_probability": 1, "xtc_threshold": 1, "temperature": 0.01},  # above 0.5: no top choices
-    {"xtc_probability": 0, "xtc_threshold": 0.01, "temperature": 0.01},
 ])
 def test_samplers_that_leave_only_the_likeliest_are_greedy(http, narrow):
     """However hot, one candidate is no choice."""
@@ -609,42 +603,10 @@ def test_samplers_that_leave_only_the_likeliest_are_greedy(http, narrow):
 @pytest.mark.parametrize("wide", [
     {"top_k": 0, "temperature": 2},
     {"min_p": 0, "temperature": 2},
-    {"top_n_sigma": 3},
-    {"mirostat": 1, "mirostat_tau": 8},
-    {"mirostat": 2, "mirostat_tau": 8},
-    {"mirostat": 2, "mirostat_tau": 0.5, "mirostat_eta": 10},
-    {"xtc_probability": 1, "xtc_threshold": 0.01, "temperature": 0.01},
 ])
 def test_the_same_samplers_opened_are_not(http, wide):
     wild = {"temperature": 1.5, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 1, "max_tokens": 20}
     assert complete(http, WORD, **{**wild, **wide}) != complete(http, WORD, max_tokens=20)
-
-
-def test_typical_p_keeps_the_tokens_of_average_surprise(http):
-    """Near 0 only the most typical one is left, and it is not the likeliest."""
-    body = {"prompt": WORD, "max_tokens": 1, "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0,
-            "n": 8, "seed": 1}
-    free = {choice["text"] for choice in post(http, COMPLETIONS, body)["choices"]}
-    typical = {choice["text"] for choice in post(http, COMPLETIONS,
-                                                 {**body, "typical_p": 0.0001})["choices"]}
-    assert len(typical) == 1 < len(free) and typical != {complete(http, WORD, max_tokens=1)}
-
-
-@pytest.mark.parametrize("options, repeats", [
-    ({"repeat_penalty": 1}, True),
-    ({"repeat_penalty": 2}, False),
-    ({"dry_multiplier": 0}, True),
-    ({"dry_multiplier": 5, "dry_allowed_length": 1}, False),
-    ({"dry_multiplier": 5, "dry_allowed_length": 900}, True),
-    ({"dry_multiplier": 5, "dry_allowed_length": 1, "dry_penalty_last_n": 0}, True),
-    ({"dry_multiplier": 5, "dry_allowed_length": 1, "dry_penalty_last_n": 64}, False),
-    ({"dry_multiplier": 5, "dry_allowed_length": 1, "dry_sequence_breakers": ["ha"]}, True),
-    ({"dry_multiplier": 5, "dry_allowed_length": 1, "dry_sequence_breakers": ["*"]}, False),
-    ({"dry_multiplier": 0.001, "dry_allowed_length": 1, "dry_base": 1}, True),
-    ({"dry_multiplier": 0.001, "dry_allowed_length": 1, "dry_base": 10}, False),
-])
-def test_penalties_end_a_repetition_that_goes_on_without_them(http, options, repeats):
-    assert (complete(http, HA, **options) == complete(http, HA)) is repeats
 
 
 def test_ignore_eos_goes_on_to_max_tokens(http):
@@ -744,12 +706,7 @@ def assert_timings(timings, usage):
 
 
 @pytest.mark.parametrize("name, wrong", [
-    ("top_k", 1.5), ("min_p", 1.1), ("typical_p", "low"), ("typical_p", -0.1),
-    ("repeat_penalty", -1), ("repeat_penalty", "much"), ("mirostat", 3), ("mirostat", "v2"),
-    ("mirostat_tau", -1), ("mirostat_eta", "slow"), ("dry_multiplier", -1), ("dry_base", "two"),
-    ("dry_allowed_length", -2), ("dry_penalty_last_n", -2), ("dry_sequence_breakers", [5]),
-    ("dry_sequence_breakers", "\n"), ("xtc_probability", 2), ("xtc_threshold", -1),
-    ("top_n_sigma", "one"), ("ignore_eos", "yes"), ("min_tokens", -1), ("grammar", 5),
+    ("top_k", 1.5), ("min_p", 1.1), ("ignore_eos", "yes"), ("min_tokens", -1), ("grammar", 5),
     ("grammar", 'root ::= "a'), ("json_schema", 5), ("json_schema", {"type": "strin"}),
     ("chat_template_kwargs", "tone"), ("add_generation_prompt", "no"),
     ("continue_final_message", 1.5), ("cache_prompt", "no")])

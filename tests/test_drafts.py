@@ -125,7 +125,7 @@ def fake_draft_model(guess, **options) -> drafts.DraftModel:
 def drafting_engine(price, draft_model=None, looks_up=True, prefill_chunk=32, **options):
     """An engine on a RowContext, on which a row more costs `price` decodes."""
     fake = engine.Engine(FakeModel(), RowContext(**options), prefill_chunk, 99)
-    fake.store = memory.MemoryStore(10_000)
+    fake.prefixes.store = memory.MemoryStore(10_000)
     fake.drafter = drafts.Drafts(looks_up, draft_model)
     fake.drafter.price = SetPrice(price)
     return fake
@@ -315,7 +315,7 @@ def test_an_image_is_never_drafted():
         lookup.feed(token)
     assert lookup.n_matched and list(lookup.guesses()) == []
     fake = drafting_engine(0.0)
-    fake.store = engine.PrefixStore()  # a fake context's states are bytes
+    fake.prefixes.store = engine.PrefixStore()  # a fake context's states are bytes
     request = ask(b"x", 40, FakeSampler(lambda prefix: b"see this:"[len(prefix) % 9]))
     request.prompt = prompt
     request.images = {9: engine.Piece(ids, np.zeros((3, 1), np.float32))}
@@ -854,7 +854,7 @@ def test_a_wrong_prediction_is_400_and_named(without_drafts, prediction, param):
 
 @pytest.fixture(scope="module")
 def gguf():
-    return engine.find_model_file(None, ROOT / "models")
+    return conftest.default_model()
 
 
 @pytest.fixture(scope="module")
@@ -869,7 +869,8 @@ def loaded(gguf, **options):
     """An engine for which rows and the draft model's time cost nearly nothing."""
     context_options = {"n_batch": 32, "n_threads": 1}
     settings = {**context_options, "n_ubatch": 32, "flash_attn": "auto", "draft": None,
-                "draft_model_path": None, "draft_n_ctx": 0, "draft_n_gpu_layers": 0, **options}
+                "draft_model_path": None, "draft_n_ctx": 0, "draft_n_gpu_layers": 0,
+                "house": conftest.house(), **options}
     running = engine.load_engine(gguf, n_ctx=512, parallel=2, n_gpu_layers=0, prefill_chunk=32,
                                  max_queue=9, **context_options,
                                  equip=lambda loaded: drafts.equip(
@@ -969,7 +970,7 @@ def test_a_draft_model_with_another_vocabulary_is_refused_by_its_token(gguf, tmp
         return drafts.load_draft_model(
             str(path), types.SimpleNamespace(model=target, context=context),
             types.SimpleNamespace(draft_n_ctx=64, draft_n_gpu_layers=0, n_batch=64, n_ubatch=64,
-                                  n_threads=1, flash_attn="auto"))
+                                  n_threads=1, flash_attn="auto", house=conftest.house()))
     try:
         with pytest.raises(engine.ModelError) as caught:
             load_draft_model(path, model)

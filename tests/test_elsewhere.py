@@ -17,14 +17,13 @@ import openai
 import pytest
 
 import conftest
-import engine
 import server
-from features import elsewhere
+from features import downloads, elsewhere
 from test_limits import HI, listening, wait_for
 
 KEY, KEY_THERE = "sk-of-our-client", "sk-for-the-engine-there"
 THERE = "org/there"  # what the second server's model is called, too
-MODEL = str(conftest.ROOT / "models" / engine.DEFAULT_MODEL.rpartition("/")[2])
+MODEL = str(conftest.ROOT / "models" / downloads.DEFAULT_MODEL)
 SMALL = {"n_ctx": 512, "parallel": 2, "n_threads": 2}
 CHAT = {"messages": HI, "max_tokens": 8, "temperature": 0}
 APP = {"messages": HI, "config": {"temperature": 0, "maxTokens": 8}}

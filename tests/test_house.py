@@ -27,7 +27,7 @@ from test_models import running_process
 CORE = ("server.py", "engine.py")
 ALL = [*CORE, *(f"features/{file.name}" for file in sorted((ROOT / "features").glob("*.py")))]
 # Lines at most; what is larger than it should be is held where it is.
-LIMITS = {"server.py": 2495, "engine.py": 1680}
+LIMITS = {"server.py": 2495, "engine.py": 1512}
 MAX_FEATURE, MAX_CLASS, MAX_FUNCTION = 450, 400, 60
 
 
@@ -43,8 +43,7 @@ def test_no_file_class_or_function_is_too_long(name):
     for node in ast.walk(tree):
         size = getattr(node, "end_lineno", 0) - getattr(node, "lineno", 0) + 1
         if isinstance(node, ast.ClassDef):
-            most = 560 if node.name == "Engine" else MAX_CLASS
-            assert size <= most, f"class {node.name} has {size} lines"
+            assert size <= MAX_CLASS, f"class {node.name} has {size} lines"
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert size <= MAX_FUNCTION + 5, f"{node.name} has {size} lines"
 
@@ -103,7 +102,9 @@ def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     for name in (*CORE, "test_server.py"):
         shutil.copy(ROOT / name, folder)
-    (folder / "models").symlink_to(ROOT / "models")
+    (folder / "models").mkdir()
+    model = conftest.default_model()
+    (folder / "models" / model.name).symlink_to(model)
     return folder
 
 
@@ -122,6 +123,17 @@ def test_the_two_files_serve_alone(alone):
             assert httpx.post(url + path, json={}).status_code == 404
         reply = httpx.post(f"{url}/v1/chat/completions", json={**asked, "grammar": "x"}, timeout=60)
         assert reply.headers["x-ignored-fields"] == "grammar"
+
+
+def test_alone_and_without_a_model_it_says_what_to_set(tmp_path):
+    """Nothing is fetched; a name of the hub means nothing."""
+    for name in CORE:
+        shutil.copy(ROOT / name, tmp_path)
+    for flags, words in (([], f"no .gguf file in the folder {tmp_path}/models: set model_path"),
+                         (["--model", "hf:o/r/f.gguf"], "model file not found: hf:o/r/f.gguf")):
+        done = subprocess.run([sys.executable, "server.py", *flags], cwd=tmp_path, text=True,
+                              env={**os.environ, "PORT": "0"}, capture_output=True, timeout=60)
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {words}"), done.stderr
 
 
 # ==== 3. On and off =======================================================================
@@ -226,7 +238,9 @@ def test_a_wrong_field_of_a_feature_is_refused_by_name(change, param, words):
 def test_the_core_runs_with_each_feature_alone(feature, tmp_path):
     """And what it needs. A chat is served; nothing is missing that only another has."""
     (tmp_path / "config.yaml").write_text(f"features: [{feature}]\nn_ctx: 256\nport: 0\n")
-    with running_process(ROOT / "server.py", "--config", tmp_path / "config.yaml") as (_, url, _):
+    started = [ROOT / "server.py", "--config", tmp_path / "config.yaml", "--model",
+               conftest.default_model()]
+    with running_process(*started) as (_, url, _):
         asked = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
         reply = httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=60)
         assert reply.status_code == 200 and reply.json()["choices"][0]["message"]["content"]

@@ -601,7 +601,7 @@ def test_health_says_stalled_and_draining():
 def test_a_truncated_model_is_a_clear_error_and_served_once_it_is_whole(tmp_path, kept):
     """A download or copy that is still under way: the server stays up, says so, and looks again
     when the file changes."""
-    whole = engine.find_model_file(None, conftest.ROOT / "models")
+    whole = conftest.default_model()
     path = tmp_path / "arriving.gguf"
     path.write_bytes(whole.read_bytes()[:kept])
     with listening(model_path=str(path), n_ctx=256, parallel=1) as running:
@@ -622,7 +622,7 @@ def test_a_truncated_model_is_a_clear_error_and_served_once_it_is_whole(tmp_path
 def test_a_model_that_is_harmed_while_it_loads_is_refused(tmp_path, harm, words):
     """Its first token would read beyond the end of the file, which kills the process."""
     path = tmp_path / "harmed.gguf"
-    shutil.copy(engine.find_model_file(None, conftest.ROOT / "models"), path)
+    shutil.copy(conftest.default_model(), path)
 
     def on_progress(fraction):
         if fraction == 1 and path.exists() and path.stat().st_size % 10 == 2:

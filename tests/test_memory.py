@@ -178,7 +178,7 @@ def storing_engine(n_bytes=4096, context=None, model=None, looks_up=False, **opt
     """An engine on a fake context, whose states have one byte for each token."""
     context = context or FakeContext(**{"parallel": 2, **options})
     fake = engine.Engine(model or FakeModel(), context, 32, 99)
-    fake.store = memory.MemoryStore(n_bytes)
+    fake.prefixes.store = memory.MemoryStore(n_bytes)
     if looks_up and fake.model.can_rewind:
         fake.drafter = drafts.Drafts(looks_up)
     return fake
@@ -213,7 +213,7 @@ def test_a_conversation_whose_slot_was_overwritten_comes_back():
         second = answered(fake, prompt + b" And a second turn.")
         assert second.n_reused == (60 + 8) * n_restored
         assert fake._counts.n_restored == n_restored
-        assert len(fake.store) == (3 if n_bytes else 0)
+        assert len(fake.prefixes.store) == (3 if n_bytes else 0)
 
 
 def test_a_beginning_that_conversations_share_comes_back_too():
@@ -240,14 +240,14 @@ def test_what_another_slot_holds_too_is_not_stored():
     answered(fake, long("The same prompt") + b"!")
     answered(fake, long("Another"))
     answered(fake, long("And another"))
-    assert len(fake.store) == 1
+    assert len(fake.prefixes.store) == 1
 
 
 def test_a_few_tokens_are_not_worth_storing():
     fake = storing_engine(parallel=1)
     answered(fake, b"a" * (engine.MIN_SHARED_TOKENS - 4), n=4)
     answered(fake, long("Another"))
-    assert len(fake.store) == 0
+    assert len(fake.prefixes.store) == 0
 
 
 def test_a_state_that_is_larger_than_the_store_is_not_taken():
@@ -258,7 +258,7 @@ def test_a_state_that_is_larger_than_the_store_is_not_taken():
     answered(fake, long("fits"))
     answered(fake, long("A very long one") + long("which does not fit"))
     answered(fake, long("Another"))
-    assert len(fake.store) == 1 and fake.store.n_bytes == 63
+    assert len(fake.prefixes.store) == 1 and fake.prefixes.store.n_bytes == 63
     assert answered(fake, long("fits") + b"!").n_reused == 60
 
 
@@ -301,7 +301,7 @@ def test_no_memory_for_a_state_costs_nothing_else(method, caplog):
     setattr(fake.context, method, full)
     for text in ("first", "second", "first"):
         assert answered(fake, long(text)).n_reused == 0
-    assert len(fake.store) == 0 and "cache_ram_mib" in caplog.text
+    assert len(fake.prefixes.store) == 0 and "cache_ram_mib" in caplog.text
 
 
 def test_an_entry_that_its_own_restoring_would_drive_out_still_comes_back():
@@ -309,7 +309,7 @@ def test_an_entry_that_its_own_restoring_would_drive_out_still_comes_back():
     fake = storing_engine(70, parallel=1)
     for text in ("first", "second", "first", "second", "second", "first"):
         answered(fake, long(text))
-    assert fake._counts.n_restored == 3 and len(fake.store) == 1
+    assert fake._counts.n_restored == 3 and len(fake.prefixes.store) == 1
 
 
 def test_a_failing_restore_ends_one_request_and_no_other():
@@ -427,8 +427,8 @@ def finish(fake, flying, texts):
         fake.step()
         for slot in fake._slots:
             assert fake.context.cells[slot.seq_id] == slot.tokens[: slot.n_cached].tolist()
-        assert fake.store.n_bytes <= fake.store._max_bytes
-        assert fake.store.n_bytes == sum(len(tokens) for tokens, _ in fake.store._entries)
+        assert fake.prefixes.store.n_bytes <= fake.prefixes.store._max_bytes
+        assert fake.prefixes.store.n_bytes == sum(len(tokens) for tokens, _ in fake.prefixes.store._entries)
     while flying:
         text, turn, request = flying.pop()
         reply = reply_to(text, turn["n"])
@@ -474,7 +474,7 @@ SMALL = {"n_ctx": 512, "parallel": 2, "n_batch": 32, "n_threads": 2, "draft": No
 def plain_turns():
     with listening({}, cache_ram_mib=0, **SMALL) as running:
         turns = talk(running)
-        assert restored(running) == 0 and len(running.models.loaded()[0].engine.store) == 0
+        assert restored(running) == 0 and len(running.models.loaded()[0].engine.prefixes.store) == 0
     return turns
 
 
@@ -496,7 +496,7 @@ def test_six_conversations_on_two_slots_keep_their_prefixes(plain_turns):
 def test_a_small_store_stays_small_and_changes_no_reply(plain_turns):
     """Of six conversations of some MiB, three MiB hold one or two."""
     with listening({}, cache_ram_mib=3, **SMALL) as running:
-        store, most = running.models.loaded()[0].engine.store, 0
+        store, most = running.models.loaded()[0].engine.prefixes.store, 0
         put = store.put
 
         def watched(*arguments):

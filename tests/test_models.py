@@ -4,7 +4,6 @@ All models are the default one, under several names.
 """
 
 import contextlib
-import http.server
 import json
 import os
 import re
@@ -12,7 +11,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +31,7 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture(scope="module")
 def gguf():
-    return engine.find_model_file(None, conftest.ROOT / "models")
+    return conftest.default_model()
 
 
 @contextlib.contextmanager
@@ -529,67 +527,6 @@ def test_a_dotenv_file_beside_the_server_is_used(tmp_path, gguf):
     with running_process(tmp_path / "server.py", folder="/", N_CTX="256") as (_, url, line):
         assert line.startswith("ready: mine on") and "3 slots of 256 tokens" in line
         assert httpx.get(url + "/v1/models").json()["data"][0]["id"] == "mine"
-
-
-# ==== Models of a hub =====================================================================
-
-
-def test_without_its_library_a_model_of_the_hub_is_one_sentence(monkeypatch):
-    """It says what to install."""
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    for name, words in (("hf:o/r/f.gguf", "needs the huggingface_hub library: pip install"),
-                        ("hf:o/f.gguf", "is not like hf:owner/repository/file.gguf")):
-        with pytest.raises(engine.ModelError, match=re.escape(f"{name} {words}")):
-            engine.find_model_file(name, conftest.ROOT)
-
-
-@pytest.fixture
-def hub(gguf, tmp_path):
-    """A hub of one file, o/r/sub/f.gguf; the environment that makes it the one to ask."""
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            found = self.path == "/o/r/resolve/main/sub/f.gguf"
-            self.send_response(200 if found else 404)
-            self.send_header("Content-Length", str(gguf.stat().st_size if found else 0))
-            self.send_header("ETag", f'"{engine.DEFAULT_MODEL_SHA256}"')
-            self.send_header("X-Repo-Commit", "c" * 40)
-            self.send_header("X-Error-Code", "" if found else "EntryNotFound")
-            self.end_headers()
-            return found
-
-        def do_GET(self):
-            if self.do_HEAD():
-                self.wfile.write(gguf.read_bytes())
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as serving:
-        threading.Thread(target=serving.serve_forever, args=(0.02,), daemon=True).start()
-        yield {"HF_ENDPOINT": f"http://127.0.0.1:{serving.server_port}", "HF_HUB_DISABLE_XET": "1",
-               "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(tmp_path), "PORT": "0", **{
-                   name.upper(): str(value) for name, value in SIZES.items()}}
-        serving.shutdown()
-
-
-def test_a_model_of_the_hub_is_fetched_and_served(hub, tmp_path):
-    """And kept: the second start asks for no more."""
-    started = [conftest.ROOT / "server.py", "--model", "hf:o/r/sub/f.gguf"]
-    for environ in (hub, {**hub, "HF_HUB_OFFLINE": "1"}):
-        with running_process(*started, **environ) as (_, url, line):
-            assert line.startswith("ready: f on")
-            assert httpx.post(url + CHAT, timeout=60, json={
-                "model": "f", "messages": HI, "max_tokens": 2}).status_code == 200
-    assert list(tmp_path.rglob("f.gguf"))
-
-
-def test_a_model_that_the_hub_does_not_have_is_one_sentence(hub):
-    """And exit code 2."""
-    ended = subprocess.run(
-        [conftest.server_python(), conftest.ROOT / "server.py", "--model", "hf:o/r/none.gguf"],
-        capture_output=True, text=True, timeout=60, env={**os.environ, **hub})
-    assert ended.returncode == 2
-    assert re.fullmatch(r"error: cannot fetch hf:o/r/none.gguf: .*404.*\n", ended.stderr)
 
 
 def test_a_models_broken_projector_is_read_again_when_it_is_whole(gguf, tmp_path):

@@ -37,6 +37,7 @@ from jsonschema import Draft202012Validator
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import conftest  # noqa: E402
 import engine  # noqa: E402
 from features import calls, schemas, structured  # noqa: E402
 from features.trial import Trial  # noqa: E402
@@ -48,7 +49,7 @@ PROPERTY = settings(database=None, deadline=None, print_blob=True,
 
 @pytest.fixture(scope="module")
 def model():
-    model = engine.Model(engine.find_model_file(None, ROOT / "models"))
+    model = engine.Model(conftest.default_model())
     yield model
     model.close()
 
@@ -927,7 +928,7 @@ def test_a_trial_whose_server_is_gone_ends_itself(monkeypatch):
 
 def test_a_model_that_was_unloaded_leaves_no_vocabulary():
     """llguidance keeps the tokens it was given, and Python's collector does not see that."""
-    model = engine.Model(engine.find_model_file(None, ROOT / "models"))
+    model = engine.Model(conftest.default_model())
     gone = weakref.ref(structured.Vocabulary.of(model))
     model.close()
     del model

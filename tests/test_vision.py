@@ -30,8 +30,6 @@ import PIL.ImageOps
 import pytest
 
 import conftest
-import engine
-from conftest import ROOT
 from features import files, vision
 from make_vision_model import COLORS, PRODUCT, SEED, SHAPES, pictures, png
 from test_limits import listening, wait_for
@@ -61,7 +59,7 @@ def running():
     """A server in this process: the default model sees, `blind` is the same without a projector.
     With so small a prefill_chunk an image takes two steps while anything else generates. What has
     lost its slot is forgotten, so that a test knows what is cached."""
-    path = str(engine.find_model_file(None, ROOT / "models"))
+    path = str(conftest.default_model())
     with listening(model_path=path, mmproj=str(PRODUCT), n_ctx=768, parallel=4, max_loaded=2,
                    prefill_chunk=10, model_aliases=["seer"], n_gpu_layers=0, cache_ram_mib=0,
                    models={"blind": conftest.entry(model_path=path, n_ctx=256)}) as running:
@@ -200,7 +198,7 @@ def test_two_images_never_share_a_cache(web):
 
 def test_a_conversation_about_an_image_comes_back_to_a_slot():
     """From host memory, its image included, as whole as it was."""
-    path = str(engine.find_model_file(None, ROOT / "models"))
+    path = str(conftest.default_model())
     with listening(model_path=path, mmproj=str(PRODUCT), n_ctx=512, parallel=1,
                    n_gpu_layers=0) as running:
         running.models.start()
