@@ -58,14 +58,6 @@ class TemplateError(Exception):
     """The chat template refused the messages; the message is the template's own."""
 
 
-class ModelLoading(Exception):
-    """The server has just started, and its model is not there yet."""
-
-
-class ModelFailed(Exception):
-    """The model asked for could not be loaded; the message says why."""
-
-
 class QueueFull(Exception):
     """The waiting queue is at its limit."""
 
@@ -795,7 +787,9 @@ class Request:
     stops: dataclasses.InitVar[list[str]] = ()
     n_top_logprobs: int | None = None  # None: no log-probabilities
     index: int = 0  # which choice of its reply
-    scores_prompt: bool = False  # log-probabilities of the prompt too, which is computed whole
+    # Called with the logits, shape (n_vocab,), in front of each token that its prompt is computed
+    # for, and that token. Engine thread, under the model lock.
+    on_prompt: Callable[[np.ndarray, int], None] | None = None
     reuses: bool = True  # may take a cached prefix
     events: queue.SimpleQueue | None = None  # shared by the choices of a reply; None: its own
     images: dict[int, Piece] = dataclasses.field(default_factory=dict)  # by their first position
@@ -813,7 +807,6 @@ class Request:
         self.n_accepted = self.n_rejected = 0  # tokens drafted for it
         # time.perf_counter(), seconds
         self.submitted = self.placed = self.first_token = self.last_token = 0.0
-        self.prompt_logprobs: list[TokenLogprob] = []  # of its tokens from the second on
         self._text = TextStream(stops)
         self._unsent_logprobs: deque[tuple[int, TokenLogprob]] = deque()
 
@@ -1048,7 +1041,7 @@ class PrefixCache:
         if not idle:
             return False
         prompt = request.prompt
-        reusable = prompt if request.reuses and not request.scores_prompt else prompt[:0]
+        reusable = prompt if request.reuses else prompt[:0]
         shared = {s: common_prefix(reusable, s.tokens[: s.n_cached]) for s in self.slots}
         source = max(self.slots, key=lambda slot: (shared[slot], slot.request is None))
         # A part of what was stored will do only if the cells before it are there, too.
@@ -1318,7 +1311,7 @@ class Engine:
             if slot.n_cached < end and n_left > 0:
                 tokens = prompt[slot.n_cached : end]
                 (images if image else prompts).append(Chunk(
-                    slot, tokens, end == len(prompt), slot.request.scores_prompt,
+                    slot, tokens, end == len(prompt), slot.request.on_prompt is not None,
                     image=image, first_row=slot.n_cached - start))
                 n_left -= len(tokens)
         n_prefill = sum(len(chunk.tokens) for chunk in prompts)
@@ -1380,7 +1373,9 @@ class Engine:
         slot.n_cached = end - chunk.n_draft
         try:
             if chunk.wants_all:
-                self._score(chunk, start)
+                following = slot.request.prompt[start + 1 : end + 1].tolist()
+                for row, token in enumerate(following, start=chunk.row + 1 - len(chunk.tokens)):
+                    slot.request.on_prompt(self.context.logits(row), token)
             if chunk.wants_logits:
                 self._verify(chunk)
             if slot.n_cached < end:  # drafted in vain
@@ -1393,14 +1388,6 @@ class Engine:
         except Exception as error:
             log.exception("sampling failed")
             self._fail(slot, EngineFault(f"sampling failed: {describe(error)}"))
-
-    def _score(self, chunk: Chunk, start: int) -> None:
-        """Note the log-probability of each prompt token that follows one of a chunk."""
-        request, first_row = chunk.slot.request, chunk.row - len(chunk.tokens) + 1
-        following = request.prompt[start + 1 : start + 1 + len(chunk.tokens)].tolist()
-        request.prompt_logprobs += [
-            token_logprob(self.context.logits(row), token, request.n_top_logprobs or 0)
-            for row, token in enumerate(following, start=first_row)]
 
     def _verify(self, chunk: Chunk) -> None:
         """Choose tokens for one slot, row by row, for as long as they are what was drafted."""

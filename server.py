@@ -955,13 +955,12 @@ class Models:
         return self.default.engine is None
 
     def check(self) -> None:
-        """Raise EngineClosed when everything stops, ModelLoading before the default model has been
-        loaded."""
+        """Raise ApiError when everything stops, or before the default model has been loaded."""
         if self.stopping.is_set():
-            raise engine.EngineClosed("the server is shutting down")
+            raise unavailable("the server is shutting down", "shutting_down")
         if self.is_starting:
-            raise engine.ModelLoading("the model is still loading "
-                                      f"({self.default.progress or 0:.0%}), try again soon")
+            raise unavailable(f"the model is still loading ({self.default.progress or 0:.0%}), try "
+                              "again soon", "loading")
 
     def names(self) -> dict[str, Any]:
         """Every name that is known, and what it stands for."""
@@ -981,8 +980,8 @@ class Models:
 
     @contextlib.contextmanager
     def lease(self, model: LocalModel, handler: "Handler") -> Iterator[engine.Engine]:
-        """A model's engine, which stays loaded within this, for a request. Raises ModelLoading,
-        ModelFailed, QueueFull, EngineClosed, and what the handler raises while it waits."""
+        """A model's engine, which stays loaded within this, for a request. Raises ApiError, and
+        what the handler raises while it waits."""
         self.check()
         yield model.engine
 
@@ -1158,12 +1157,12 @@ class Server(http.server.ThreadingHTTPServer):
         """What /health says: ok, loading, failed, stalled or draining, and more about it."""
         try:
             self.models.check()
-        except engine.EngineClosed:
-            return "draining", {}
-        except engine.ModelLoading:
-            return "loading", {"progress": round(self.models.default.progress or 0.0, 2)}
-        except engine.ModelFailed as error:
-            return "failed", {"error": str(error)}
+        except ApiError as error:
+            if error.code == "shutting_down":
+                return "draining", {}
+            if error.code == "loading":
+                return "loading", {"progress": round(self.models.default.progress or 0.0, 2)}
+            return "failed", {"error": error.message}
         limit = self.config.stall_seconds
         is_stalled = any(each.seconds_in_step() > limit for each in self.models.engines().values())
         return "stalled" if is_stalled else "ok", {}
@@ -1535,9 +1534,9 @@ LOWEST_LOGPROB = -9999.0  # what the OpenAI API sends for an impossible token; J
 
 
 class Generation:
-    """One reply, in the order of its life: what features may change before its prompts are made, the
-    choices that the engine gets, and their rendering. It yields chunks; the unstreamed reply is
-    folded from them. In the thread of its request, while its model stays loaded."""
+    """One reply, in the order of its life: what features may change before its prompts are made,
+    the choices that the engine gets, and their rendering. It yields chunks; the unstreamed reply
+    is folded from them. In the thread of its request, while its model stays loaded."""
 
     id_prefix: str
     stream_object: str
@@ -1549,7 +1548,6 @@ class Generation:
         self.model, self.config = handler.loaded.model, handler.server.config
         self.n_each = body.n  # choices for each prompt
         self.n_top_logprobs: int | None = None  # None: no log-probabilities
-        self.scores_prompt = False  # log-probabilities of the prompts, too
         self.reuses = True  # may take prefixes that are cached
         self.barred: Iterable[int] = ()  # token ids that never come
         self.constrained_by: str | None = None  # the field that holds the reply to a form
@@ -1599,7 +1597,7 @@ class Generation:
         if self.n_each * len(prompts) > MAX_CHOICES:
             param = "n" if self.n_each > 1 else "prompt"
             raise invalid(param, f"{param}: {len(prompts)} prompts with {self.n_each} replies each "
-                                 f"were asked for; the limit is {MAX_CHOICES} replies in one request")
+                                 f"were asked for; the limit is {MAX_CHOICES} replies in all")
         stops = body.stops()
         new_params = self.handler.server.house.type_of(engine.SamplingParams)
         params = {field.name: getattr(body, field.name)
@@ -1615,9 +1613,8 @@ class Generation:
             sampler = engine.Sampler(self.model, new_params(**params), loaded.n_ctx, prompt,
                                      new_constraint() if new_constraint else None)
             self.choices.append(engine.Request(
-                prompt, sampler, limit, stops, self.n_top_logprobs, index, self.scores_prompt
-                and index % self.n_each == 0, reuses=self.reuses, events=events,
-                images=self.pieces, expected=self.expected))
+                prompt, sampler, limit, stops, self.n_top_logprobs, index, reuses=self.reuses,
+                events=events, images=self.pieces, expected=self.expected))
 
     def read_bias(self) -> dict[int, float]:
         """The logit bias by token id; a wrong one must not reach the model."""
@@ -1921,8 +1918,7 @@ class Handler(Connection):
         self.send_json(body, *((200, {}) if state == "ok" else (503, RETRY_SOON)))
 
     def get_slots(self) -> None:
-        with engine_errors():
-            self.server.models.check()
+        self.server.models.check()
         self.send_json([{"model": name, **dataclasses.asdict(slot)}
                         for name, loaded in self.server.models.engines().items()
                         for slot in loaded.stats.slots])
@@ -1931,8 +1927,7 @@ class Handler(Connection):
         self.send_body(metrics(self.server).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def get_models(self) -> None:
-        with engine_errors():
-            self.server.models.check()
+        self.server.models.check()
         models = self.server.models
         data = [target.entry(name) for name, target in models.names().items()]
         known = {entry["id"] for entry in data}
@@ -1941,8 +1936,7 @@ class Handler(Connection):
         self.send_json({"object": "list", "data": data})
 
     def get_model(self, name: str) -> None:
-        with engine_errors():
-            self.server.models.check()
+        self.server.models.check()
         self.send_json(self.server.models.find(name).entry(name))
 
     # ---- a model, and prompts within its context ---------------------------------------
@@ -2083,8 +2077,7 @@ class Handler(Connection):
             yield event
 
 
-UNAVAILABLE = {engine.QueueFull: "queue_full", engine.EngineClosed: "shutting_down",
-               engine.ModelLoading: "loading", engine.ModelFailed: "model_failed"}
+UNAVAILABLE = {engine.QueueFull: "queue_full", engine.EngineClosed: "shutting_down"}
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ https://platform.openai.com/docs/api-reference/completions
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -47,7 +48,8 @@ class LegacyReply:
 
     def __init__(self, wanted: server.Completion):
         self.wanted, self.body = wanted, wanted.body
-        self.read_prompts = wanted.read
+        self.read_prompts, self.make = wanted.read, wanted.make_choices
+        self.scores: dict[int, list[engine.TokenLogprob]] = {}  # of prompts, by the first choice
         self.offsets: collections.Counter[int] = collections.Counter()  # of each next token, by choice
         self.sums: collections.Counter[int] = collections.Counter()  # of log-probabilities, by choice
 
@@ -63,16 +65,28 @@ class LegacyReply:
         self.wanted.handler.check_length(len(prompt), "prompt", 1)
         return [prompt], new_constraint
 
+    def make_choices(self) -> None:
+        """As Generation.make_choices. The first choice of each prompt reads it whole for `echo` with
+        `logprobs`: its first token has no log-probability."""
+        self.make()
+        for choice in self.wanted.choices[:: self.wanted.n_each]:
+            if self.body.echo and self.body.logprobs is not None:
+                scores = [engine.TokenLogprob(int(choice.prompt[0]), None, ())]
+                self.scores[choice.index] = scores
+                choice.reuses, choice.on_prompt = False, functools.partial(self._score, scores)
+
+    def _score(self, scores: list[engine.TokenLogprob], logits: np.ndarray, token: int) -> None:
+        scores.append(engine.token_logprob(logits, token, self.body.logprobs))
+
     def opening(self, choice: engine.Request) -> Iterator[dict]:
-        """As Generation.opening: with `echo`, the prompt; its first token has no log-probability."""
+        """As Generation.opening: with `echo`, the prompt."""
         if not self.body.echo:
             return
-        wanted, prompt = self.wanted, choice.prompt
-        scored = next(other for other in wanted.choices if other.prompt is prompt)
-        wanted.unsent[choice.index] = (engine.TokenLogprob(int(prompt[0]), None, ()),
-                                       *scored.prompt_logprobs)
-        text = b"".join(wanted.model.piece(int(token), special=True) for token in prompt)
+        wanted, first = self.wanted, choice.index - choice.index % self.wanted.n_each
+        wanted.unsent[choice.index] = tuple(self.scores.get(first, ()))
+        text = b"".join(wanted.model.piece(int(token), special=True) for token in choice.prompt)
         yield wanted.chunk(choice, {"text": text.decode("utf-8", "replace")})
+        self.sums[choice.index] = 0  # `kept` weighs the replies, not their prompt
 
     def logprobs(self, index: int, tokens: tuple[engine.TokenLogprob, ...]) -> dict:
         """As Generation.logprobs; offsets count characters from the start of the choice's text."""
@@ -108,9 +122,8 @@ def join(wanted: server.Generation) -> None:
     body, reply = wanted.body, LegacyReply(wanted)
     wanted.n_each = body.best_of or body.n
     wanted.n_top_logprobs = 0 if wanted.n_each > body.n and body.logprobs is None else body.logprobs
-    wanted.scores_prompt = body.echo and body.logprobs is not None
-    wanted.read, wanted.opening, wanted.logprobs = reply.read, reply.opening, reply.logprobs
-    wanted.kept, wanted.whole = reply.kept, reply.whole
+    wanted.read, wanted.make_choices, wanted.opening = reply.read, reply.make_choices, reply.opening
+    wanted.logprobs, wanted.kept, wanted.whole = reply.logprobs, reply.kept, reply.whole
 
 
 def infill(model: engine.Model, prefix: str, suffix: str) -> np.ndarray | None:

@@ -147,9 +147,9 @@ class Pool(server.Models):
                 self._changed.wait(POLL_SECONDS)
 
     def check(self) -> None:
-        """As Models.check. Raises ModelFailed where the file has to change first."""
+        """As Models.check. Raises ApiError, too, where the file has to change first."""
         if self.is_starting and self.default.error and not self.stopping.is_set():
-            raise engine.ModelFailed(self.default.error)
+            raise server.unavailable(self.default.error, "model_failed")
         super().check()
 
     def names(self) -> dict[str, Any]:
@@ -234,9 +234,9 @@ class Pool(server.Models):
             while True:
                 with self._changed:
                     if self.stopping.is_set():
-                        raise engine.EngineClosed("the server is shutting down")
+                        raise server.unavailable("the server is shutting down", "shutting_down")
                     if ticket and ticket.error:
-                        raise engine.ModelFailed(ticket.error)
+                        raise server.unavailable(ticket.error, "model_failed")
                     if model.engine and not model.is_leaving:
                         model.n_users += 1
                         model.last_used, model.is_off = time.monotonic(), False
@@ -258,15 +258,16 @@ class Pool(server.Models):
         if model is self.default:
             self.check()
         if model.is_hopeless():
-            raise engine.ModelFailed(model.error)
+            raise server.unavailable(model.error, "model_failed")
         try:  # known before another model has to go for it
             for name, file in model.files().items():
                 if name != "chat_template_file" and not server.NO_PATH.match(file):
                     engine.find_model_file(file, server.HERE, setting=name)
         except engine.ModelError as error:
-            raise engine.ModelFailed(str(error)) from None
+            raise server.unavailable(str(error), "model_failed") from None
         if len(self._tickets) >= self.config.max_queue:
-            raise engine.QueueFull(f"{len(self._tickets)} requests are waiting for a model already")
+            raise server.unavailable(f"{len(self._tickets)} requests are waiting for a model already",
+                                     "queue_full")
 
     def load(self, model: PooledModel, exclusive: bool, wait: Callable[[], None]) -> None:
         """Load a model; with `exclusive`, unload all others before. Raises as `lease` does."""
@@ -287,7 +288,7 @@ class Pool(server.Models):
         while any(model.must_go for model in models):
             with self._changed:
                 if self.stopping.is_set():
-                    raise engine.EngineClosed("the server is shutting down")
+                    raise server.unavailable("the server is shutting down", "shutting_down")
                 self._changed.wait(POLL_SECONDS)
             wait()
 
