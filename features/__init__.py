@@ -3,8 +3,8 @@
 A feature is a module that exports some of EXPORTS; docs/features.md tells what they mean. The other
 files are parts of features. The settings name the features that are on; those are imported, behind
 what they need, and make a server.House. Those that are off are read, but not imported, so that a
-request or setting which needs one can be told its name. (This file also makes the folder a package of
-its own: another one of this name, wherever it is installed, is not taken for it.)
+request or setting which needs one can be told its name. (This file also makes the folder a package
+of its own: another one of this name, wherever it is installed, is not taken for it.)
 """
 
 import ast
@@ -34,8 +34,8 @@ def _add(modules: list[types.ModuleType], name, wanted_by: tuple[str, ...]) -> N
     if not isinstance(name, str) or not name.isidentifier() \
             or not (FOLDER / f"{name}.py").is_file():
         there = ", ".join(sorted(file.stem for file in FOLDER.glob("[!_]*.py"))) or "none"
-        raise server.ConfigError(f"features: {server.describe(name)} is not in the folder features, "
-                                 f"which has {there}")
+        raise server.ConfigError(f"features: {server.describe(name)} is not in the folder "
+                                 f"features, which has {there}")
     if any(module.__name__ == f"features.{name}" for module in modules):
         return
     try:
@@ -58,8 +58,8 @@ def _check_claims(modules: list[types.ModuleType]) -> None:
     for module in modules:
         routes = getattr(module, "ROUTES", {}).keys()
         for key in paths & routes:
-            raise server.ConfigError(f"features: {module.__name__} claims the path {' '.join(key)}, "
-                                     "which is there already")
+            raise server.ConfigError(f"features: {module.__name__} claims the path "
+                                     f"{' '.join(key)}, which is there already")
         added = {**getattr(module, "FIELDS", {})}
         if hasattr(module, "Settings"):
             added["Config"] = module.Settings

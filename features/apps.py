@@ -1,8 +1,8 @@
 """The dialect of local apps: chats as lines of JSON, and loading and unloading by hand.
 
 What for: desktop apps that bring a model server of their own and speak to it in this way. How it
-works: a body becomes a chat completion, its chunks become fragments; nothing here generates. It costs
-nothing beside the chat. It reads the bodies of `/chat` and its kin and of `/models/load` and
+works: a body becomes a chat completion, its chunks become fragments; nothing here generates. It
+costs nothing beside the chat. It reads the bodies of `/chat` and its kin and of `/models/load` and
 `/models/unload`, the setting `default_vision_model`, and the variables `MODEL_ID` and `BATCH_MAX`.
 """
 
@@ -14,15 +14,16 @@ from typing import Literal
 import server
 from features import elsewhere, vision
 
-
 NEEDS = ("models", "elsewhere", "vision")
 ALIASES = {"MODEL_ID": "model_path", "BATCH_MAX": "parallel"}  # environment variables
+
 
 @dataclasses.dataclass
 class Settings:
     """Which model sees, for chats that name none."""
 
     default_vision_model: str | None = server.setting("model", None)
+
 
 @dataclasses.dataclass
 class AppImage:
@@ -169,8 +170,8 @@ def post_unload(handler, request: UnloadBody) -> None:
     if request.model_key is not None:
         target = pool.find(request.model_key)
         if not isinstance(target, server.LocalModel):
-            raise server.invalid("model_key", f"{server.describe(request.model_key)} is an engine elsewhere: it "
-                                       "cannot be unloaded from here")
+            raise server.invalid("model_key", f"{server.describe(request.model_key)} is an engine "
+                                 "elsewhere: it cannot be unloaded from here")
         models = [target]
     names = [model.name for model in models if model.engine]
     with server.engine_errors():
@@ -198,7 +199,8 @@ def find_model(handler, name: str | None, sees: bool):
               if isinstance(each, server.LocalModel) and vision.sees(each)]
     default = models.find(config.default_vision_model) if config.default_vision_model else \
         next(iter(seeing), None)
-    if default is not None and default is models.otherwise:  # it is asked for what it is named there
+    if default is not None and default is models.otherwise:
+        # It is asked for what it is named there.
         default = dataclasses.replace(default, model=config.default_vision_model)
     if isinstance(default, server.LocalModel) and default.is_off:
         default = next((each for each in models.loaded() if each in seeing), None)
@@ -221,13 +223,13 @@ def post_app_chat(handler, request: AppBody, **how) -> None:
 def answer_app(handler, request: AppBody, sees: bool = False, streams: bool = False) -> None:
     """A chat; sees: the default model is the one for images."""
     target = find_model(handler, request.model_key, sees)
-    name = request.model_key or (target.name if isinstance(target, server.LocalModel) else target.model)
+    name = request.model_key or (
+        target.name if isinstance(target, server.LocalModel) else target.model)
     body = request.openai(name)
     if not isinstance(target, server.LocalModel):
         handler.receive(body, target)
-        with elsewhere.ask(handler, target, "POST", "/chat/completions", elsewhere.for_upstream(target, body),
-                           reads_errors=True) \
-                as response:
+        with elsewhere.ask(handler, target, "POST", "/chat/completions",
+                           elsewhere.for_upstream(target, body), reads_errors=True) as response:
             return write_app_reply(handler, name, streams, elsewhere.read_chunks(
                 response, target, handler.server.house))
     chat = handler.read_fields(server.ChatBody, body)

@@ -1,8 +1,9 @@
 """Forms of calls: how models write tool calls, and what a reply of that form may be.
 
-A chat template tells its model of tools, and to write calls in some form: a JSON object or XML elements
-between literals. `TOOL_FORMATS` has these literals for the forms that are known; the same literals make
-the grammar that a call must follow and the parser that finds it (tools.py). It is no feature by itself.
+A chat template tells its model of tools, and to write calls in some form: a JSON object or XML
+elements between literals. `TOOL_FORMATS` has these literals for the forms that are known; the same
+literals make the grammar that a call must follow and the parser that finds it (tools.py). It is no
+feature by itself.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ class ToolFormat:
     xml: bool = False  # ARGUMENTS are <parameter=P> elements, not a JSON object
     short_ids: bool = False  # the template takes ids of exactly 9 alphanumerics
     native: bool = True  # the template describes the tools, and renders calls and results
+
 
 TOOL_FORMATS = {  # the first whose pattern is found wins
     "qwen3-coder": ToolFormat(
@@ -60,6 +62,7 @@ def is_text(schema) -> bool:
         and schema.keys() & KNOWN <= {"type", "enum"} \
         and all(isinstance(choice, str) for choice in schema.get("enum", []))
 
+
 NOT_A_CALL = r"/[^{](?s:.)*/"  # a reply where calls begin with a brace
 
 
@@ -81,7 +84,8 @@ def add_arguments(reply: structured.Form, form: ToolFormat, schema: dict, at: st
                                          "additionalProperties"}:
         raise SchemaError(f"{at}.{min(other)}: is not supported in this model's format of calls")
     for name, inner in schema.get("properties", {}).items():
-        opening, place = structured.literal(PARAMETER + name + form.between), f"{at}.properties.{name}"
+        opening = structured.literal(PARAMETER + name + form.between)
+        place = f"{at}.properties.{name}"
         if not is_text(inner):
             value = reply.add(f": %json {json.dumps(whole.compiled(inner, place))}")
             element = f"{opening} {value} {structured.literal(PARAMETER_END)}"
@@ -100,8 +104,10 @@ def calls_of(form: ToolFormat, functions: list[tuple[str, str]], parallel: bool,
     """The expression for a reply that is a call, or several if `parallel`; for what follows
     the trigger, or the whole reply. functions: their names and the rules of their
     arguments."""
-    ways = " | ".join(f"{structured.literal(name + form.between)} {arguments} {structured.literal(form.ending)}"
-                      for name, arguments in functions)
+    ways = " | ".join(
+        f"{structured.literal(name + form.between)} {arguments} {structured.literal(form.ending)}"
+        for name, arguments in functions)
     start = form.opening if from_trigger else form.trigger + form.opening
-    more = f"({structured.literal(form.separator)} ({ways}))*" if parallel and form.separator else ""
+    more = f"({structured.literal(form.separator)} ({ways}))*" \
+        if parallel and form.separator else ""
     return f"{structured.literal(start)} ({ways}) {more} {structured.literal(form.closing)}"

@@ -1,10 +1,10 @@
 """Compat: what clients of other servers send and read, besides what this one needs.
 
 What for: clients that send all that OpenAI's reference has, those that llama-server and vLLM have
-taught more fields, and monitors that read llama-server's `timings`. How it works: fields that change
-nothing here are taken without a word; those for what this server does not do are a 400 that says so,
-unless they ask for nothing; the others change a chat before its prompt is made. It costs nothing. It
-reads those fields, and sends `timings` with the end of each reply.
+taught more fields, and monitors that read llama-server's `timings`. How it works: fields that
+change nothing here are taken without a word; those for what this server does not do are a 400 that
+says so, unless they ask for nothing; the others change a chat before its prompt is made. It costs
+nothing. It reads those fields, and sends `timings` with the end of each reply.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ def check_refused(sent, at: str) -> None:
                 type(value) is type(no) and value == no
                 for no in nothing + field.metadata["harmless"]):
             raise server.invalid(f"{at}{field.name}", f"{at}{field.name}: "
-                                 f"{field.metadata['refused']}; got {server.describe(value)}, leave "
-                                 "it out", "unsupported_parameter")
+                                 f"{field.metadata['refused']}; got {server.describe(value)}, "
+                                 "leave it out", "unsupported_parameter")
 
 
 @dataclasses.dataclass
@@ -57,8 +57,8 @@ class ChatFields:
         check_refused(self, "")
         last = self.messages[-1].role
         if self.continue_final_message and last != "assistant":
-            raise server.invalid("continue_final_message", "continue_final_message: the last message "
-                                 f"is the {last}'s, not the assistant's")
+            raise server.invalid("continue_final_message", "continue_final_message: the last "
+                                 f"message is the {last}'s, not the assistant's")
         if taken := TEMPLATE_NAMES & (self.chat_template_kwargs or {}).keys():
             raise server.invalid("chat_template_kwargs", f"chat_template_kwargs: {min(taken)!r} is "
                                  "set by the server; leave it out")

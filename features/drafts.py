@@ -8,11 +8,11 @@ smaller GGUF with the same vocabulary writes ahead, unless the last SURE_MATCH t
 The rule for how many. A token is drafted if its chance to count, times the seconds of the decode so
 far, exceeds the tokens so far times the seconds that it adds. Its chance is the product of the odds
 of all drafted tokens up to it: how many like guesses (with as long a match; of a model, all) came
-true in this reply, the latest above all. The seconds are measured. So that nobody pays for drafts of
-others, each of several slots reckons as though all drafted as many, and the longest are
-cut until who gains least (a prompt gains nothing) loses no more than SLACK. A model is asked only
-while a single reply is written; if its guesses do not pay, it rests until the reply is twice as
-long, and then guesses one token, to see whether they do now.
+true in this reply, the latest above all. The seconds are measured. So that nobody pays for drafts
+of others, each of several slots reckons as though all drafted as many, and the longest are cut
+until who gains least (a prompt gains nothing) loses no more than SLACK. A model is asked only while
+a single reply is written; if its guesses do not pay, it rests until the reply is twice as long, and
+then guesses one token, to see whether they do now.
 
 What it costs. A lookup a few microseconds a token, and a row drafted in vain now and then; a model
 its weights and KV cache, and reading each text. What it reads and sends. The settings `draft` and

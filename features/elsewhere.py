@@ -1,11 +1,12 @@
 """Engines elsewhere: models that another OpenAI-compatible server runs, under names of ours.
 
 What for: one address for the small model on this machine and the large one on another box, in vLLM,
-llama-server or LM Studio. How it works: a request for such a model is passed on as it came but for the
-model's name, and the reply as it arrives, byte by byte; who hangs up here hangs up there. An entry of
-`models` with a `base_url` is such a model; `openai_base_url` takes all names that nobody here has. It
-costs a connection per request and no model. It reads the settings `openai_base_url` and
-`openai_api_key` and the entries' `base_url`, `api_key`, `model` and `timeout`, and sends requests there.
+llama-server or LM Studio. How it works: a request for such a model is passed on as it came but for
+the model's name, and the reply as it arrives, byte by byte; who hangs up here hangs up there. An
+entry of `models` with a `base_url` is such a model; `openai_base_url` takes all names that nobody
+here has. It costs a connection per request and no model. It reads the settings `openai_base_url`
+and `openai_api_key` and the entries' `base_url`, `api_key`, `model` and `timeout`, and sends
+requests there.
 """
 
 import contextlib
@@ -23,7 +24,6 @@ from collections.abc import Iterator
 import server
 from features.web import Unreachable, read_all, read_lines, read_pieces, request_elsewhere
 
-
 LIST_SECONDS = 5.0  # for the list of models elsewhere
 PASSED_ON = ("Content-Type", "Content-Encoding", "Retry-After", "Location")  # of its headers
 MAX_FAR_LINE = 2**20  # bytes of an event from an engine elsewhere
@@ -32,6 +32,7 @@ OTHERS = "upstream"  # the name of the one in openai_base_url
 
 # By server, how it names itself in what it relays (RFC 9110, 7.6.3).
 names: "weakref.WeakKeyDictionary[server.Server, str]" = weakref.WeakKeyDictionary()
+
 
 @dataclasses.dataclass
 class Settings:
@@ -73,6 +74,7 @@ class FarEntry:
 
 FIELDS = {"ModelEntry": FarEntry}
 
+
 def check_upstream(at: str, base_url: str | None, api_key: str | None) -> None:
     """Refuse an address or key that cannot be used."""
     if base_url is not None:
@@ -82,7 +84,8 @@ def check_upstream(at: str, base_url: str | None, api_key: str | None) -> None:
         except ValueError:  # [abc, or port 99999
             is_right = False
         if not is_right:
-            raise server.invalid(at, f"{at}: must be like http://box:8000/v1, without user or query")
+            raise server.invalid(at, f"{at}: must be like http://box:8000/v1, without user or "
+                                 "query")
     if api_key is not None and not re.fullmatch("[!-~]+", api_key):
         raise server.invalid(at, f"{at}: the key beside it must be printable ASCII without spaces")
 
@@ -138,8 +141,8 @@ def start(running: "server.Server") -> None:
         if isinstance(upstream, Upstream):
             print(f"elsewhere: {upstream.name} at {upstream.base_url}", flush=True)
             if not urllib.parse.urlsplit(upstream.base_url).path:
-                server.log.warning("warning: the address of %s has no path; most servers want /v1 behind "
-                            "it", upstream.name)
+                server.log.warning("warning: the address of %s has no path; most servers want /v1 "
+                                   "behind it", upstream.name)
     if models.otherwise:
         print(f"models without a name here are looked for at {models.otherwise.base_url}",
               flush=True)
@@ -149,8 +152,8 @@ def list_elsewhere(handler, upstream: "Upstream") -> list[dict]:
     """The entries of an engine's own list of models. Raises ApiError."""
     with ask(handler, upstream, "GET", "/models", None, seconds=LIST_SECONDS) as response:
         if response.status != 200:
-            raise server.ApiError(502, f"{upstream.name} answers {response.status} when asked for its "
-                                "models")
+            raise server.ApiError(502, f"{upstream.name} answers {response.status} when asked for "
+                                  "its models")
         try:
             entries = json.loads(read_all(response, MAX_FAR_BODY))["data"]
             return [entry for entry in entries if isinstance(entry["id"], str)]
@@ -162,8 +165,8 @@ def relay(handler, upstream: "Upstream", sent: dict, body: bytes) -> None:
     """Pass a request on as it came, but for the model's name, and the reply as it arrives."""
     path = handler.head.path.rstrip("/")
     if not path.startswith("/v1/"):
-        raise server.invalid("model", f"{server.describe(sent.get('model'))} is an engine elsewhere; it "
-                               f"takes /v1 and /chat, not {server.describe(path)}")
+        raise server.invalid("model", f"{server.describe(sent.get('model'))} is an engine "
+                             f"elsewhere; it takes /v1 and /chat, not {server.describe(path)}")
     handler.streams = sent.get("stream") is True
     handler.receive(sent, upstream)
     if upstream.model not in (None, sent.get("model")):

@@ -144,8 +144,8 @@ def post_embeddings(handler, request: EmbeddingBody) -> None:
     loaded = handler.loaded
     size = loaded.model.n_embd
     if (request.dimensions or 0) > size:
-        raise server.invalid("dimensions", f"dimensions: {request.dimensions} was sent, this model's "
-                                    f"vectors have {size}")
+        raise server.invalid("dimensions", f"dimensions: {request.dimensions} was sent, this "
+                             f"model's vectors have {size}")
     texts = handler.read_prompts(request.input, "input", n_reply=0)
     handler.tally.prompt = sum(map(len, texts))
     with server.engine_errors():

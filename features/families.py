@@ -10,7 +10,6 @@ import re
 
 import engine
 
-
 NO_SYSTEM = engine.NO_SYSTEM
 FAMILIES = {  # name: (pattern, opening, each message `m`, the reply's beginning)
     "chatml": ("qwen|smollm|internlm2|chatml|dolphin|openorca|openhermes|hermes-?[23]", "",

@@ -1,11 +1,11 @@
 """Legacy: what only the older of OpenAI's two endpoints for text has.
 
-What for: programs that weigh texts (an evaluation harness asks for the log-probability of each token
-of a prompt), editors that fill in what is missing between two texts, and scripts from before chats. How
-it works: a Completion gets other ways to read its prompts and to write its chunks. It costs what its
-replies cost: `best_of` generates more than it shows, and a prompt whose tokens are scored is computed
-whole, whatever the KV cache holds. It reads the fields `logprobs`, `echo`, `suffix` and `best_of` of
-/v1/completions, and sends what the reference has for them:
+What for: programs that weigh texts (an evaluation harness asks for the log-probability of each
+token of a prompt), editors that fill in what is missing between two texts, and scripts from before
+chats. How it works: a Completion gets other ways to read its prompts and to write its chunks. It
+costs what its replies cost: `best_of` generates more than it shows, and a prompt whose tokens are
+scored is computed whole, whatever the KV cache holds. It reads the fields `logprobs`, `echo`,
+`suffix` and `best_of` of /v1/completions, and sends what the reference has for them:
 https://platform.openai.com/docs/api-reference/completions
 """
 
@@ -50,8 +50,10 @@ class LegacyReply:
         self.wanted, self.body = wanted, wanted.body
         self.read_prompts, self.make = wanted.read, wanted.make_choices
         self.scores: dict[int, list[engine.TokenLogprob]] = {}  # of prompts, by the first choice
-        self.offsets: collections.Counter[int] = collections.Counter()  # of each next token, by choice
-        self.sums: collections.Counter[int] = collections.Counter()  # of log-probabilities, by choice
+        # Of each next token, by choice.
+        self.offsets: collections.Counter[int] = collections.Counter()
+        # Of log-probabilities, by choice.
+        self.sums: collections.Counter[int] = collections.Counter()
 
     def read(self):
         """As Generation.read: with a suffix, the prompt for what stands before it."""
@@ -60,14 +62,14 @@ class LegacyReply:
             return prompts, new_constraint
         prompt = infill(self.wanted.model, self.body.prompt, self.body.suffix)
         if prompt is None:
-            raise server.invalid("suffix", "suffix: this model was not trained to fill in; leave it "
-                                           "out, or load one with fill-in-the-middle tokens")
+            raise server.invalid("suffix", "suffix: this model was not trained to fill in; leave "
+                                 "it out, or load one with fill-in-the-middle tokens")
         self.wanted.handler.check_length(len(prompt), "prompt", 1)
         return [prompt], new_constraint
 
     def make_choices(self) -> None:
-        """As Generation.make_choices. The first choice of each prompt reads it whole for `echo` with
-        `logprobs`: its first token has no log-probability."""
+        """As Generation.make_choices. The first choice of each prompt reads it whole for `echo`
+        with `logprobs`: its first token has no log-probability."""
         self.make()
         for choice in self.wanted.choices[:: self.wanted.n_each]:
             if self.body.echo and self.body.logprobs is not None:

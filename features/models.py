@@ -1,11 +1,11 @@
 """Several models: loaded when they are asked for, unloaded for one another.
 
-What for: a machine whose memory holds one model or two, and clients that want more of them, by name.
-How it works: a request for a model that is not there waits while one that has nothing to do, or has
-had its turn, gives its memory back; `max_loaded` of them stay. It costs a loading time at each change.
-It reads the settings `models`, `models_dir`, `max_loaded`, `turn_seconds` and
-`default_regular_model`; an entry of `models` may set anew for its model what the section `model` sets
-for all.
+What for: a machine whose memory holds one model or two, and clients that want more of them, by
+name. How it works: a request for a model that is not there waits while one that has nothing to do,
+or has had its turn, gives its memory back; `max_loaded` of them stay. It costs a loading time at
+each change. It reads the settings `models`, `models_dir`, `max_loaded`, `turn_seconds` and
+`default_regular_model`; an entry of `models` may set anew for its model what the section `model`
+sets for all.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ import server
 from features.pooled import PooledModel, Ticket
 from server import POLL_SECONDS
 
-
 MODEL_NAME = r"[A-Za-z0-9][\w./:@+-]*"
 NEWS_SECONDS = 1.0  # between two comments in a stream that waits for its model
 LAST_STEP_SECONDS = 5.0  # at the end, for a step of loading that cannot be interrupted
 IDLE_GRACE_SECONDS = 0.2  # a client that sends one request after the other is back within this
+
 
 @dataclasses.dataclass
 class ModelEntry:
@@ -85,11 +85,11 @@ class Settings:
         """Refuse names and numbers that cannot be."""
         for name, entry in self.models.items():
             if not isinstance(name, str) or not re.fullmatch(MODEL_NAME, name):
-                raise server.invalid("models", f"models: {server.describe(name)} is no name for a model; use "
-                                        "letters, digits and ./:@+_-, in quotes if need be")
+                raise server.invalid("models", f"models: {server.describe(name)} is no name for a "
+                                     "model; use letters, digits and ./:@+_-, in quotes if need be")
             if (entry.parallel or 0) > self.n_batch:
-                raise server.invalid(f"models.{name}", f"models.{name}.parallel is {entry.parallel}, but "
-                                                f"n_batch is only {self.n_batch}")
+                raise server.invalid(f"models.{name}", f"models.{name}.parallel is "
+                                     f"{entry.parallel}, but n_batch is only {self.n_batch}")
 
 
 class Pool(server.Models):
@@ -266,8 +266,8 @@ class Pool(server.Models):
         except engine.ModelError as error:
             raise server.unavailable(str(error), "model_failed") from None
         if len(self._tickets) >= self.config.max_queue:
-            raise server.unavailable(f"{len(self._tickets)} requests are waiting for a model already",
-                                     "queue_full")
+            raise server.unavailable(
+                f"{len(self._tickets)} requests are waiting for a model already", "queue_full")
 
     def load(self, model: PooledModel, exclusive: bool, wait: Callable[[], None]) -> None:
         """Load a model; with `exclusive`, unload all others before. Raises as `lease` does."""

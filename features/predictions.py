@@ -1,9 +1,9 @@
 """Predictions: OpenAI's predicted outputs, a text that the reply may be like in many places.
 
 What for: edits of a text, where most of the reply is known before. How it works: the prediction's
-tokens are what drafts.py drafts first, so what the reply shares with it comes faster, and the reply is
-what it would be without. It costs a tokenization, and at worst some rows that are drafted in vain. It
-reads the field `prediction` of a chat; `usage` counts what was accepted and rejected.
+tokens are what drafts.py drafts first, so what the reply shares with it comes faster, and the reply
+is what it would be without. It costs a tokenization, and at worst some rows that are drafted in
+vain. It reads the field `prediction` of a chat; `usage` counts what was accepted and rejected.
 https://platform.openai.com/docs/guides/predicted-outputs
 """
 

@@ -1,11 +1,11 @@
 """Reasoning: what a model thinks before it answers, apart from the answer.
 
-What for: clients that show or hide what a model writes between `<think>` and `</think>`, and replies
-of a form, which begins after it. How it works: the tags are known by name; a parser takes the reply
-apart as it comes, and holds back only what may be part of a tag, or white space around one. It costs
-microseconds a token. It reads the field `reasoning_effort`, which goes to the template with
-`enable_thinking`, the `reasoning_content` of messages, and the setting `split_reasoning`; it sends
-`reasoning_content`.
+What for: clients that show or hide what a model writes between `<think>` and `</think>`, and
+replies of a form, which begins after it. How it works: the tags are known by name; a parser takes
+the reply apart as it comes, and holds back only what may be part of a tag, or white space around
+one. It costs microseconds a token. It reads the field `reasoning_effort`, which goes to the
+template with `enable_thinking`, the `reasoning_content` of messages, and the setting
+`split_reasoning`; it sends `reasoning_content`.
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ from collections.abc import Callable, Generator
 from typing import Literal
 
 import server
-
 
 REASONING_TAGS = {  # open: close
     "<think>": "</think>", "[THINK]": "[/THINK]", "<seed:think>": "</seed:think>",
@@ -52,6 +51,7 @@ class MessageFields:
 
 
 FIELDS = {"ChatBody": ChatFields, "Message": MessageFields}
+
 
 def unclosed_reasoning(prompt: str) -> str:
     """The close tag of the reasoning that the last words of a prompt open, else ""."""

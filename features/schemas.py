@@ -79,7 +79,8 @@ KNOWN_FORMATS = ("duration", "email", "hostname", "ipv4", "uuid", "uri")  # ... 
 
 class Schema:
     """A JSON Schema as llguidance should read it: unknown keywords are left out, references lead
-    into `$defs`, numbers are within its means, and what it cannot honour is refused by its place."""
+    into `$defs`, numbers are within its means, and what it cannot honour is refused by its
+    place."""
 
     def __init__(self, root, at: str):
         """at: where the schema was sent."""

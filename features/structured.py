@@ -1,4 +1,5 @@
-"""Structured output: replies held to a JSON Schema, to a GBNF grammar, or to the form of tool calls.
+"""Structured output: replies held to a JSON Schema, to a GBNF grammar, or to the form of tool
+calls.
 
 What for: `response_format`, `json_schema`, `grammar`, and the arguments of tool calls. What is
 written parses and validates. And a value that the model was about to write never becomes another
@@ -104,8 +105,8 @@ class Form:
         try:
             library()
         except ImportError:
-            raise SchemaError(f"{self._at}: needs the llguidance library on the server: pip install "
-                              "-r features/requirements.txt") from None
+            raise SchemaError(f"{self._at}: needs the llguidance library on the server: pip "
+                              "install -r features/requirements.txt") from None
         question = {"gbnf": self._gbnf} if self._gbnf is not None else {"lark": self._lark()}
         tried = trial.run(question)
         if "limit" in tried:
@@ -159,8 +160,8 @@ class Form:
 
 BLAME_SECONDS = 0.5  # for the place of an error; each subschema takes about a millisecond
 KEYS = {  # what llguidance says: where that is, and in other words
-    "oneOf constraints": (".oneOf", "the alternatives may overlap: write anyOf, or give each a type "
-                                    "or a constant of its own"),
+    "oneOf constraints": (".oneOf", "the alternatives may overlap: write anyOf, or give each a "
+                          "type or a constant of its own"),
     "regex": (".pattern", ""), "lookarounds": (".pattern", ""),
     "min/maxProperties": (".minProperties", "")}
 

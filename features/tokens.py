@@ -62,5 +62,6 @@ ROUTES = {
     ("POST", "/tokenize"): server.Route(post_tokenize, "content to tokens", TokenizeBody),
     ("POST", "/detokenize"): server.Route(post_detokenize, "tokens to content", DetokenizeBody),
     ("POST", "/apply-template"): server.Route(
-        post_template, "the body of a chat to the prompt that the model would read", server.ChatBody),
+        post_template, "the body of a chat to the prompt that the model would read",
+        server.ChatBody),
 }

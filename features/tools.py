@@ -27,12 +27,12 @@ from features.calls import (
     is_text, tool_format_of)
 from features.reasoning import ReplyParser, unclosed_reasoning
 
-
 NEEDS = ("structured", "reasoning")
 TOOL_NAME = "[a-zA-Z0-9_-]{1,64}"
 
 
 # ==== 1. Fields ==========================================================================
+
 
 @dataclasses.dataclass
 class CalledFunction:
@@ -102,10 +102,12 @@ class MessageFields:
     def check(self, at: str) -> None:
         """Refuse what role and fields together make impossible."""
         if (self.tool_calls or self.function_call) and self.role != "assistant":
-            raise server.invalid(f"{at}.tool_calls", f"{at}: a {self.role} message cannot call tools")
+            raise server.invalid(f"{at}.tool_calls",
+                                 f"{at}: a {self.role} message cannot call tools")
         for role, needed in (("tool", "tool_call_id"), ("function", "name")):
             if self.role == role and getattr(self, needed) is None:
-                raise server.invalid(f"{at}.{needed}", f"{at}.{needed} is required", "missing_field")
+                raise server.invalid(f"{at}.{needed}", f"{at}.{needed} is required",
+                                     "missing_field")
 
 
 @dataclasses.dataclass
@@ -129,8 +131,8 @@ class ChatFields:
         for i, name in enumerate(names):
             if not re.fullmatch(TOOL_NAME, name) or name in names[:i]:
                 at = f"{where}[{i}]{'' if old else '.function'}.name"
-                raise server.invalid(at, f"{at}: {server.describe(name)} must be 1 to 64 letters, digits, _ and "
-                                  "-, and occur once")
+                raise server.invalid(at, f"{at}: {server.describe(name)} must be 1 to 64 letters, "
+                                     "digits, _ and -, and occur once")
         allowed, mode = names, choice if isinstance(choice, str) else "auto"
         if isinstance(choice, ToolChoice) and choice.type == "allowed_tools":
             listed = choice.allowed_tools or AllowedTools("auto", [])
@@ -140,7 +142,8 @@ class ChatFields:
             allowed, mode = [named.name], "required"
         param = "function_call" if old else "tool_choice"
         if missing := [name for name in allowed if name not in names]:
-            raise server.invalid(param, f"{param}: {server.describe(missing[0])} is not among the {where}")
+            raise server.invalid(param, f"{param}: {server.describe(missing[0])} is not among "
+                                 f"the {where}")
         if mode == "required" and not allowed:
             raise server.invalid(param, f"{param}: asks for a call, but there are no {where}")
         tools = [{"type": "function", "function": {
@@ -290,6 +293,7 @@ def new_call_id(form: ToolFormat) -> str:
 TOOLS_TEXT = ("You can call these functions, described with JSON Schema:\n\n{}\n\nTo call one, "
               "write its name and arguments in exactly this form:\n{}\nIf none helps, just answer.")
 
+
 def prepare_tools(tools: list[dict] | None, form: ToolFormat) -> list[dict] | None:
     """The tools as a template takes them, with nothing left out; None where it takes none."""
     blank = {"name": "", "description": "", "parameters": {"type": "object", "properties": {}}}
@@ -381,8 +385,8 @@ def join(wanted: "server.Generation") -> None:
         return
     field = structured.field_of(wanted.body)
     if wanted.body.grammar is not None:
-        raise server.invalid(field, f"{field} and {offer.where} were sent; the reply can follow only one "
-                             "of them")
+        raise server.invalid(field, f"{field} and {offer.where} were sent; the reply can follow "
+                             "only one of them")
     wanted.constrained_by = field or offer.where
     wanted.constrain = functools.partial(constrain, wanted, offer, form)
     wanted.parse = lambda prompt: functools.partial(

@@ -1,8 +1,9 @@
 """Transcript: what clients say, in the console.
 
-What for: to see what an application really sends. How it works: the text of each message of a chat is a
-line of the log, as one line, with the request's id; of an image, that there is one. It costs the lines.
-It reads the setting `log_messages`, which is off: conversations are private. It sends nothing.
+What for: to see what an application really sends. How it works: the text of each message of a chat
+is a line of the log, as one line, with the request's id; of an image, that there is one. It costs
+the lines. It reads the setting `log_messages`, which is off: conversations are private. It sends
+nothing.
 """
 
 import dataclasses

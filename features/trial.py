@@ -1,9 +1,9 @@
 """The trial: a child process in which a grammar is compiled before this process compiles it.
 
-Grammars come from strangers, and llguidance trusts them: some hang it, some end the process, some fill
-the memory. The child has limits of time, of address space and of stack; when it dies or does not
-answer, it is replaced, and the grammar is refused. It is no feature by itself: structured.py asks it.
-It costs 0.1 s once, and about a millisecond for each grammar.
+Grammars come from strangers, and llguidance trusts them: some hang it, some end the process, some
+fill the memory. The child has limits of time, of address space and of stack; when it dies or does
+not answer, it is replaced, and the grammar is refused. It is no feature by itself: structured.py
+asks it. It costs 0.1 s once, and about a millisecond for each grammar.
 """
 
 import contextlib

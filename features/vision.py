@@ -54,8 +54,6 @@ from features.files import (
     IMAGE_SECONDS, MAX_IMAGES_MB, ImageError, fetch_image, read_data_uri)
 
 
-
-
 # ==== 1. Decode: a file into pixels =====================================================
 
 # Pillow's names; it reads many more, which nobody sends. A JPEG that holds several is an MPO.

@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 
 from server import POLL_SECONDS
 
-
 CONNECT_SECONDS = 10.0
 PIECE = 65536  # bytes passed on at a time, at most
 MAX_PIECE = 2**20  # bytes of a line
+
 
 class Unreachable(Exception):
     """No connection; the message is the system's reason."""
