@@ -1,5 +1,4 @@
-"""Structured output: replies held to a JSON Schema, to a GBNF grammar, or to the form of tool
-calls.
+"""Structured output: replies held to a JSON Schema, a GBNF grammar, or the form of tool calls.
 
 What for: `response_format`, `json_schema`, `grammar`, and the arguments of tool calls. What is
 written parses and validates. And a value that the model was about to write never becomes another

@@ -1018,7 +1018,7 @@ def test_what_the_model_writes_at_temperature_1_validates(start_server):
     def ask(schema) -> tuple:
         response = http.post("/v1/chat/completions", json={
             "messages": [{"role": "user", "content": "Write JSON."}], "temperature": 1, "top_p": 1,
-            "top_k": 0, "min_p": 0, "max_tokens": 150, "response_format": {
+            "top_k": 0, "min_p": 0, "max_tokens": 100, "response_format": {
                 "type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}}})
         if response.status_code != 200:
             return schema, response.text, f"status {response.status_code}"
