@@ -223,8 +223,7 @@ class Piece:
     at all. Made by a handler thread; its memory must not change afterwards."""
 
     ids: np.ndarray  # int32, shape (n_positions,), each below 0
-    # What stands in place of token embeddings: float32, (n_tokens, n_embd). So many cells does it
-    # take in the KV cache; for some models more than positions.
+    # In place of token embeddings: float32, (n_tokens, n_embd); each takes a cell of the KV cache.
     rows: np.ndarray
     # For a model that must read it in one piece, since it has fewer positions than tokens or
     # `sees_ahead`: decodes it, given a llama_context, the first position, a seq_id and n_batch, and
@@ -1151,17 +1150,20 @@ class Engine:
             assert request.images or 0 <= request.prompt.min()
             assert 0 <= request.prompt[-1] and request.prompt.max() < self.model.n_vocab
             request.max_tokens = min(request.max_tokens, self.n_ctx - request.n_prompt)
+        self._check_open(self._max_queue)
         self.drafter.prepare(requests)
         with self.changed:
-            if self._deadline is not None:
-                raise EngineClosed("the server is shutting down")
-            if len(self._waiting) >= self._max_queue:
-                raise QueueFull(f"{len(self._waiting)} of at most {self._max_queue} are waiting "
-                                "for a slot already")
+            self._check_open(self._max_queue)
             for request in requests:
                 request.arrival, request.submitted = next(self._arrivals), time.perf_counter()
             self._waiting.extend(requests)
             self.changed.notify()
+
+    def _check_open(self, most: float = math.inf) -> None:
+        if self._deadline is not None:
+            raise EngineClosed("the server is shutting down")
+        if len(self._waiting) >= most:
+            raise QueueFull(f"{len(self._waiting)} of at most {most} are waiting for a slot")
 
     @property
     def n_waiting(self) -> int:
@@ -1182,8 +1184,7 @@ class Engine:
         for each; where they outnumber the processors, a step takes 1.4 times as long.)"""
         future: Future = Future()
         with self.changed:
-            if self._deadline is not None:
-                raise EngineClosed("the server is shutting down")
+            self._check_open()
             self._errands.append((errand, future))
             self.changed.notify()
         return future.result()

@@ -183,7 +183,7 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
             raise ConfigError(f"environment variables {variable} and {name.upper()} mean the same; "
                               "set one of them")
     for variable, name in [*aliases.items(), *((name.upper(), name) for name in hints)]:
-        if environ.get(variable):  # an empty one is none
+        if environ.get(variable):
             found[name] = (f"environment variable {variable}",
                            read_variable(variable, hints[name], environ, name in secrets_))
     found |= {name: ("flag", value) for name, value in flags.items() if value is not None}
@@ -203,10 +203,12 @@ def read_variable(name: str, hint, environ: Mapping[str, str], is_secret: bool =
     """An environment variable as a setting of a type; None where it is not set. Raises
     ConfigError."""
     text = environ.get(name.upper())
+    if not text:  # an empty one is none
+        return None
     try:
-        if hint == list[str] and text and not text.lstrip().startswith("["):  # a,b or [a, b]
+        if hint == list[str] and not text.lstrip().startswith("["):  # a,b or [a, b]
             return [item.strip() for item in text.split(",") if item.strip()]
-        return text if not text or hint in (str, str | None) else yaml.safe_load(text)
+        return text if hint in (str, str | None) else yaml.safe_load(text)
     except NOT_YAML as error:
         sent = "what is there" if is_secret else repr(text)
         raise ConfigError(f"environment variable {name.upper()}: {sent} is not a value") from error
@@ -293,6 +295,7 @@ def read_env_file(file: Path) -> dict[str, str]:
 # ==== 2. Errors =========================================================================
 
 RETRY_SOON = {"Retry-After": "2"}  # seconds: about one short reply
+MAX_LINE = 200  # characters of what a client sent that are told again, to it or in the log
 
 
 class ApiError(Exception):
@@ -361,7 +364,7 @@ def describe(value, most: float = 60) -> str:
 
 
 def expected(hint) -> str:
-    """A type in words: `str | list[int]` is "a string or a list of integers"."""
+    """A type in words: `str | list[int]` is "a string or a list (each item an integer)"."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in UNIONS:
         return " or ".join(expected(arg) for arg in args if arg is not types.NoneType)
@@ -586,16 +589,15 @@ class GenerationBody(engine.SamplingParams):
         """Refuse what fields together make impossible."""
         if self.stream_options and not self.stream:
             raise invalid("stream_options", "stream_options needs stream: true")
-
-    def stops(self) -> list[str]:
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if "" in stops:
+        if "" in self.stops():
             raise invalid("stop", "stop: an empty stop sequence was sent; it would end every reply "
                                   "before its first token")
-        if max(map(len, stops), default=0) > MAX_STOP:
+        if max(map(len, self.stops()), default=0) > MAX_STOP:
             raise invalid("stop", "stop: a stop sequence is longer than the limit of "
                                   f"{MAX_STOP} characters")
-        return stops
+
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
 @dataclasses.dataclass
@@ -741,7 +743,7 @@ def read_head(file: io.BufferedIOBase) -> Head:
 
 
 def body_size(head: Head, limit: int) -> int | None:
-    """Bytes of the body, None for a chunked one of at most `limit`. Raises ApiError."""
+    """Bytes of the body, None for a chunked one. Raises ApiError, for more than `limit`, too."""
     coding, length = head.headers.get("transfer-encoding"), head.headers.get("content-length")
     if coding is not None:
         if length is not None or head.version == "1.0":
@@ -763,8 +765,9 @@ def body_size(head: Head, limit: int) -> int | None:
     return int(length)
 
 
-def body_too_large(size: str, limit: int, why: str = "max_body_mb") -> ApiError:
+def body_too_large(size: str, limit: int) -> ApiError:
     """413; size: what is known of the body's; limit: bytes."""
+    why = "as nothing is read from it" if limit == SMALL_BODY else "max_body_mb"
     return ApiError(413, f"the body {size}, the limit is {limit} ({why})", code="body_too_large")
 
 
@@ -878,8 +881,8 @@ class LocalModel:
 
         def equip(loaded: "engine.Engine") -> None:
             loaded.model.name = self.name
-            for equip in self.house.having("equip"):
-                equip(loaded, self.settings)
+            for give in self.house.having("equip"):
+                give(loaded, self.settings)
 
         path = find_file(self.house, self.path, HERE / "models", go_on=on_progress)
         self.path = str(path)
@@ -1026,7 +1029,6 @@ LINGER_SECONDS = 2.0  # how long a refused upload is still read, so that the ref
 LAST_WRITES_SECONDS = 5.0  # for handlers to write their last event when the engine has stopped
 ACCEPT_PAUSE_SECONDS = 0.1  # when the process has no file descriptor left for a connection
 MAX_REFUSALS = 64  # connections above max_connections that are still told why they are refused
-MAX_LINE = 200  # characters of a request line or an error in the log
 STATUS_CLIENT_GONE = 499  # nginx's name for a client that hung up; only ever in the log
 
 
@@ -1064,7 +1066,7 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 128  # connections the kernel holds while they are accepted one by one
 
     def __init__(self, config: Config):
-        """Raises ConfigError when it cannot listen there."""
+        """Raises ConfigError: it cannot listen there, or a feature cannot start."""
         self.config = config
         self.stopping = threading.Event()  # set by a signal or a fatal error
         self.is_over = False  # what is under way has had its time
@@ -1114,18 +1116,21 @@ class Server(http.server.ThreadingHTTPServer):
         nobody out; if there is none, the newcomer is refused."""
         limit, oldest = self.config.max_connections, None
         with self.changed:
-            if len(self.connections) >= limit and self.unready:
-                oldest = next(iter(self.unready))
-                del self.unready[oldest]
-                del self.connections[oldest]
-            if len(self.connections) >= limit + MAX_REFUSALS:
-                self.shutdown_request(connection)
-                return
-            self.connections[connection] = len(self.connections) >= limit
+            n_refused = sum(self.connections.values())
+            is_full = len(self.connections) - n_refused >= limit
+            if is_full and (oldest := next(filter(self.is_served, self.unready), None)):
+                del self.unready[oldest], self.connections[oldest]
+            elif is_full and n_refused >= MAX_REFUSALS:
+                return self.shutdown_request(connection)
+            self.connections[connection] = is_full and not oldest
         if oldest:
             with contextlib.suppress(OSError):
                 oldest.shutdown(socket.SHUT_RDWR)  # its thread's read ends now
         super().process_request(connection, client_address)
+
+    def is_served(self, connection: socket.socket) -> bool:
+        """Whether it is not above the limit."""
+        return not self.connections.get(connection)
 
     def shutdown_request(self, connection: socket.socket) -> None:
         """Close a connection, and forget it."""
@@ -1210,7 +1215,7 @@ class Tally:
 
     def shown_ignored(self) -> str:
         """The ignored fields for a header or the log: printable ASCII, and not too many."""
-        return ", ".join(ascii(name)[1:-1] for name in self.ignored).replace(",,", ",")[:MAX_LINE]
+        return ", ".join(ascii(name)[1:-1] for name in self.ignored)[:MAX_LINE]
 
     def line(self, head: Head) -> str:
         """The access line: nothing in it can forge or flood the log. Without the query, where
@@ -1313,7 +1318,7 @@ class Connection(socketserver.StreamRequestHandler):
         size, body = body_size(self.head, limit), None
         if size is not None and size <= SMALL_BODY:
             body = self.read_body(size, limit)
-        if self.server.connections.get(self.connection):
+        if not self.server.is_served(self.connection):
             self.closes = True
             raise unavailable(f"{self.server.config.max_connections} connections are open, which "
                               "is the limit (max_connections)", "too_many_connections")
@@ -1323,7 +1328,7 @@ class Connection(socketserver.StreamRequestHandler):
             self.authorise()
         if body is None:
             if route.reads is None and size is not None:
-                raise body_too_large(f"has {size} bytes", SMALL_BODY, "as nothing is read from it")
+                raise body_too_large(f"has {size} bytes", SMALL_BODY)
             body = self.read_body(size, limit if route.reads else SMALL_BODY)
         if route.reads is None:
             return route.answer(self, *rest)
@@ -1435,8 +1440,7 @@ class Connection(socketserver.StreamRequestHandler):
         """A body as dataclass `cls`; fields that we do not know are named to the client and in the
         log."""
         if issubclass(cls, GenerationBody):
-            defaults = {name: getattr(self.server.config, name) for name in DEFAULTED}
-            sent = {**sent, **{name: default for name, default in defaults.items()
+            sent = {**sent, **{name: getattr(self.server.config, name) for name in DEFAULTED
                                if sent.get(name) is None}}
         reading = Reading(self.server.house)
         request = read_object(reading.house.type_of(cls), sent, "", reading)
@@ -1519,8 +1523,7 @@ class Connection(socketserver.StreamRequestHandler):
         """Send the head of a reply whose length is not known yet."""
         self.is_chunked = self.head.version != "1.0"
         self.closes |= not self.is_chunked
-        kind = headers.get("Content-Type", "")
-        self.has_events = self.dialect.content_type in kind or OPENAI.content_type in kind
+        self.has_events = self.dialect.content_type in headers.get("Content-Type", "")
         headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx: no waiting
         if self.is_chunked:
             headers["Transfer-Encoding"] = "chunked"
@@ -1594,11 +1597,6 @@ class Generation:
         is refused here, before the engine hears of it. Raises ApiError."""
         body, loaded = self.body, self.loaded
         prompts, new_constraint = self.read()
-        if self.n_each * len(prompts) > MAX_CHOICES:
-            param = "n" if self.n_each > 1 else "prompt"
-            raise invalid(param, f"{param}: {len(prompts)} prompts with {self.n_each} replies each "
-                                 f"were asked for; the limit is {MAX_CHOICES} replies in all")
-        stops = body.stops()
         new_params = self.handler.server.house.type_of(engine.SamplingParams)
         params = {field.name: getattr(body, field.name)
                   for field in dataclasses.fields(new_params)}
@@ -1613,8 +1611,8 @@ class Generation:
             sampler = engine.Sampler(self.model, new_params(**params), loaded.n_ctx, prompt,
                                      new_constraint() if new_constraint else None)
             self.choices.append(engine.Request(
-                prompt, sampler, limit, stops, self.n_top_logprobs, index, reuses=self.reuses,
-                events=events, images=self.pieces, expected=self.expected))
+                prompt, sampler, limit, body.stops(), self.n_top_logprobs, index, events=events,
+                reuses=self.reuses, images=self.pieces, expected=self.expected))
 
     def read_bias(self) -> dict[int, float]:
         """The logit bias by token id; a wrong one must not reach the model."""
@@ -1676,7 +1674,7 @@ class Generation:
 
     def usage(self) -> dict:
         """Token counts; a prompt with several choices counts once."""
-        prompts = {id(choice.prompt): choice for choice in reversed(self.choices)}.values()
+        prompts = self.choices[:: self.n_each]
         n_prompt = sum(choice.n_prompt for choice in prompts)
         n_generated = sum(choice.n_generated for choice in self.choices)
         return {"prompt_tokens": n_prompt, "completion_tokens": n_generated,
@@ -1819,7 +1817,8 @@ class Completion(Generation):
 
     def read(self) -> tuple[list[np.ndarray], Callable[[], engine.Constraint] | None]:
         """As Generation.read."""
-        return self.handler.read_prompts(self.body.prompt, "prompt"), self.constrain("")
+        prompts = self.handler.read_prompts(self.body.prompt, "prompt", n_each=self.n_each)
+        return prompts, self.constrain("")
 
     def parts(self, event: engine.Event) -> Iterator[dict]:
         """The text as it is."""
@@ -1953,13 +1952,17 @@ class Handler(Connection):
         with engine_errors(), self.server.models.lease(model, self) as self.loaded:
             yield
 
-    def read_prompts(self, prompts: Prompts, param: str, n_reply: int = 1) -> list[np.ndarray]:
+    def read_prompts(self, prompts: Prompts, param: str, n_reply: int = 1,
+                     n_each: int = 0) -> list[np.ndarray]:
         """The tokens of a text or a list of tokens, or of each in a list. n_reply: tokens of the
-        context that a reply needs."""
+        context that a reply needs; n_each: replies to each."""
         if isinstance(prompts, str) or prompts and isinstance(prompts[0], int):
             prompts = [prompts]
-        if not 0 < len(prompts) <= MAX_INPUTS:
-            raise invalid(param, f"{param}: {len(prompts)} texts were sent; send 1 to {MAX_INPUTS}")
+        most = MAX_CHOICES // n_each if n_each else MAX_INPUTS
+        if not 0 < len(prompts) <= most:
+            at = "n" if prompts and n_each > 1 else param
+            raise invalid(at, f"{at}: {len(prompts)} texts were sent; send 1 to {most}" + (
+                f" where each gets {n_each} replies" if n_each > 1 else ""))
         return [self.tokenize(prompt, param, n_reply) if isinstance(prompt, str) else
                 self.read_tokens(prompt, param, n_reply) for prompt in prompts]
 
@@ -2033,7 +2036,7 @@ class Handler(Connection):
         try:
             with engine_errors(wanted.constrained_by):
                 self.loaded.submit(choices)
-                chunks = wanted.chunks(self.events(choices, self.streams))
+                chunks = wanted.chunks(self.events(choices))
                 if write:
                     write(chunks)
                 elif wanted.body.stream:
@@ -2052,12 +2055,12 @@ class Handler(Connection):
             self.write_event(chunk)
         self.write_event("[DONE]", is_last=True)
 
-    def events(self, choices: list[engine.Request], streams: bool) -> Iterator[engine.Event]:
+    def events(self, choices: list[engine.Request]) -> Iterator[engine.Event]:
         """Yield the engine's events until each choice has ended; in a stream that has been silent
         for ping_interval, write a comment. Raises ConnectionError as soon as the client closes
-        its side, and the engine's own EngineFault or EngineClosed."""
+        its side, and the engine's own EngineFault, EngineClosed or GrammarError."""
         unfinished, self.last_write = len(choices), time.monotonic()
-        silence = self.server.config.ping_interval if streams else 0
+        silence = self.server.config.ping_interval if self.streams else 0
         while unfinished:
             try:
                 event = choices[0].events.get(timeout=POLL_SECONDS)
@@ -2065,7 +2068,7 @@ class Handler(Connection):
                 event = None
             self.check_connection()
             if silence and time.monotonic() - self.last_write > silence:
-                self.write_sign("ping", None)
+                self.write_sign("ping")
             if event is None:
                 continue
             event.request.n_read += 1
@@ -2125,25 +2128,25 @@ def find_route(routes: dict[tuple[str, str], Route], method: str, path: str
                ) -> tuple[str, Route, list[str]]:
     """The pattern and route for a method and path, and what stands at the path's {id}. 404 or
     405."""
-    path = path.rstrip("/") or "/"
-    allowed = set()
+    path, found = path.rstrip("/") or "/", {}
+    if (method, path) in routes:
+        return path, routes[method, path], []
     for (route_method, pattern), route in routes.items():
         stem, has_id, _ = pattern.partition("{id}")
         rest = path.removeprefix(stem)
-        if path != "*" and (not path.startswith(stem) or bool(rest) != bool(has_id)):
-            continue
-        if method == route_method or (method, route_method) == ("HEAD", "GET"):
-            return pattern, route, [rest] if has_id else []
-        allowed |= {route_method, "OPTIONS"} | ({"HEAD"} if route_method == "GET" else set())
-        matched = pattern
-    methods = ", ".join(sorted(allowed))
-    if allowed and method == "OPTIONS":
-        about = "what a path takes"
-        return path if path == "*" else matched, Route(Handler.options, about), [methods]
-    if allowed:
-        raise ApiError(405, f"{describe(path)} does not take {method}, but {methods}",
-                       code="method_not_allowed", headers={"Allow": methods})
-    raise ApiError(404, f"unknown path {describe(path)}; GET / lists all", code="not_found")
+        if path == "*" or path.startswith(stem) and bool(rest) == bool(has_id):
+            found[route_method] = pattern, route, [rest] if has_id else []
+    found |= {"HEAD": found["GET"]} if "GET" in found else {}
+    if method in found:
+        return found[method]
+    if not found:
+        raise ApiError(404, f"unknown path {describe(path)}; GET / lists all", code="not_found")
+    methods = ", ".join(sorted([*found, "OPTIONS"]))
+    if method == "OPTIONS":
+        pattern = path if path == "*" else next(iter(found.values()))[0]
+        return pattern, Route(Handler.options, "what a path takes"), [methods]
+    raise ApiError(405, f"{describe(path)} does not take {method}, but {methods}",
+                   code="method_not_allowed", headers={"Allow": methods})
 
 
 def metrics(server: Server) -> str:
@@ -2155,36 +2158,32 @@ def metrics(server: Server) -> str:
     requests = {f'{{route="{route}",status="{status}"}}': count
                 for (route, status), count in sorted(answered.items())}
     lines = []
-    for name, kind, about, samples in (
-            ("requests_total", "counter", "requests by route and status", requests),
-            ("prompt_tokens_total", "counter", "tokens of prompts", stats.n_prompt),
-            ("cached_tokens_total", "counter", "of these, tokens that the KV cache held already",
-             stats.n_cached),
-            ("generated_tokens_total", "counter", "tokens generated", stats.n_generated),
-            ("accepted_draft_tokens_total", "counter", "of these, tokens that were drafted",
-             stats.n_accepted),
-            ("rejected_draft_tokens_total", "counter", "tokens that were drafted in vain",
-             stats.n_rejected),
-            ("restored_prefixes_total", "counter", "prefixes that came back from host memory",
-             stats.n_restored),
-            ("steps_total", "counter", "turns of the engine's loop", stats.n_steps),
-            ("decode_errors_total", "counter", "batches that llama_decode refused",
-             stats.n_decode_errors),
-            ("waiting_requests", "gauge", "choices that wait for a slot",
+    for name, about, samples in (
+            ("requests_total", "requests by route and status", requests),
+            ("prompt_tokens_total", "tokens of prompts", stats.n_prompt),
+            ("cached_tokens_total", "of these, tokens that the KV cache held", stats.n_cached),
+            ("generated_tokens_total", "tokens generated", stats.n_generated),
+            ("accepted_draft_tokens_total", "of these, tokens drafted", stats.n_accepted),
+            ("rejected_draft_tokens_total", "tokens drafted in vain", stats.n_rejected),
+            ("restored_prefixes_total", "prefixes back from host memory", stats.n_restored),
+            ("steps_total", "turns of the engine's loop", stats.n_steps),
+            ("decode_errors_total", "batches that llama_decode refused", stats.n_decode_errors),
+            ("waiting_requests", "choices that wait for a slot",
              sum(each.n_waiting for each in loaded.values())),
-            ("model_loads_total", "counter", "models loaded", models.n_loads),
-            ("loaded_models", "gauge", "models that are loaded now", len(loaded)),
-            ("waiting_for_model", "gauge", "requests that wait for a model to be loaded",
-             models.n_waiting),
-            ("busy_slots", "gauge", "slots with a request", stats.n_busy),
-            ("slots", "gauge", "slots", len(stats.slots)),
-            ("connections", "gauge", "open connections", n_connections),
-            ("batch_tokens", "histogram", "tokens in each batch", buckets(stats.batch)),
-            ("time_to_first_token_seconds", "histogram", "from the queue to the first token",
-             buckets(stats.first_token)),
-            ("inter_token_seconds", "histogram", "from one token of a reply to the next",
-             buckets(stats.inter_token))):
+            ("model_loads_total", "models loaded", models.n_loads),
+            ("loaded_models", "models that are loaded now", len(loaded)),
+            ("waiting_for_model", "requests that wait for a model", models.n_waiting),
+            ("busy_slots", "slots with a request", stats.n_busy),
+            ("slots", "slots", len(stats.slots)),
+            ("connections", "open connections", n_connections),
+            ("batch_tokens", "tokens in each batch", stats.batch),
+            ("time_to_first_token_seconds", "from the queue to the first token",
+             stats.first_token),
+            ("inter_token_seconds", "from one token of a reply to the next", stats.inter_token)):
+        is_histogram = isinstance(samples, engine.Histogram)
+        kind = "histogram" if is_histogram else "counter" if name.endswith("_total") else "gauge"
         lines += [f"# HELP {NAME}_{name} {about}", f"# TYPE {NAME}_{name} {kind}"]
+        samples = buckets(samples) if is_histogram else samples
         samples = samples if isinstance(samples, dict) else {"": samples}
         lines += [f"{NAME}_{name}{labels} {value}" for labels, value in samples.items()]
     return "\n".join([*lines, ""])

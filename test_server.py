@@ -1227,5 +1227,8 @@ def test_the_port_answers_while_the_model_loads(monkeypatch):
     assert (status, body) == (503, {"status": "loading", "progress": 0.25})
     status, headers, body = post(loading, "/v1/chat/completions", {"messages": HI})
     assert status == 503 and headers["Retry-After"] and body["error"]["code"] == "loading"
+    for stop in ([""], "x" * 1001):  # what is wrong is said at once, not when a model has been loaded
+        status, _, body = post(loading, "/v1/chat/completions", {"messages": HI, "stop": stop})
+        assert (status, body["error"]["param"]) == (400, "stop")
     loading.drain()
     assert not loading.models.engines()

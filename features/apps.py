@@ -151,11 +151,10 @@ def post_load(handler, request: LoadBody) -> None:
             listed = [entry["id"] for entry in elsewhere.list_elsewhere(handler, target)]
             if target is models.otherwise and request.model_key not in listed:
                 raise server.ApiError(404, "Model not found")
-        with server.engine_errors():
-            if is_here:
-                models.load(target, request.exclusive, handler.check_connection)
-            elif request.exclusive:
-                models.unload(models.loaded(), handler.check_connection)
+        if is_here:
+            models.load(target, request.exclusive, handler.check_connection)
+        elif request.exclusive:
+            models.unload(models.loaded(), handler.check_connection)
     except server.ApiError as error:
         why = "Model not found" if error.code == "model_not_found" else error.message
         return handler.send_json({"loaded": False, "error": f"Failed to load model: {why}"},
@@ -174,8 +173,7 @@ def post_unload(handler, request: UnloadBody) -> None:
                                  "elsewhere: it cannot be unloaded from here")
         models = [target]
     names = [model.name for model in models if model.engine]
-    with server.engine_errors():
-        pool.unload(models, handler.check_connection)
+    pool.unload(models, handler.check_connection)
     handler.send_json({"unloaded": True, "models": names})
 
 

@@ -148,8 +148,7 @@ def post_embeddings(handler, request: EmbeddingBody) -> None:
                              f"model's vectors have {size}")
     texts = handler.read_prompts(request.input, "input", n_reply=0)
     handler.tally.prompt = sum(map(len, texts))
-    with server.engine_errors():
-        vectors = embed(loaded, texts, handler.check_connection)
+    vectors = embed(loaded, texts, handler.check_connection)
     if request.dimensions:  # a shorter vector is the longer one's beginning, of length 1 again
         vectors = vectors[:, : request.dimensions]
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), TINY)

@@ -57,15 +57,16 @@ class LegacyReply:
 
     def read(self):
         """As Generation.read: with a suffix, the prompt for what stands before it."""
-        prompts, new_constraint = self.read_prompts()
         if self.body.suffix is None:
-            return prompts, new_constraint
+            return self.read_prompts()
+        for param in ("prompt", "suffix"):
+            self.wanted.handler.check_fewest(getattr(self.body, param), param, 1)
         prompt = infill(self.wanted.model, self.body.prompt, self.body.suffix)
         if prompt is None:
             raise server.invalid("suffix", "suffix: this model was not trained to fill in; leave "
                                  "it out, or load one with fill-in-the-middle tokens")
         self.wanted.handler.check_length(len(prompt), "prompt", 1)
-        return [prompt], new_constraint
+        return [prompt], self.wanted.constrain("")
 
     def make_choices(self) -> None:
         """As Generation.make_choices. The first choice of each prompt reads it whole for `echo`

@@ -949,6 +949,7 @@ def test_best_of_returns_the_likeliest(http):
     ({"best_of": 2, "stream": True}, "best_of"),
     ({"best_of": "two"}, "best_of"),
     ({"suffix": " the end."}, "suffix"),
+    ({"suffix": "word " * 1100}, "suffix"),
     ({"echo": "yes"}, "echo"),
     ({"prompt": []}, "prompt"),
     ({"prompt": [[]]}, "prompt"),

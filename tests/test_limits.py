@@ -461,6 +461,29 @@ def test_at_the_limit_idle_connections_make_room_and_busy_ones_are_not_disturbed
             connection.close()
 
 
+def test_who_is_to_be_refused_takes_nobody_s_place(monkeypatch):
+    """A connection above the limit that says nothing is not one of those that are served: when one of
+    them falls idle, it makes room for the next client, as ever."""
+    finish = threading.Event()
+    monkeypatch.setitem(conftest.house().routes, ("GET", "/slow"),
+                        server.Route(lambda handler: finish.wait(20) and handler.send_json(
+                            {"done": True}), "takes a while"))
+    with listening(max_connections=2) as running, contextlib.ExitStack() as stack:
+        busy = [stack.enter_context(socket.create_connection(("127.0.0.1", running.server_port)))
+                for _ in range(2)]
+        for connection in busy:
+            connection.sendall(GET.replace(b"/health", b"/slow") + b"\r\n")
+        wait_for(lambda: running.in_flight == 2)
+        silent = stack.enter_context(socket.create_connection(("127.0.0.1", running.server_port)))
+        wait_for(lambda: len(running.connections) == 3)
+        finish.set()
+        assert all(connection.recv(65536).startswith(b"HTTP/1.1 200") for connection in busy)
+        wait_for(lambda: len(running.unready) == 3)
+        assert ask(running, "/").status_code == 200
+        silent.sendall(GET + b"\r\n")
+        assert silent.recv(65536).startswith(b"HTTP/1.1 503")
+
+
 def test_who_does_not_read_the_answers_makes_room_too():
     """Pipelined requests whose answers nobody reads block their threads in a write."""
     with listening(max_connections=2, client_timeout=30) as running:
