@@ -2,15 +2,15 @@
 
 This file knows nothing of HTTP, and no JSON. It turns prompts (arrays of token ids) into events
 (pieces of text), for many requests at once, with one llama.cpp context for each model. Read it from
-top to bottom; each of its ten parts uses only what stands above it; the last is the loop. What not
-every server needs goes through four small classes whose default does nothing, and which a
-feature may replace: Constraint, Piece, Drafter, PrefixStore.
+top to bottom; each of its ten parts builds on those above it; the last is the loop. What not every
+server needs goes through three small classes whose default does nothing, and which a feature may
+replace (Constraint, Drafter, PrefixStore), and through Piece, which stands for tokens.
 Words: a *slot* is a lane of the context, a *request* its guest; *prefill* reads a prompt into the
 KV cache, *decode* produces one token per *step*, or several where *drafted* ones come true; a
 *batch* is the rows of one llama_decode.
 
 Threads: each loaded model has an engine thread, which runs `Engine.step` until it is unloaded; one
-loader thread loads and unloads. Handler threads prepare requests (tokenize, build the sampler),
+more loads and unloads. Handler threads prepare requests (tokenize, build the sampler),
 hand them over with `Engine.submit` and read their events.
 """
 
@@ -439,10 +439,10 @@ class Model:
 # ==== 5. Sampling: from one row of logits to one token ==================================
 
 GREEDY_BELOW = 1e-3  # temperature: dividing logits by less overflows, and changes nothing anyway
-KEEP_AT_LEAST = 1  # tokens, of those that are filtered out
+KEEP_AT_LEAST = 1  # tokens, which a filter must leave
 N_SEEDS = 2**32 - 1  # seeds are 32 bit, and llama.h keeps 0xFFFFFFFF for "random"
 NO_TOKEN = -1  # nothing may follow: the reply ends
-N_DRAWS = 8  # before that: a constraint may refuse what it did not rule out, a few tokens in all
+N_DRAWS = 8  # before NO_TOKEN: a constraint may refuse what it did not rule out, a few tokens
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
 
@@ -773,8 +773,8 @@ class Event:
 @dataclasses.dataclass(eq=False)
 class Request:
     """The guest: one choice being generated. Made by a handler thread; after `submit` everything
-    but `cancelled` belongs to the engine thread until the last event; then a handler may read
-    the counts."""
+    but `cancelled` and `n_read` belongs to the engine thread. Others may read the counts, which are
+    final after the last event."""
 
     # subtle: a bound on events, not bytes. An event is one token's text, so this is half a
     # minute of a fast stream: who is further behind than that has stopped reading.
@@ -816,7 +816,7 @@ class Request:
 
     def image_at(self, position: int) -> tuple[int, int, Piece | None]:
         """The image that covers a position of the prompt: its first position, the one behind it,
-        and itself; of the text there, the end."""
+        and itself; in text that position, the text's end, None. (Images are in their order.)"""
         for start, image in self.images.items():
             if position < start + len(image.ids):
                 return (start, start + len(image.ids), image) if start <= position else \
@@ -928,8 +928,8 @@ def histogram(*bounds: float):
 
 @dataclasses.dataclass(slots=True)
 class Stats:
-    """Counts since the start, and the slots. The engine counts in one of its own; after a step
-    it replaces the one that others read by a copy, so reading needs no lock."""
+    """Counts since the start, and the slots. The engine counts in one of its own; when requests got
+    slots, and after a step, a copy replaces the one that others read, so reading needs no lock."""
 
     slots: tuple[SlotStats, ...] = ()
     n_steps: int = 0
@@ -1030,7 +1030,7 @@ class PrefixCache:
     context: Context
     can_cut: bool  # a part of what was stored will do, for this model
     counts: Stats
-    store: PrefixStore = dataclasses.field(default_factory=PrefixStore)  # as the engine's drafter
+    store: PrefixStore = dataclasses.field(default_factory=PrefixStore)  # `equip` may replace it
 
     def place(self, request: Request) -> bool:
         """Put a request into an idle slot with as much of its prompt cached as can be had. False
@@ -1126,7 +1126,7 @@ class Engine:
         self._outbox: deque[Event] = deque()
         self._arrivals = itertools.count(1)
         self._step_began: float | None = None  # time.monotonic(); None between steps
-        # Protects the context. Held for one step at a time; who else needs it takes it in between.
+        # Protects the context: held for one step at a time, and by close(). See between_steps.
         self.model_lock = threading.Lock()
         # Protects the waiting queue, the errands and the deadline; notified when one changes.
         self.changed = threading.Condition()

@@ -17,8 +17,12 @@ known first:
     10 routes       what answers: submit, wait, write
     11 main         start, signals, drain
 
-Threads: the main thread waits for the end, others for signals, for new connections and for the
-model to load; each connection has one that handles its requests, and each engine has its own.
+A chat's way: `Server.process_request` gives its connection a thread, `Connection.answer` reads and
+checks it, `Models.find` names who answers, `LocalModel.answer` makes a ChatBody of it, `Chat` a
+prompt; `Handler.generate` submits that, and writes what `Handler.events` and `Chat.chunks` yield.
+
+Threads: the main thread loads the model, then waits for the end; others wait for signals and for
+new connections; each connection has one that handles its requests, and each engine has its own.
 """
 
 import argparse
