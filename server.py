@@ -178,18 +178,16 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     chosen = content.get("features") or [] if chosen is None else chosen
     house = load_features(chosen if isinstance(chosen, list) else [chosen])
     found = sort_settings(house, file, content)  # {key: (where it was set, value)}
-    hints = house.hints(house.Config)
-    secrets_ = {field.name for field in dataclasses.fields(house.Config)
-                if field.metadata.get("secret")}
+    hints, told_by = house.hints(house.Config), {}
     aliases = functools.reduce(dict.__or__, house.having("ALIASES"), {})
-    for variable, name in aliases.items():
-        if environ.get(variable) and environ.get(name.upper()):
-            raise ConfigError(f"environment variables {variable} and {name.upper()} mean the same; "
-                              "set one of them")
     for variable, name in [*aliases.items(), *((name.upper(), name) for name in hints)]:
         if environ.get(variable):
+            if name in told_by:
+                raise ConfigError(f"environment variables {told_by[name]} and {variable} mean the "
+                                  "same; set one of them")
+            told_by[name], is_secret = variable, house.settings[name].get("secret", False)
             found[name] = (f"environment variable {variable}",
-                           read_variable(variable, hints[name], environ, name in secrets_))
+                           read_variable(variable, hints[name], environ, is_secret))
     found |= {name: ("flag", value) for name, value in flags.items() if value is not None}
     reading = Reading(house)
     try:
@@ -236,8 +234,7 @@ def read_config_file(path: str | None) -> tuple[Path, dict]:
 
 def sort_settings(house: "House", file: Path, content: dict) -> dict[str, tuple[str, Any]]:
     """Return {key: (file, value)} for keys in their sections or flat. Raises ConfigError."""
-    fields = {field.name: field.metadata for field in dataclasses.fields(house.Config)}
-    sections = {name: metadata["section"] for name, metadata in fields.items()}
+    sections = {name: metadata["section"] for name, metadata in house.settings.items()}
     found: dict[str, tuple[str, Any]] = {}
     for key, content_of_key in content.items():
         section = key if key in sections.values() and key not in sections else None
@@ -255,7 +252,7 @@ def sort_settings(house: "House", file: Path, content: dict) -> dict[str, tuple[
             if name in found:
                 raise ConfigError(f"{file}: {name} is set twice")
             try:
-                found[name] = (str(file), resolve_paths(fields, name, value, file.parent))
+                found[name] = (str(file), resolve_paths(house.settings, name, value, file.parent))
             except RecursionError:  # YAML knows cycles
                 raise ConfigError(f"{file}: {name} is nested too deeply") from None
     return found
@@ -486,6 +483,7 @@ class House:
         self._types: dict[type, type] = {}
         self._hints: dict[type, dict] = {}
         self.Config = self.type_of(Config)
+        self.settings = {field.name: field.metadata for field in dataclasses.fields(self.Config)}
         self.routes = functools.reduce(dict.__or__, self.having("ROUTES"), ROUTES)
         self.dialects = {path: route.dialect for (_, path), route in self.routes.items()}
 
@@ -519,8 +517,7 @@ class House:
         """What to say about a key of the settings that there is not."""
         if feature := self.feature_of(Config, name):
             return f"unknown key {name!r}: it needs the feature {feature} (see `features`)"
-        fields = dataclasses.fields(self.Config)
-        names = [name for field in fields for name in (field.name, field.metadata["section"])]
+        names = [*self.settings, *(metadata["section"] for metadata in self.settings.values())]
         near = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0)[0]
         return f"unknown key {name!r}; the nearest is {near!r}"
 

@@ -1,11 +1,11 @@
 """Features: how the files of this folder plug into server.py and engine.py.
 
 A feature is a module that exports some of EXPORTS; docs/features.md tells what they mean, and what
-else it may have. The other files are parts of features. The settings name the features that are on;
-those are imported, behind what they need, and make a server.House. Those that are off are read, but
-not imported, so that a request or setting which needs one can be told its name. (This file also makes
-the folder a package of its own: another one of this name, wherever it is installed, is not taken for
-it.)
+else it may have. The other files are parts of features. The settings name the features that are
+on; those are imported, behind what they need, and make a server.House. Those that are off are read,
+but not imported, so that a request or setting which needs one can be told its name. (This file also
+makes the folder a package of its own: another one of this name, wherever it is installed, is not
+taken for it.)
 """
 
 import ast

@@ -27,8 +27,8 @@ from test_models import running_process
 CORE = ("server.py", "engine.py")
 ALL = [*CORE, *(f"features/{file.name}" for file in sorted((ROOT / "features").glob("*.py")))]
 # Lines at most; what is larger than it should be is held where it is.
-LIMITS = {"server.py": 2271, "engine.py": 1500}
-MAX_FEATURE, MAX_CLASS, MAX_FUNCTION = 450, 400, 60
+LIMITS = {"server.py": 2268, "engine.py": 1500}
+MAX_FEATURE, MAX_CLASS, MAX_FUNCTION, MAX_COLUMNS = 450, 400, 60, 100
 
 
 # ==== 1. Shape ============================================================================
@@ -39,13 +39,14 @@ def test_no_file_class_or_function_is_too_long(name):
     text = (ROOT / name).read_text()
     tree = ast.parse(text)
     assert len(text.splitlines()) <= LIMITS.get(name, MAX_FEATURE)
+    assert max(map(len, text.splitlines())) <= MAX_COLUMNS
     assert ast.get_docstring(tree)
     for node in ast.walk(tree):
         size = getattr(node, "end_lineno", 0) - getattr(node, "lineno", 0) + 1
         if isinstance(node, ast.ClassDef):
             assert size <= MAX_CLASS, f"class {node.name} has {size} lines"
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert size <= MAX_FUNCTION + 5, f"{node.name} has {size} lines"
+            assert size <= MAX_FUNCTION, f"{node.name} has {size} lines"
 
 
 def imports_of(name: str) -> set[str]:
