@@ -624,15 +624,13 @@ MAX_STOP = 1000  # characters of a stop sequence
 MAX_CHOICES = 512  # replies to one request: prompts times n or best_of
 DEFAULTED = ("temperature", "top_p", "top_k", "min_p")  # settings, where a body does not say
 LEGACY_MAX_TOKENS = 16  # the OpenAI reference's default for /v1/completions
-MAX_INPUTS = 2048  # texts in one request, as the OpenAI reference has it for embeddings
-Prompts = str | list[str] | list[int] | list[list[int]]
 
 
 @dataclasses.dataclass
 class CompletionBody(GenerationBody):
     """POST /v1/completions"""
 
-    prompt: Prompts = dataclasses.field(kw_only=True)
+    prompt: str | list[str] = dataclasses.field(kw_only=True)
     max_tokens: int | None = option(low=0)
 
     def reply_limit(self) -> int | None:
@@ -904,13 +902,7 @@ class LocalModel:
         """Its entry in the list of models; what only a loaded model tells may be missing.
         `max_model_len` is vLLM's name for the context length of a request, `meta` has
         llama-server's names."""
-        may = {f"allow_{what}": what not in ("create_engine", "fine_tuning", "search_indices")
-               for what in ("create_engine", "sampling", "logprobs", "search_indices", "view",
-                            "fine_tuning")}
-        entry = {"id": name, "object": "model", "created": STARTED, "owned_by": NAME,
-                 "root": self.name, "parent": None, "permission": [
-                     {"id": f"modelperm-{NAME}", "object": "model_permission", "created": STARTED,
-                      **may, "organization": "*", "group": None, "is_blocking": False}]}
+        entry = {"id": name, "object": "model", "created": STARTED, "owned_by": NAME}
         loaded = self.engine  # read once: it may be unloaded right now
         if loaded is None:
             return entry
@@ -1818,8 +1810,16 @@ class Completion(Generation):
 
     def read(self) -> tuple[list[np.ndarray], Callable[[], engine.Constraint] | None]:
         """As Generation.read."""
-        prompts = self.handler.read_prompts(self.body.prompt, "prompt", n_each=self.n_each)
-        return prompts, self.constrain("")
+        prompts = self.body.prompt if isinstance(self.body.prompt, list) else [self.body.prompt]
+        self.check_count(prompts)
+        return [self.handler.tokenize(text, "prompt") for text in prompts], self.constrain("")
+
+    def check_count(self, prompts: list) -> None:
+        """400 for no prompts, or too many with so many replies each."""
+        at, most = "n" if prompts and self.n_each > 1 else "prompt", MAX_CHOICES // self.n_each
+        if not 0 < len(prompts) <= most:
+            raise invalid(at, f"{at}: {len(prompts)} prompts with {self.n_each} replies each were "
+                              f"asked for; send 1 to {most} prompts")
 
     def parts(self, event: engine.Event) -> Iterator[dict]:
         """The text as it is."""
@@ -1952,33 +1952,6 @@ class Handler(Connection):
         """Within this, `loaded` is the engine of a model, which is loaded first if need be."""
         with engine_errors(), self.server.models.lease(model, self) as self.loaded:
             yield
-
-    def read_prompts(self, prompts: Prompts, param: str, n_reply: int = 1,
-                     n_each: int = 0) -> list[np.ndarray]:
-        """The tokens of a text or a list of tokens, or of each in a list. n_reply: tokens of the
-        context that a reply needs; n_each: replies to each."""
-        if isinstance(prompts, str) or prompts and isinstance(prompts[0], int):
-            prompts = [prompts]
-        most = MAX_CHOICES // n_each if n_each else MAX_INPUTS
-        if not 0 < len(prompts) <= most:
-            at = "n" if prompts and n_each > 1 else param
-            raise invalid(at, f"{at}: {len(prompts)} texts were sent; send 1 to {most}" + (
-                f" where each gets {n_each} replies" if n_each > 1 else ""))
-        return [self.tokenize(prompt, param, n_reply) if isinstance(prompt, str) else
-                self.read_tokens(prompt, param, n_reply) for prompt in prompts]
-
-    def read_tokens(self, tokens: list[int], param: str, n_reply: int) -> np.ndarray:
-        """Token ids from a client; 400 when there are none, or too many."""
-        self.check_tokens(tokens, param)
-        self.check_length(len(tokens), param, n_reply)
-        return np.array(tokens, dtype=np.int32)
-
-    def check_tokens(self, tokens: list[int], param: str) -> None:
-        """400 for a token outside the vocabulary, which would end the process in C."""
-        n_vocab = self.loaded.model.n_vocab
-        if wrong := [token for token in tokens if not 0 <= token < n_vocab]:
-            raise invalid(param, f"{param}: {describe(wrong[0])} is not a token id of this model "
-                                 f"(0 to {n_vocab - 1})")
 
     def tokenize(self, text: str, param: str, n_reply: int = 1) -> np.ndarray:
         """The tokens of a text; 400 when there are none, or too many."""
@@ -2119,8 +2092,7 @@ ROUTES = {
     ("POST", "/v1/chat/completions"): Route(
         Handler.post_chat, "conversations, streamed or not", ChatBody),
     ("POST", "/v1/completions"): Route(
-        Handler.post_completion, "texts or token ids, one or a list of them, streamed or not",
-        CompletionBody),
+        Handler.post_completion, "texts, one or a list of them, streamed or not", CompletionBody),
 }
 PUBLIC = {"/", "/health", "/help"}  # without a key, and not counted by the rate limit
 

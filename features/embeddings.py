@@ -18,13 +18,12 @@ rows, but a whole text for a model that pools.
 What it reads and sends. It reads the body of `/v1/embeddings`, and sends vectors.
 """
 
-import dataclasses
 import base64
+import dataclasses
 import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-
 from typing import Literal
 
 import numpy as np
@@ -32,7 +31,9 @@ from llama_cpp import llama_cpp as lib
 
 import engine
 import server
+from features import tokens
 
+NEEDS = ("tokens",)
 TINY = 1e-12  # in place of a length of 0
 
 
@@ -132,7 +133,7 @@ def embed(loaded: engine.Engine, texts: list[np.ndarray], go_on: Callable[[], No
 class EmbeddingBody:
     """POST /v1/embeddings"""
 
-    input: server.Prompts = dataclasses.field(kw_only=True)
+    input: tokens.Prompts = dataclasses.field(kw_only=True)
     model: str | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = server.option(low=1)
@@ -146,7 +147,7 @@ def post_embeddings(handler, request: EmbeddingBody) -> None:
     if (request.dimensions or 0) > size:
         raise server.invalid("dimensions", f"dimensions: {request.dimensions} was sent, this "
                              f"model's vectors have {size}")
-    texts = handler.read_prompts(request.input, "input", n_reply=0)
+    texts = tokens.read_prompts(handler, tokens.prompts_in(request.input), "input", n_reply=0)
     handler.tally.prompt = sum(map(len, texts))
     vectors = embed(loaded, texts, handler.check_connection)
     if request.dimensions:  # a shorter vector is the longer one's beginning, of length 1 again

@@ -19,12 +19,16 @@ from llama_cpp import llama_cpp as lib
 
 import engine
 import server
+from features import tokens
+
+NEEDS = ("tokens",)
 
 
 @dataclasses.dataclass
 class CompletionFields:
-    """What else a text completion may ask for."""
+    """What else a text completion may ask for; a prompt may be token ids."""
 
+    prompt: tokens.Prompts = dataclasses.field(kw_only=True)
     logprobs: int | None = server.option(low=0, high=20)
     echo: bool = False
     suffix: str | None = None
@@ -48,7 +52,7 @@ class LegacyReply:
 
     def __init__(self, wanted: server.Completion):
         self.wanted, self.body = wanted, wanted.body
-        self.read_prompts, self.make = wanted.read, wanted.make_choices
+        self.make = wanted.make_choices
         self.scores: dict[int, list[engine.TokenLogprob]] = {}  # of prompts, by the first choice
         # Of each next token, by choice.
         self.offsets: collections.Counter[int] = collections.Counter()
@@ -58,7 +62,10 @@ class LegacyReply:
     def read(self):
         """As Generation.read: with a suffix, the prompt for what stands before it."""
         if self.body.suffix is None:
-            return self.read_prompts()
+            prompts = tokens.prompts_in(self.body.prompt)
+            self.wanted.check_count(prompts)
+            return (tokens.read_prompts(self.wanted.handler, prompts, "prompt"),
+                    self.wanted.constrain(""))
         for param in ("prompt", "suffix"):
             self.wanted.handler.check_fewest(getattr(self.body, param), param, 1)
         prompt = infill(self.wanted.model, self.body.prompt, self.body.suffix)

@@ -31,6 +31,17 @@ class PooledModel(server.LocalModel):
     must_go: bool = False  # leaves because somebody unloads it by hand
     is_off: bool = False  # has been unloaded by hand: only who asks for it by name loads it again
 
+    def entry(self, name: str) -> dict:
+        """As LocalModel.entry, with what older clients look for: what it is another name of, and
+        the classic list of permissions."""
+        may = {f"allow_{what}": what not in ("create_engine", "fine_tuning", "search_indices")
+               for what in ("create_engine", "sampling", "logprobs", "search_indices", "view",
+                            "fine_tuning")}
+        return {**super().entry(name), "root": self.name, "parent": None, "permission": [
+            {"id": f"modelperm-{server.NAME}", "object": "model_permission",
+             "created": server.STARTED, **may, "organization": "*", "group": None,
+             "is_blocking": False}]}
+
     def files(self) -> dict[str, str]:
         """Its files, by the settings that name them."""
         names = [field.name for field in dataclasses.fields(self.settings)

@@ -1,14 +1,20 @@
 """Tokens: texts into token ids and back, and the prompt that a conversation makes.
 
 What for: clients that count or cut texts by the model's own tokens, and people who want to see what
-the model reads. How it works: the model's tokenizer, or everything that a chat goes through until
-its prompt is made, without a slot. It costs a tokenization. It reads the bodies of `/tokenize`,
-`/detokenize` and `/apply-template`, which are llama-server's, and sends nothing elsewhere.
+the model reads; other features take token ids in place of texts by its functions. How it works: the
+model's tokenizer, or everything that a chat goes through until its prompt is made, without a slot.
+It costs a tokenization. It reads the bodies of `/tokenize`, `/detokenize` and `/apply-template`,
+which are llama-server's, and sends nothing elsewhere.
 """
 
 import dataclasses
 
+import numpy as np
+
 import server
+
+MAX_INPUTS = 2048  # texts in one request, as the OpenAI reference has it for embeddings
+Prompts = str | list[str] | list[int] | list[list[int]]
 
 
 @dataclasses.dataclass
@@ -40,7 +46,7 @@ def post_tokenize(handler, request: TokenizeBody) -> None:
 
 def post_detokenize(handler, request: DetokenizeBody) -> None:
     model = handler.loaded.model
-    handler.check_tokens(request.tokens, "tokens")
+    check_tokens(handler, request.tokens, "tokens")
     pieces = b"".join(model.piece(token, special=True) for token in request.tokens)
     handler.send_json({"content": pieces.decode("utf-8", "replace")})
 
@@ -48,6 +54,37 @@ def post_detokenize(handler, request: DetokenizeBody) -> None:
 def post_template(handler, body: server.ChatBody) -> None:
     chat = handler.join(server.Chat, body)
     handler.send_json({"prompt": chat.show(chat.render())})
+
+
+def prompts_in(sent: Prompts) -> list[str | list[int]]:
+    """The texts and lists of token ids that were sent, as one list."""
+    is_one = isinstance(sent, str) or sent and isinstance(sent[0], int)
+    return [sent] if is_one else sent
+
+
+def read_prompts(handler, prompts: list[str | list[int]], param: str, n_reply: int = 1
+                 ) -> list[np.ndarray]:
+    """The tokens of each. n_reply: tokens of the context that a reply needs. Raises ApiError."""
+    if not 0 < len(prompts) <= MAX_INPUTS:
+        raise server.invalid(param, f"{param}: {len(prompts)} texts were sent; send 1 to "
+                                    f"{MAX_INPUTS}")
+    return [handler.tokenize(prompt, param, n_reply) if isinstance(prompt, str) else
+            read_tokens(handler, prompt, param, n_reply) for prompt in prompts]
+
+
+def read_tokens(handler, tokens: list[int], param: str, n_reply: int) -> np.ndarray:
+    """Token ids from a client; 400 when there are none, or too many."""
+    check_tokens(handler, tokens, param)
+    handler.check_length(len(tokens), param, n_reply)
+    return np.array(tokens, dtype=np.int32)
+
+
+def check_tokens(handler, tokens: list[int], param: str) -> None:
+    """400 for a token outside the vocabulary, which would end the process in C."""
+    n_vocab = handler.loaded.model.n_vocab
+    if wrong := [token for token in tokens if not 0 <= token < n_vocab]:
+        raise server.invalid(param, f"{param}: {server.describe(wrong[0])} is not a token id of "
+                                    f"this model (0 to {n_vocab - 1})")
 
 
 def piece_json(piece: bytes) -> str | list[int]:

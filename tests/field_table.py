@@ -64,7 +64,7 @@ NOTES = {
     "suffix": "what follows the reply; 400 where the model has no fill-in-the-middle tokens",
     "best_of": "at least `n`; the `n` likeliest of so many replies; in a stream equal to `n`",
     "input": f"a string, a list of strings, a list of token ids, or a list of such lists; at most "
-             f"{server.MAX_INPUTS}",
+             f"{tokens.MAX_INPUTS}",
     "dimensions": "at most the model's; the vector's beginning, brought to length 1",
     "content": "the text",
     "add_special": "put the BOS in front, where the model has one; default: false",
