@@ -1070,7 +1070,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.models.settle()
         wanted = config.auth_enabled is not False
         self.key_digests = [digest(key) for key in config.api_keys] if wanted else []
-        self.public = PUBLIC | ({"/metrics"} if config.public_metrics else set())
+        self.public = {path for (_, path), route in self.house.routes.items() if route.is_public
+                       or path == "/metrics" and config.public_metrics}
         self.limiter = RateLimiter(config.requests_per_minute) \
             if config.rate_limiting_enabled else None
         # Guards the fields below, and is notified when a request has been answered.
@@ -1896,14 +1897,6 @@ class Handler(Connection):
         self.send_json({"name": NAME, "version": VERSION, "openai_base_url": "/v1", "links": list(
             dict.fromkeys(path for _, path in self.server.house.routes))})
 
-    def get_help(self) -> None:
-        """The route table, and what the bodies hold."""
-        house = self.server.house
-        self.send_json({"name": NAME, "version": VERSION, "routes": [
-            {"method": method, "path": path, "about": route.about,
-             "body": sorted(house.hints(house.type_of(route.reads))) if route.reads else []}
-            for (method, path), route in house.routes.items()]})
-
     def get_health(self) -> None:
         """200 when requests are served, else 503. Waits for nothing."""
         models, (state, details) = self.server.models, self.server.state()
@@ -2079,12 +2072,12 @@ class Route:
     reads: type | None = None  # the body's dataclass
     needs_model: bool = True  # the body names a model, which must be there to answer it
     dialect: Dialect = OPENAI
+    is_public: bool = False  # without a key, and not counted by the rate limit
 
 
 ROUTES = {
-    ("GET", "/"): Route(Handler.get_root, "name, version, paths"),
-    ("GET", "/help"): Route(Handler.get_help, "this list"),
-    ("GET", "/health"): Route(Handler.get_health, "whether requests are served"),
+    ("GET", "/"): Route(Handler.get_root, "name, version, paths", is_public=True),
+    ("GET", "/health"): Route(Handler.get_health, "whether requests are served", is_public=True),
     ("GET", "/metrics"): Route(Handler.get_metrics, "counts and times, for Prometheus"),
     ("GET", "/slots"): Route(Handler.get_slots, "what each slot does"),
     ("GET", "/v1/models"): Route(Handler.get_models, "all models"),
@@ -2094,7 +2087,6 @@ ROUTES = {
     ("POST", "/v1/completions"): Route(
         Handler.post_completion, "texts, one or a list of them, streamed or not", CompletionBody),
 }
-PUBLIC = {"/", "/health", "/help"}  # without a key, and not counted by the rate limit
 
 
 def find_route(routes: dict[tuple[str, str], Route], method: str, path: str

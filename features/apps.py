@@ -3,7 +3,8 @@
 What for: desktop apps that bring a model server of their own and speak to it in this way. How it
 works: a body becomes a chat completion, its chunks become fragments; nothing here generates. It
 costs nothing beside the chat. It reads the bodies of `/chat` and its kin and of `/models/load` and
-`/models/unload`, the setting `default_vision_model`, and the variables `MODEL_ID` and `BATCH_MAX`.
+`/models/unload`, the setting `default_vision_model`, and the variables `MODEL_ID` and `BATCH_MAX`,
+and tells at `/help` what all paths are for.
 """
 
 import dataclasses
@@ -257,6 +258,15 @@ def write_app_reply(handler, name: str, streams: bool, chunks: Iterator[dict]) -
                         "predicted_tokens": n_predicted})
 
 
+def get_help(handler) -> None:
+    """The route table, and what the bodies hold."""
+    house = handler.server.house
+    handler.send_json({"name": server.NAME, "version": server.VERSION, "routes": [
+        {"method": method, "path": path, "about": route.about,
+         "body": sorted(house.hints(house.type_of(route.reads))) if route.reads else []}
+        for (method, path), route in house.routes.items()]})
+
+
 def app_chat(about: str, **how) -> server.Route:
     """A chat in this dialect; how: the arguments of answer_app."""
     return app_route(functools.partial(post_app_chat, **how), about, AppBody)
@@ -267,6 +277,7 @@ def app_route(answer, about: str, reads: type | None = None) -> server.Route:
 
 
 ROUTES = {
+    ("GET", "/help"): server.Route(get_help, "this list", is_public=True),
     ("GET", "/models"): app_route(
         get_app_models, "the models that are loaded, and those available"),
     ("POST", "/models/load"): app_route(
