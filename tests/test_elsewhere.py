@@ -18,7 +18,7 @@ import pytest
 
 import conftest
 import server
-from features import downloads, elsewhere
+from features import downloads, elsewhere, models
 from test_limits import HI, listening, wait_for
 
 KEY, KEY_THERE = "sk-of-our-client", "sk-for-the-engine-there"
@@ -526,6 +526,21 @@ def test_no_log_line_has_a_key(caplog):
 
 
 # ==== A server for all other names ========================================================
+
+
+def test_the_order_in_which_the_two_features_are_named_changes_nothing():
+    """`models` puts a pool in the place of the one model, before or after `elsewhere` names its own."""
+    for features in (["elsewhere", "models"], ["models", "elsewhere"]):
+        house = server.load_features(features)
+        entry = house.type_of(models.ModelEntry)
+        running = server.Server(house.Config(
+            port=0, default_regular_model="near", openai_base_url="http://box:2/v1", models={
+                "far": entry(base_url="http://box:1/v1"), "near": entry(model_path="near.gguf")}))
+        running.server_close()
+        assert {*running.models.names()} == {"far", "near"}
+        assert running.models.find(None) is running.models.find("near")
+        assert running.models.find("else") is running.models.otherwise
+        assert running.models.find("far").base_url == "http://box:1/v1"
 
 
 def test_unknown_names_go_to_openai_base_url(there, caplog):
