@@ -80,6 +80,7 @@ class Trial:
     thread; one question at a time."""
 
     SECONDS = 3.0  # the largest of real schemas take 0.3
+    START_SECONDS = 30.0  # it takes 0.13
     PATIENCE, NICENESS = 0.1, 10  # who takes longer than that computes behind the streams
     MAX_BYTES = 2**30  # of address space
     STACK_BYTES = 2**22  # half of what a thread of ours has: what fits there is sure to fit here
@@ -134,6 +135,13 @@ class Trial:
                                                       FREELY])],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             start_new_session=True)
+        is_ready = False
+        try:
+            is_ready = has_answered(child, self.START_SECONDS)
+        finally:
+            if not is_ready:
+                child.kill()
+                child.wait()
         child.stdout.readline()  # or its end, which the first question finds
         return child
 

@@ -888,6 +888,15 @@ def test_a_trial_that_ends_is_started_again(model):
     trial._end()
 
 
+def test_a_trial_that_does_not_start_is_a_limit_and_not_a_wait(monkeypatch):
+    """All requests with a schema would wait for it."""
+    monkeypatch.setattr("features.trial.CHILD", "import time; time.sleep(60)")
+    monkeypatch.setattr(Trial, "START_SECONDS", 0.2)
+    began = time.monotonic()
+    assert "ends as soon as it is started" in Trial().run({"lark": 'start: "a"'})["limit"]
+    assert time.monotonic() - began < 10
+
+
 def test_a_trial_works_with_a_thousand_connections_open(model):
     """select.select cannot wait for descriptors beyond 1023, and raised."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -905,6 +914,7 @@ def test_a_trial_works_with_a_thousand_connections_open(model):
 
 def test_an_answer_nobody_waited_for_is_nobody_elses(model, monkeypatch):
     trial = Trial()
+    assert "lark" in trial.run({"lark": 'start: "a"'})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("features.trial.has_answered", lambda *_: (_ for _ in ()).throw(
             KeyboardInterrupt))
