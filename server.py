@@ -169,7 +169,7 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     parser.add_argument("--config", help="settings file (default: config.yaml beside server.py)")
     parser.add_argument("--host", help="address to listen on")
     parser.add_argument("--port", type=int, help="port to listen on, 0 for any free one")
-    parser.add_argument("--model", dest="model_path", help="GGUF file, or a folder with one")
+    parser.add_argument("--model", dest="model_path", help="model_path: a GGUF file, or a folder")
     parser.add_argument("--version", action="version", version=f"{NAME} {VERSION}")
     flags = vars(parser.parse_args(argv))
     file, content = read_config_file(flags.pop("config"))
@@ -188,6 +188,10 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
             told_by[name], is_secret = variable, house.settings[name].get("secret", False)
             found[name] = (f"environment variable {variable}",
                            read_variable(variable, hints[name], environ, is_secret))
+    for (target, name), feature in house.off.items():
+        if target == "Config" and environ.get(name.upper()):
+            log.warning("warning: environment variable %s is ignored: it needs the feature %s, "
+                        "which is off", name.upper(), feature)
     found |= {name: ("flag", value) for name, value in flags.items() if value is not None}
     reading = Reading(house)
     try:
@@ -245,7 +249,9 @@ def sort_settings(house: "House", file: Path, content: dict) -> dict[str, tuple[
             if name == "enabled" and f"{section}_enabled" in sections:
                 name = f"{section}_{name}"
             if name not in sections:
-                raise ConfigError(f"{file}: {house.unknown_setting(name)}")
+                others = [each for key, inner in content.items() for each in (
+                    inner if isinstance(inner, dict) else [key])]
+                raise ConfigError(f"{file}: {house.unknown_setting(name, others)}")
             if section not in (None, sections[name]):
                 right = sections[name]
                 raise ConfigError(f"{file}: {name} belongs in section {right}, not {section}")
@@ -472,7 +478,7 @@ class House:
                  off: Mapping[tuple[str, str], str] = types.MappingProxyType({})):
         """off: features that are there, but off, by a class of the two files and the name of a
         field that they would add to it."""
-        self.modules, self._off = list(modules), off
+        self.modules, self.off = list(modules), off
         self.extensions: dict[str, list[type]] = {}  # by the name of the class that they extend
         for module in self.modules:
             added = {**getattr(module, "FIELDS", {})}
@@ -510,16 +516,19 @@ class House:
 
     def feature_of(self, cls: type, field: str) -> str | None:
         """The feature that would honour a field, and is off."""
-        return next((self._off[each.__name__, field] for each in cls.__mro__
-                     if (each.__name__, field) in self._off), None)
+        return next((self.off[each.__name__, field] for each in cls.__mro__
+                     if (each.__name__, field) in self.off), None)
 
-    def unknown_setting(self, name) -> str:
-        """What to say about a key of the settings that there is not."""
+    def unknown_setting(self, name, others: Iterable = ()) -> str:
+        """What to say about a key of the settings that there is not. others: what else is set."""
         if feature := self.feature_of(Config, name):
-            return f"unknown key {name!r}: it needs the feature {feature} (see `features`)"
+            more = [f"{each} ({found})" for each in others
+                    if each != name and (found := self.feature_of(Config, each))]
+            return f"unknown key {name!r}: it needs the feature {feature} (see `features`)" + (
+                f"; take it out, and likewise {', '.join(more)}" if more else "")
         names = [*self.settings, *(metadata["section"] for metadata in self.settings.values())]
-        near = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0)[0]
-        return f"unknown key {name!r}; the nearest is {near!r}"
+        near = difflib.get_close_matches(str(name).lower(), names, n=1)
+        return f"unknown key {name!r}" + (f"; the nearest is {near[0]!r}" if near else "")
 
 
 def load_features(names: list) -> House:
@@ -1004,7 +1013,11 @@ def find_file(house: House, path: str | None, folder: Path, setting: str = "mode
     """The GGUF file that a setting means, which a feature may have to fetch; else as
     engine.find_model_file has it. go_on: False may interrupt a fetch. Raises ModelError."""
     found = (fetch(path, folder, go_on) for fetch in house.having("fetch"))
-    return engine.find_model_file(next(filter(None, found), path), folder, setting)
+    file = next(filter(None, found), path)
+    if file and NO_PATH.match(file):
+        raise engine.ModelError(f"{file} (of {setting}) is no path, and no feature that is on "
+                                "fetches it")
+    return engine.find_model_file(file, folder, setting)
 
 
 def model_name(path: str | None, house: House) -> str:

@@ -9,6 +9,7 @@ taken for it.)
 """
 
 import ast
+import difflib
 import importlib
 import types
 from pathlib import Path
@@ -23,7 +24,11 @@ def load(names: list) -> server.House:
     """The house with the features of these names. Raises ConfigError."""
     modules: list[types.ModuleType] = []
     for name in names:
+        n_before = len(modules)
         _add(modules, name, ())
+        for module in modules[n_before:]:
+            if (added := module.__name__.removeprefix("features.")) not in names:
+                server.log.info("features: %s is on, too: %s needs it", added, name)
     _check_claims(modules)
     return server.House(modules, fields_of_others({module.__name__ for module in modules}))
 
@@ -34,9 +39,11 @@ def _add(modules: list[types.ModuleType], name, wanted_by: tuple[str, ...]) -> N
         raise server.ConfigError(f"features: {name} needs itself, by way of {', '.join(wanted_by)}")
     if not isinstance(name, str) or not name.isidentifier() \
             or not (FOLDER / f"{name}.py").is_file():
-        there = ", ".join(sorted(file.stem for file in FOLDER.glob("[!_]*.py"))) or "none"
-        raise server.ConfigError(f"features: {server.describe(name)} is not in the folder "
-                                 f"features, which has {there}")
+        there = sorted(file.stem for file in FOLDER.glob("[!_]*.py"))
+        near = difflib.get_close_matches(str(name), there, n=1)
+        raise server.ConfigError(
+            f"features: {server.describe(name)} is not in the folder features, "
+            + (f"but {near[0]} is" if near else f"which has {', '.join(there) or 'none'}"))
     if any(module.__name__ == f"features.{name}" for module in modules):
         return
     try:
@@ -47,7 +54,8 @@ def _add(modules: list[types.ModuleType], name, wanted_by: tuple[str, ...]) -> N
     if not any(hasattr(module, export) for export in EXPORTS):
         raise server.ConfigError(f"features: {name} is a part of other features, and none by "
                                  "itself")
-    for needed in getattr(module, "NEEDS", ()):
+    needs = getattr(module, "NEEDS", ())
+    for needed in [needs] if isinstance(needs, str) else needs:
         _add(modules, needed, (*wanted_by, name))
     modules.append(module)
 

@@ -40,7 +40,7 @@ class CompletionFields:
         if best_of < self.n or (best_of > self.n and self.stream):
             raise server.invalid("best_of", f"best_of: {best_of} was sent; it must be at least n "
                                             f"({self.n}), and equal to n in a stream")
-        if self.suffix is not None and not isinstance(self.prompt, str):
+        if self.suffix and not isinstance(self.prompt, str):
             raise server.invalid("suffix", "suffix: the prompt must be one string")
 
 
@@ -61,7 +61,7 @@ class LegacyReply:
 
     def read(self):
         """As Generation.read: with a suffix, the prompt for what stands before it."""
-        if self.body.suffix is None:
+        if not self.body.suffix:
             prompts = tokens.prompts_in(self.body.prompt)
             self.wanted.check_count(prompts)
             return (tokens.read_prompts(self.wanted.handler, prompts, "prompt"),
