@@ -1394,7 +1394,8 @@ class Connection(socketserver.StreamRequestHandler):
             return
         try:
             page = urllib.parse.urlsplit(origin)
-            is_ours = bool(page.netloc) and (is_this_machine(page.hostname or "")
+            is_ours = bool(page.netloc) and (
+                is_this_machine(page.hostname or "")
                 or knows_host and page.netloc == self.head.headers.get("host"))
         except ValueError:
             is_ours = False
@@ -2107,7 +2108,7 @@ def find_route(routes: dict[tuple[str, str], Route], method: str, path: str
     """The pattern and route for a method and path, and what stands at the path's {id}. 404 or
     405."""
     path, found = path.rstrip("/") or "/", {}
-    if (method, path) in routes:
+    if (method, path) in routes and "{id}" not in path:
         return path, routes[method, path], []
     for (route_method, pattern), route in routes.items():
         stem, has_id, _ = pattern.partition("{id}")

@@ -839,6 +839,9 @@ def test_models_tell_their_context_length(live, client, model):
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("nope")
     assert caught.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError) as caught:  # it looks like the pattern of the path
+        client.models.retrieve("{id}")
+    assert caught.value.code == "model_not_found"
 
 
 def test_health_root_and_head(live, model):
