@@ -188,7 +188,7 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
             told_by[name], is_secret = variable, house.settings[name].get("secret", False)
             found[name] = (f"environment variable {variable}",
                            read_variable(variable, hints[name], environ, is_secret))
-    for (target, name), feature in house.off.items():
+    for (target, name), (feature, _) in house.off.items():
         if target == "Config" and environ.get(name.upper()):
             log.warning("warning: environment variable %s is ignored: it needs the feature %s, "
                         "which is off", name.upper(), feature)
@@ -367,7 +367,9 @@ def describe(value, most: float = 60) -> str:
         text = f"a {type(value).__name__}, nested too deeply"
     except (TypeError, ValueError):  # YAML knows keys and cycles that JSON doesn't
         text = repr(value)
-    return text if len(text) <= most else text[:most] + "..."
+    text = text if len(text) <= most else text[:most] + "..."
+    return text if text.isprintable() else "".join(
+        char if char.isprintable() else f"\\u{ord(char):04x}" for char in text)
 
 
 def expected(hint) -> str:
@@ -440,8 +442,9 @@ def read_object(cls, value: dict, at: str, reading: Reading):
     prefix = f"{at}." if at else ""
     hints = reading.house.hints(cls)
     for name in value.keys() - hints.keys():
-        feature = reading.house.feature_of(cls, name)
-        if feature and value[name] not in (None, False, "", [], {}):
+        feature, default = reading.house.feature_of(cls, name)
+        if feature and not any(type(value[name]) is type(nothing) and value[name] == nothing
+                               for nothing in (None, "", [], {}, default)):  # 0 is not False
             raise invalid(prefix + name, f"{prefix}{name}: needs the feature {feature}, which is "
                           "off; leave it out, or have it named in `features` of the settings",
                           "feature_off")
@@ -475,9 +478,9 @@ class House:
     feature, which is a module, may export."""
 
     def __init__(self, modules: Iterable[types.ModuleType] = (),
-                 off: Mapping[tuple[str, str], str] = types.MappingProxyType({})):
-        """off: features that are there, but off, by a class of the two files and the name of a
-        field that they would add to it."""
+                 off: Mapping[tuple[str, str], tuple[str, Any]] = types.MappingProxyType({})):
+        """off: by a class and the name of a field, the feature that would add the field to it but
+        is off, and the field's default."""
         self.modules, self.off = list(modules), off
         self.extensions: dict[str, list[type]] = {}  # by the name of the class that they extend
         for module in self.modules:
@@ -514,16 +517,16 @@ class House:
             self._hints[cls] = typing.get_type_hints(cls)
         return self._hints[cls]
 
-    def feature_of(self, cls: type, field: str) -> str | None:
-        """The feature that would honour a field, and is off."""
+    def feature_of(self, cls: type, field: str) -> tuple[str | None, Any]:
+        """The feature that would honour a field, and is off; and the field's default."""
         return next((self.off[each.__name__, field] for each in cls.__mro__
-                     if (each.__name__, field) in self.off), None)
+                     if (each.__name__, field) in self.off), (None, None))
 
     def unknown_setting(self, name, others: Iterable = ()) -> str:
         """What to say about a key of the settings that there is not. others: what else is set."""
-        if feature := self.feature_of(Config, name):
+        if feature := self.feature_of(Config, name)[0]:
             more = [f"{each} ({found})" for each in others
-                    if each != name and (found := self.feature_of(Config, each))]
+                    if each != name and (found := self.feature_of(Config, each)[0])]
             return f"unknown key {name!r}: it needs the feature {feature} (see `features`)" + (
                 f"; take it out, and likewise {', '.join(more)}" if more else "")
         names = [*self.settings, *(metadata["section"] for metadata in self.settings.values())]
@@ -538,7 +541,7 @@ def load_features(names: list) -> House:
         return importlib.import_module(FEATURES.name).load(names)
     if names:
         raise ConfigError(f"features: {describe(names[0])} cannot be switched on: there is no "
-                          f"folder {FEATURES}")
+                          f"{FEATURES / '__init__.py'}")
     return House()
 
 
@@ -768,6 +771,7 @@ def body_size(head: Head, limit: int) -> int | None:
         return 0
     if not (length.isascii() and length.isdigit()):
         raise ApiError(400, f"Content-Length is {describe(length)}, not a number of bytes")
+    length = length.lstrip("0") or "0"
     if len(length) > len(str(limit)) or int(length) > limit:
         raise body_too_large(f"has {length[:MAX_LINE]} bytes", limit)
     return int(length)
@@ -1249,6 +1253,8 @@ class Connection(socketserver.StreamRequestHandler):
         self.closes = self.lingers = False
         self.hangup = select.poll()
         self.hangup.register(self.connection, getattr(select, "POLLRDHUP", select.POLLHUP))
+        self.room = select.poll()  # in the kernel's buffer, for what is written
+        self.room.register(self.connection, select.POLLOUT)
 
     def handle(self) -> None:
         """One request after the other, until one side closes the connection."""
@@ -1289,13 +1295,10 @@ class Connection(socketserver.StreamRequestHandler):
         self.streams = self.has_events = False
         self.last_write = 0.0
         self.closes = self.lingers = True  # until the whole request has been read
-        has_begun = False
+        self.has_begun = False  # the request is here: the end of the server waits for its answer
         try:
             with self.in_time("head"):
                 self.head = read_head(self.rfile)
-            with self.server.changed:
-                has_begun = True
-                self.server.in_flight += 1
             self.answer()
         except ApiError as error:
             self.send_api_error(error)
@@ -1310,7 +1313,7 @@ class Connection(socketserver.StreamRequestHandler):
             self.send_api_error(ApiError(500, f"internal error: {type(error).__name__}"))
         finally:
             with self.server.changed:
-                self.server.in_flight -= has_begun
+                self.server.in_flight -= self.has_begun
                 self.server.answered[self.tally.route, self.tally.status] += 1
                 self.server.changed.notify_all()
             log.info("%s", self.tally.line(self.head))
@@ -1366,7 +1369,10 @@ class Connection(socketserver.StreamRequestHandler):
             body = read_chunked(self.rfile, limit) if size is None else \
                 read_exactly(self.rfile, size)
         self.closes = self.lingers = False
-        self.server.keeps_waiting(self.connection, False)
+        with self.server.changed:
+            self.server.keeps_waiting(self.connection, False)
+            self.server.in_flight += 1
+            self.has_begun = True
         return body
 
     def check_host(self) -> bool:
@@ -1524,7 +1530,12 @@ class Connection(socketserver.StreamRequestHandler):
         if self.is_chunked:
             end = b"0\r\n\r\n" if is_last else b""
             piece = b"%x\r\n%b\r\n%b" % (len(piece), piece, end) if piece else end
-        self.write(piece)
+        if self.room.poll(0):
+            self.write(piece)
+        else:  # the client reads more slowly than the model writes
+            self.server.keeps_waiting(self.connection, True)
+            self.write(piece)
+            self.server.keeps_waiting(self.connection, False)
         self.last_write = time.monotonic()
 
     def start_stream(self, headers: dict[str, str], status: int = 200) -> None:

@@ -13,6 +13,7 @@ import difflib
 import importlib
 import types
 from pathlib import Path
+from typing import Any
 
 import server
 
@@ -48,7 +49,7 @@ def _add(modules: list[types.ModuleType], name, wanted_by: tuple[str, ...]) -> N
         return
     try:
         module = importlib.import_module(f"features.{name}")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise server.ConfigError(f"features: {name} cannot be imported: {type(error).__name__}: "
                                  f"{error}") from error
     if not any(hasattr(module, export) for export in EXPORTS):
@@ -81,21 +82,34 @@ def _check_claims(modules: list[types.ModuleType]) -> None:
         fields |= claimed
 
 
-def fields_of_others(modules: set[str]) -> dict[tuple[str, str], str]:
+def fields_of_others(modules: set[str]) -> dict[tuple[str, str], tuple[str, Any]]:
     """The fields that features add which are off: by the class that they extend and their name, the
-    feature."""
-    found: dict[tuple[str, str], str] = {}
+    feature and the field's default, if that is written as it is."""
+    found: dict[tuple[str, str], tuple[str, Any]] = {}
     for file in sorted(FOLDER.glob("[!_]*.py")):
         if f"features.{file.stem}" in modules:
             continue
-        tree = ast.parse(file.read_text()).body
+        try:
+            tree = ast.parse(file.read_text()).body
+        except (OSError, ValueError, SyntaxError) as error:
+            server.log.warning("warning: %s cannot be read: %s", file, error)
+            continue
         classes = {node.name: node for node in tree if isinstance(node, ast.ClassDef)}
         extended = [("Config", "Settings")] + [
-            (key.value, value.id) for node in tree
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FIELDS"
-            for key, value in zip(node.value.keys, node.value.values)]
+            (key.value, value.id) for node in tree if isinstance(node, (ast.Assign, ast.AnnAssign))
+            and "FIELDS" in map(ast.unparse, getattr(node, "targets", [getattr(node, "target", 0)]))
+            and isinstance(node.value, ast.Dict)
+            for key, value in zip(node.value.keys, node.value.values)
+            if isinstance(key, ast.Constant) and isinstance(value, ast.Name)]
         for target, name in extended:
             for node in classes[name].body if name in classes else ():
-                if isinstance(node, ast.AnnAssign):
-                    found[target, node.target.id] = file.stem
+                if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                    found[target, node.target.id] = file.stem, default_of(node.value)
     return found
+
+
+def default_of(node: ast.expr | None) -> Any:
+    """The default of a field: a constant, or the first of a call's arguments; else None."""
+    if isinstance(node, ast.Call):
+        node = node.args[0] if node.args else None
+    return node.value if isinstance(node, ast.Constant) else None

@@ -55,13 +55,25 @@ class ChatFields:
     def check(self, _at: str) -> None:
         """Refuse what is not served, or cannot be."""
         check_refused(self, "")
-        last = self.messages[-1].role
-        if self.continue_final_message and last != "assistant":
+        last = self.messages[-1]
+        if self.continue_final_message and last.role != "assistant":
             raise server.invalid("continue_final_message", "continue_final_message: the last "
-                                 f"message is the {last}'s, not the assistant's")
+                                 f"message is the {last.role}'s, not the assistant's")
+        if self.continue_final_message and not begun(last):
+            raise server.invalid("continue_final_message", "continue_final_message: the last "
+                                 "message must end in its content; calls and reasoning do not go "
+                                 "on")
         if taken := TEMPLATE_NAMES & (self.chat_template_kwargs or {}).keys():
             raise server.invalid("chat_template_kwargs", f"chat_template_kwargs: {min(taken)!r} is "
                                  "set by the server; leave it out")
+
+
+def begun(last: server.Message) -> bool:
+    """Whether a message can go on: what it says last is text, or it says nothing yet."""
+    names = ("tool_calls", "function_call", "reasoning_content")
+    calls_or_thinks = [bool(getattr(last, name, None)) for name in names]
+    return not any(calls_or_thinks[:2]) and (
+        bool(last.content or last.refusal) or not calls_or_thinks[2])
 
 
 TEMPLATE_NAMES = {"messages", "tools", "functions", "function_call", "tool_choice", "bos_token",
@@ -105,9 +117,9 @@ def join(wanted: server.Generation) -> None:
 
 def render_begun(chat: server.Chat, render: Callable[[], str]) -> str:
     """The prompt for a reply that goes on where the last message, the assistant's, ends."""
-    begun = chat.messages.pop()
+    last = chat.messages.pop()
     chat.adds_prompt = True
-    return render() + server.text_of(begun["content"] or "")
+    return render() + server.text_of(last["content"] or last["refusal"] or "")
 
 
 def timings(wanted: server.Generation) -> dict:

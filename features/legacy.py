@@ -9,9 +9,11 @@ scored is computed whole, whatever the KV cache holds. It reads the fields `logp
 https://platform.openai.com/docs/api-reference/completions
 """
 
+import codecs
 import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -54,10 +56,12 @@ class LegacyReply:
         self.wanted, self.body = wanted, wanted.body
         self.make = wanted.make_choices
         self.scores: dict[int, list[engine.TokenLogprob]] = {}  # of prompts, by the first choice
-        # Of each next token, by choice.
+        # By choice: characters of the text so far, and the decoder of its bytes; log-probabilities.
         self.offsets: collections.Counter[int] = collections.Counter()
-        # Of log-probabilities, by choice.
-        self.sums: collections.Counter[int] = collections.Counter()
+        self.decoders = collections.defaultdict(
+            lambda: codecs.getincrementaldecoder("utf-8")("replace"))
+        self.shown: dict[int, list[float]] = collections.defaultdict(list)
+        self.in_prompt = False
 
     def read(self):
         """As Generation.read: with a suffix, the prompt for what stands before it."""
@@ -95,17 +99,20 @@ class LegacyReply:
         wanted, first = self.wanted, choice.index - choice.index % self.wanted.n_each
         wanted.unsent[choice.index] = tuple(self.scores.get(first, ()))
         text = b"".join(wanted.model.piece(int(token), special=True) for token in choice.prompt)
+        self.in_prompt = True
         yield wanted.chunk(choice, {"text": text.decode("utf-8", "replace")})
-        self.sums[choice.index] = 0  # `kept` weighs the replies, not their prompt
 
     def logprobs(self, index: int, tokens: tuple[engine.TokenLogprob, ...]) -> dict:
         """As Generation.logprobs; offsets count characters from the start of the choice's text."""
         lowest, text_of = server.LOWEST_LOGPROB, self.wanted.token_text
         texts, offsets = [text_of(entry.token) for entry in tokens], []
-        for text in texts:
+        for entry in tokens:  # a character may be several tokens, and the text lacks control tokens
             offsets.append(self.offsets[index])
-            self.offsets[index] += len(text)
-        self.sums[index] += sum(entry.logprob or 0 for entry in tokens)
+            piece = self.wanted.model.piece(entry.token, special=self.in_prompt)
+            self.offsets[index] += len(self.decoders[index].decode(piece))
+        if not self.in_prompt:  # `kept` weighs the replies, not their prompt
+            self.shown[index] += [entry.logprob for entry in tokens]
+        self.in_prompt = False
         return {"tokens": texts, "text_offset": offsets,
                 "token_logprobs": [None if entry.logprob is None else max(entry.logprob, lowest)
                                    for entry in tokens],
@@ -114,11 +121,14 @@ class LegacyReply:
                     for entry in tokens]}
 
     def kept(self, group: list[engine.Request]) -> list[engine.Request]:
-        """As Generation.kept: the n whose tokens are the likeliest."""
+        """As Generation.kept: the n whose tokens, as many as the text has, are the likeliest."""
         if len(group) == self.body.n:
             return group
-        return sorted(group, key=lambda choice: -self.sums[choice.index] / max(
-            1, choice.n_generated))[: self.body.n]
+
+        def mean(choice: engine.Request) -> float:
+            shown = self.shown[choice.index]
+            return sum(shown) / len(shown) if shown else -math.inf
+        return sorted(group, key=mean, reverse=True)[: self.body.n]
 
     def whole(self, choice: dict) -> dict:
         """As Generation.whole: log-probabilities that only `kept` wanted are not shown."""

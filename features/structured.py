@@ -340,6 +340,12 @@ class GenerationFields:
     grammar: str | None = None  # GBNF
     json_schema: dict[str, Any] | None = None
 
+    def check(self, _at: str) -> None:
+        """Refuse what fields together make impossible, before a model is loaded for it."""
+        schema_of(self)
+        if self.grammar == "":
+            raise server.invalid("grammar", "grammar: is empty; leave it out")
+
 
 @dataclasses.dataclass
 class ChatFields:
@@ -393,8 +399,6 @@ def constrain(wanted: "server.Generation", prompt: str) -> Callable[[], Reply]:
     form.triggers = (after,) if after else ()
     with schema_errors():
         if body.grammar is not None:
-            if not body.grammar:
-                raise server.invalid("grammar", "grammar: is empty; leave it out")
             form.set_gbnf(body.grammar)
         else:
             form.root = AFTER_REASONING * bool(after) + form.add_schema(*schema_of(body))

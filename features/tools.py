@@ -120,6 +120,12 @@ class ChatFields:
     functions: list[Function] | None = server.option(max_length=128)
     function_call: Literal["none", "auto"] | Function | None = None
 
+    def check(self, _at: str) -> None:
+        """Refuse what fields together make impossible, before a model is loaded for it."""
+        if self.offer.allowed and self.grammar is not None:
+            raise server.invalid("grammar", f"grammar and {self.offer.where} were sent; the reply "
+                                            "can follow only one of them")
+
     @functools.cached_property
     def offer(self) -> "Offer":
         """The functions that the model may call."""
@@ -383,11 +389,7 @@ def join(wanted: "server.Generation") -> None:
     wanted.options["tools"] = prepare_tools(offer.tools, form)
     if not offer.allowed:
         return
-    field = structured.field_of(wanted.body)
-    if wanted.body.grammar is not None:
-        raise server.invalid(field, f"{field} and {offer.where} were sent; the reply can follow "
-                             "only one of them")
-    wanted.constrained_by = field or offer.where
+    wanted.constrained_by = structured.field_of(wanted.body) or offer.where
     wanted.constrain = functools.partial(constrain, wanted, offer, form)
     wanted.parse = lambda prompt: functools.partial(
         CallParser, form, offer.tools, offer.where == "functions", unclosed_reasoning(prompt),

@@ -665,6 +665,18 @@ def test_continue_final_message_goes_on_where_it_ends(http):
     assert "four" in reply["choices"][0]["message"]["content"]
 
 
+def test_continue_final_message_goes_on_with_text_only(http):
+    """What cannot go on is refused, and nothing of the message is dropped."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    for last in ({"tool_calls": [call]}, {"content": "I call", "tool_calls": [call]},
+                 {"reasoning_content": "Hm, I think"}):
+        refused(http, CHAT, {"messages": [*HI, {"role": "assistant", **last}], "max_tokens": 2,
+                             "continue_final_message": True}, "continue_final_message")
+    prompt = post(http, "/apply-template", {"continue_final_message": True, "messages": [
+        *HI, {"role": "assistant", "refusal": "I cannot, because"}]})["prompt"]
+    assert prompt.endswith("I cannot, because")
+
+
 def test_chat_template_kwargs_reach_the_template(start_server, tmp_path):
     """A template of our own, which writes what it is given."""
     template = tmp_path / "template.jinja"
@@ -942,6 +954,25 @@ def test_best_of_returns_the_likeliest(http):
     assert reply["usage"]["completion_tokens"] == 16
     two = post(http, COMPLETIONS, {**body, "best_of": 4, "n": 2})["choices"]
     assert two[0]["text"] == best["text"]
+
+
+def test_best_of_prefers_a_text_to_none(http):
+    """A stop sequence at once leaves nothing to weigh, which once counted as certain."""
+    body = {"prompt": "The capital of France is", "temperature": 1, "seed": 5, "max_tokens": 8,
+            "stop": [" a", " the", " in"]}
+    texts = [choice["text"] for choice in post(http, COMPLETIONS, {**body, "n": 16})["choices"]]
+    [best] = post(http, COMPLETIONS, {**body, "best_of": 16})["choices"]
+    assert any(texts) and best["text"] in texts and best["text"]
+
+
+def test_offsets_are_those_of_the_text_also_within_characters(http):
+    """A character of several tokens: each stands where it begins, and what follows behind it."""
+    [choice] = post(http, COMPLETIONS, {"prompt": "A 😀 b 漢字 c", "echo": True, "logprobs": 0,
+                                        "temperature": 0, "max_tokens": 4})["choices"]
+    logprobs = choice["logprobs"]
+    for token, offset in zip(logprobs["tokens"], logprobs["text_offset"]):
+        assert "\ufffd" in token or choice["text"].startswith(token, offset), (token, offset)
+    assert any("\ufffd" in token for token in logprobs["tokens"])
 
 
 @pytest.mark.parametrize("change, param", [

@@ -484,6 +484,40 @@ def test_who_is_to_be_refused_takes_nobody_s_place(monkeypatch):
         assert silent.recv(65536).startswith(b"HTTP/1.1 503")
 
 
+def test_who_does_not_read_a_stream_makes_room_too(monkeypatch):
+    """A write that the client keeps waiting is the client's debt, in the middle of a stream, too."""
+    def flood(handler):
+        handler.start_stream({"Content-Type": "text/plain"})
+        while True:
+            handler.write_piece(b"x" * 2**16)
+    monkeypatch.setitem(conftest.house().routes, ("GET", "/flood"), server.Route(flood, "without end"))
+    with listening(max_connections=2, client_timeout=30) as running, contextlib.ExitStack() as stack:
+        for _ in range(2):
+            raw = stack.enter_context(socket.create_connection(("127.0.0.1", running.server_port)))
+            raw.sendall(GET.replace(b"/health", b"/flood") + b"\r\n")
+        wait_for(lambda: len(running.unready) == 2)
+        assert ask(running, "/").status_code == 200
+
+
+def test_half_a_request_does_not_hold_up_the_end():
+    with listening(drain_seconds=20) as running:
+        with socket.create_connection(("127.0.0.1", running.server_port)) as raw:
+            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+            wait_for(lambda: running.unready)
+            began = time.monotonic()
+            running.stopping.set()
+            with running.changed:
+                assert running.changed.wait_for(lambda: running.in_flight == 0, timeout=5)
+            assert time.monotonic() - began < 5
+
+
+def test_a_length_with_leading_zeros_is_a_length():
+    with listening() as running:
+        answer = send_raw(running, b"POST /v1/nothing HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+                                   b"Content-Length: 00000000000000000000005\r\n\r\nabcde")
+        assert answer.startswith(b"HTTP/1.1 404")
+
+
 def test_who_does_not_read_the_answers_makes_room_too():
     """Pipelined requests whose answers nobody reads block their threads in a write."""
     with listening(max_connections=2, client_timeout=30) as running:

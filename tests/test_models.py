@@ -155,6 +155,16 @@ def test_with_room_for_one_a_request_for_another_changes_them(gguf):
         assert "twofile_model_loads_total 3" in get(running, "/metrics").text
 
 
+@pytest.mark.parametrize("wrong", [
+    {"tool_choice": "required"}, {"grammar": ""}, {"grammar": "x", "json_schema": {}},
+    {"response_format": {"type": "json_schema"}}, {"stop": [""]},
+    {"tools": [{"type": "function", "function": {"name": "a b"}}]}])
+def test_what_is_wrong_with_a_body_is_said_before_a_model_is_loaded_for_it(gguf, wrong):
+    with listening({"a": gguf, "b": gguf}) as running:
+        assert post(running, CHAT, model="b", messages=HI, max_tokens=1, **wrong).status_code == 400
+        assert {*listed(running, "loaded")} == {"a"} and running.models.n_loads == 1
+
+
 def test_with_room_for_two_the_least_recently_used_one_goes(gguf):
     """Not the one that has been there for longest."""
     with listening(dict.fromkeys("abc", gguf), max_loaded=2) as running:

@@ -23,13 +23,13 @@ def said(caplog):
 def test_each_message_is_a_line_that_cannot_forge_another(said):
     """Parts, what is no text, and what would end a line or hide in a terminal."""
     with listening({}, log_messages=True) as running:
-        messages = [{"role": "system", "content": "Be\nbrief.\x1b[2J"},
+        messages = [{"role": "system", "content": "Be\nbrief.\x1b[2J\x9b31m\u2028\x7f"},
                     {"role": "user", "content": [{"type": "text", "text": "Hi"},
                                                  {"type": "text", "text": "there"}]}]
         reply = httpx.post(f"{running.url}/v1/chat/completions", timeout=60,
                            json={"messages": messages, "max_tokens": 2})
         assert reply.status_code == 200
-    assert said() == ['system: "Be\\nbrief.\\u001b[2J"', 'user: "Hi"', 'user: "there"']
+    assert said() == [r'system: "Be\nbrief.\u001b[2J\u009b31m\u2028\u007f"', 'user: "Hi"', 'user: "there"']
 
 
 def test_nothing_is_logged_unless_the_settings_ask_for_it(said):
