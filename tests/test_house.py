@@ -133,7 +133,7 @@ def test_alone_and_without_a_model_it_says_what_to_set(tmp_path):
     for name in CORE:
         shutil.copy(ROOT / name, tmp_path)
     for flags, words in (([], f"no .gguf file in the folder {tmp_path}/models: set model_path"),
-                         (["--model", "hf:o/r/f.gguf"], "model file not found: hf:o/r/f.gguf")):
+                         (["--model", "hf:o/r/f.gguf"], "hf:o/r/f.gguf (of model_path) is no path, and no feature")):
         done = subprocess.run([sys.executable, "server.py", *flags], cwd=tmp_path, text=True,
                               env={**os.environ, "PORT": "0"}, capture_output=True, timeout=60)
         assert done.returncode == 2 and done.stderr.startswith(f"error: {words}"), done.stderr
