@@ -1568,7 +1568,7 @@ class Generation:
     def __init__(self, handler: "Handler", body: GenerationBody):
         self.handler, self.body, self.loaded = handler, body, handler.loaded
         self.model, self.config = handler.loaded.model, handler.server.config
-        self.n_each = body.n  # choices for each prompt
+        self.n_each, self.n_field = body.n, "n"  # choices for each prompt, and who asked for them
         self.n_top_logprobs: int | None = None  # None: no log-probabilities
         self.reuses = True  # may take prefixes that are cached
         self.barred: Iterable[int] = ()  # token ids that never come
@@ -1842,7 +1842,8 @@ class Completion(Generation):
 
     def check_count(self, prompts: list) -> None:
         """400 for no prompts, or too many with so many replies each."""
-        at, most = "n" if prompts and self.n_each > 1 else "prompt", MAX_CHOICES // self.n_each
+        at = self.n_field if prompts and self.n_each > 1 else "prompt"
+        most = MAX_CHOICES // self.n_each
         if not 0 < len(prompts) <= most:
             raise invalid(at, f"{at}: {len(prompts)} prompts with {self.n_each} replies each were "
                               f"asked for; send 1 to {most} prompts")

@@ -9,12 +9,14 @@ taken for it.)
 """
 
 import ast
+import dataclasses
 import difflib
 import importlib
 import types
 from pathlib import Path
 from typing import Any
 
+import engine
 import server
 
 FOLDER = Path(__file__).resolve().parent
@@ -61,11 +63,35 @@ def _add(modules: list[types.ModuleType], name, wanted_by: tuple[str, ...]) -> N
     modules.append(module)
 
 
+def _check_kinds(module: types.ModuleType, known: set[str]) -> None:
+    """Refuse exports that are not what docs/features.md says. known: names of classes."""
+    said = f"features: {module.__name__.removeprefix('features.')}:"
+    for name in ("FIELDS", "ROUTES"):
+        if not isinstance(getattr(module, name, {}), dict):
+            raise server.ConfigError(f"{said} {name} must be a dict")
+    added = {**getattr(module, "FIELDS", {})}
+    if hasattr(module, "Settings"):
+        added["Config"] = module.Settings
+    for target, extension in added.items():
+        if target not in known:
+            raise server.ConfigError(f"{said} FIELDS extends {target}, which there is not")
+        if not (isinstance(extension, type) and dataclasses.is_dataclass(extension)):
+            raise server.ConfigError(f"{said} what it adds to {target} must be a dataclass")
+    for key, route in getattr(module, "ROUTES", {}).items():
+        if not isinstance(route, server.Route):
+            raise server.ConfigError(f"{said} what answers {key} must be a server.Route")
+    for field in dataclasses.fields(added["Config"]) if "Config" in added else ():
+        if "section" not in field.metadata:
+            raise server.ConfigError(f"{said} the setting {field.name} must be a server.setting")
+
+
 def _check_claims(modules: list[types.ModuleType]) -> None:
     """A path, and a field or setting of a feature, is its own; a field that the two files declare
     may be widened."""
     paths, fields = set(server.ROUTES), set()
+    known = {name for module in (server, engine, *modules) for name in vars(module)}
     for module in modules:
+        _check_kinds(module, known)
         routes = getattr(module, "ROUTES", {}).keys()
         for key in paths & routes:
             raise server.ConfigError(f"features: {module.__name__} claims the path "

@@ -140,7 +140,8 @@ def join(wanted: server.Generation) -> None:
     if not isinstance(wanted, server.Completion):
         return
     body, reply = wanted.body, LegacyReply(wanted)
-    wanted.n_each = body.best_of or body.n
+    if body.best_of:
+        wanted.n_each, wanted.n_field = body.best_of, "best_of"
     wanted.n_top_logprobs = 0 if wanted.n_each > body.n and body.logprobs is None else body.logprobs
     wanted.read, wanted.make_choices, wanted.opening = reply.read, reply.make_choices, reply.opening
     wanted.logprobs, wanted.kept, wanted.whole = reply.logprobs, reply.kept, reply.whole

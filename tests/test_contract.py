@@ -978,6 +978,7 @@ def test_offsets_are_those_of_the_text_also_within_characters(http):
 @pytest.mark.parametrize("change, param", [
     ({"best_of": 2, "n": 3}, "best_of"),
     ({"best_of": 2, "stream": True}, "best_of"),
+    ({"best_of": 128, "prompt": ["a"] * 5}, "best_of"),
     ({"best_of": "two"}, "best_of"),
     ({"suffix": " the end."}, "suffix"),
     ({"suffix": "word " * 1100}, "suffix"),
