@@ -12,6 +12,7 @@ import ast
 import dataclasses
 import difflib
 import importlib
+import re
 import types
 from pathlib import Path
 from typing import Any
@@ -63,15 +64,19 @@ def _add(modules: list[types.ModuleType], name, wanted_by: tuple[str, ...]) -> N
     modules.append(module)
 
 
+def _added(module: types.ModuleType) -> dict[str, type]:
+    """The dataclasses that a feature adds to others, by the names of those."""
+    settings = {"Config": module.Settings} if hasattr(module, "Settings") else {}
+    return {**getattr(module, "FIELDS", {}), **settings}
+
+
 def _check_kinds(module: types.ModuleType, known: set[str]) -> None:
     """Refuse exports that are not what docs/features.md says. known: names of classes."""
     said = f"features: {module.__name__.removeprefix('features.')}:"
     for name in ("FIELDS", "ROUTES"):
         if not isinstance(getattr(module, name, {}), dict):
             raise server.ConfigError(f"{said} {name} must be a dict")
-    added = {**getattr(module, "FIELDS", {})}
-    if hasattr(module, "Settings"):
-        added["Config"] = module.Settings
+    added = _added(module)
     for target, extension in added.items():
         if target not in known:
             raise server.ConfigError(f"{said} FIELDS extends {target}, which there is not")
@@ -89,17 +94,16 @@ def _check_claims(modules: list[types.ModuleType]) -> None:
     """A path, and a field or setting of a feature, is its own; a field that the two files declare
     may be widened."""
     paths, fields = set(server.ROUTES), set()
-    known = {name for module in (server, engine, *modules) for name in vars(module)}
+    texts = [file.read_bytes() for file in FOLDER.glob("*.py") if file.is_file()]
+    known = {*vars(server), *vars(engine)} | {  # one may extend a feature that is off
+        name.decode() for text in texts for name in re.findall(rb"(?m)^class (\w+)", text)}
     for module in modules:
         _check_kinds(module, known)
         routes = getattr(module, "ROUTES", {}).keys()
         for key in paths & routes:
             raise server.ConfigError(f"features: {module.__name__} claims the path "
                                      f"{' '.join(key)}, which is there already")
-        added = {**getattr(module, "FIELDS", {})}
-        if hasattr(module, "Settings"):
-            added["Config"] = module.Settings
-        claimed = {(target, name) for target, extension in added.items()
+        claimed = {(target, name) for target, extension in _added(module).items()
                    for name in extension.__annotations__}
         for target, name in sorted(fields & claimed):
             raise server.ConfigError(f"features: {module.__name__} claims the field {name} of "

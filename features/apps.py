@@ -273,6 +273,7 @@ def app_chat(about: str, **how) -> server.Route:
 
 
 def app_route(answer, about: str, reads: type | None = None) -> server.Route:
+    """A route in this dialect that finds its model, if any, by itself."""
     return server.Route(answer, about, reads, needs_model=False, dialect=APP)
 
 

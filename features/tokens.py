@@ -37,6 +37,7 @@ class DetokenizeBody:
 
 
 def post_tokenize(handler, request: TokenizeBody) -> None:
+    """The tokens of a text, with what each of them is if asked for."""
     model = handler.loaded.model
     tokens = model.tokenize(request.content, request.add_special, request.parse_special)
     handler.send_json({"tokens": [
@@ -45,6 +46,7 @@ def post_tokenize(handler, request: TokenizeBody) -> None:
 
 
 def post_detokenize(handler, request: DetokenizeBody) -> None:
+    """The text of tokens. Raises ApiError."""
     model = handler.loaded.model
     check_tokens(handler, request.tokens, "tokens")
     pieces = b"".join(model.piece(token, special=True) for token in request.tokens)
@@ -52,6 +54,7 @@ def post_detokenize(handler, request: DetokenizeBody) -> None:
 
 
 def post_template(handler, body: server.ChatBody) -> None:
+    """The prompt that a chat would be. Raises ApiError."""
     chat = handler.join(server.Chat, body)
     handler.send_json({"prompt": chat.show(chat.render())})
 
