@@ -5,7 +5,8 @@ token of a prompt), editors that fill in what is missing between two texts, and 
 chats. How it works: a Completion gets other ways to read its prompts and to write its chunks. It
 costs what its replies cost: `best_of` generates more than it shows, and a prompt whose tokens are
 scored is computed whole, whatever the KV cache holds. It reads the fields `logprobs`, `echo`,
-`suffix` and `best_of` of /v1/completions, and sends what the reference has for them:
+`suffix` and `best_of` of /v1/completions, and token ids as its prompt, and sends what the reference
+has for them:
 https://platform.openai.com/docs/api-reference/completions
 """
 
