@@ -2,9 +2,9 @@
 
 This file knows nothing of HTTP, and no JSON. It turns prompts (arrays of token ids) into events
 (pieces of text), for many requests at once, with one llama.cpp context for each model. Read it from
-top to bottom; each of its ten parts builds on those above it; the last is the loop. Features plug in
-by three small classes whose default does nothing (Constraint, Drafter, PrefixStore), and by Piece,
-which stands for tokens.
+top to bottom; each of its ten parts builds on those above it; the last is the loop. Features plug
+in by three small classes whose default does nothing (Constraint, Drafter, PrefixStore), and by
+Piece, which stands for tokens.
 Words: a *slot* is a lane of the context, a *request* its guest; *prefill* reads a prompt into the
 KV cache, *decode* produces one token per *step*, or several where *drafted* ones come true; a
 *batch* is the rows of one llama_decode.
@@ -1471,7 +1471,7 @@ def load_engine(path: Path, *, n_ctx: int, parallel: int, n_gpu_layers: int, pre
                 **context_options) -> Engine:
     """Load a model and start an engine on it. n_ctx: tokens per request, 0 for as many as the
     model was trained for. equip: gives the engine, before anybody else has it, what features add.
-    `context_options`: of Context. Raises ModelError; BrokenModel if another file could do better."""
+    `context_options`: Context's. Raises ModelError; BrokenModel if another file could do better."""
     size = file_size(path)
     with contextlib.ExitStack() as undo:
         model = Model(path, n_gpu_layers, on_progress, chat_template_file)
