@@ -179,13 +179,25 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
         raise ConfigError(f"{source}: {error.message}") from error
 
 
+class OnceLoader(yaml.SafeLoader):
+    """YAML, but no key stands twice in a mapping: SafeLoader would take the last."""
+
+    def construct_mapping(self, node, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        for number, (key, _) in enumerate(node.value):
+            if key.value in keys[:number]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {describe(key.value)} is there twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_config_file(path: str | None) -> tuple[Path, dict]:
     """A YAML file, and what it holds; nothing where none was named and there is none."""
     file = Path(path or HERE / "config.yaml")
     if not path and not file.exists():
         return file, {}
     try:
-        content = yaml.safe_load(file.read_text()) or {}
+        content = yaml.load(file.read_text("utf-8-sig"), OnceLoader) or {}
     except (OSError, *NOT_YAML) as error:
         why = f"line {error.problem_mark.line + 1}: {error.problem}" if isinstance(
             error, yaml.MarkedYAMLError) and error.problem_mark else str(error)  # quotes no line
@@ -237,6 +249,7 @@ def resolve_paths(fields: Mapping, name: str, value, folder: Path):
 # ==== 2. Errors =========================================================================
 
 RETRY_SOON = {"Retry-After": "2"}  # seconds: about one short reply
+LINE_END = re.compile("[\x85\u2028\u2029]")  # in a JSON string; json.dumps escapes \n and \r
 MAX_LINE = 200  # characters of what a client sent that are told again, to it or in the log
 
 
@@ -261,8 +274,10 @@ def unavailable(message: str, code: str) -> ApiError:
 
 
 def to_json(value) -> bytes:
-    """Compact JSON, UTF-8."""
+    """Compact JSON, UTF-8; what some readers take for the end of a line is escaped."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    if LINE_END.search(text):
+        text = LINE_END.sub(lambda end: f"\\u{ord(end[0]):04x}", text)
     return text.encode(errors="replace")  # an error may quote half a character
 
 
@@ -636,6 +651,7 @@ class RateLimiter:
 
 # ==== 7. Models: which names there are ===================================================
 
+ANY = "*"  # among model_aliases: every name that nothing else has
 POLL_SECONDS = 0.1  # how often who waits looks whether its client is still there
 
 
@@ -757,10 +773,12 @@ class Models:
         if name is None:
             return self.default
         known = self.named if name in self.named else self.names()
-        if name not in known and not self.otherwise:
+        target = known.get(name) or self.otherwise or known.get(ANY)
+        if not target:
             raise ApiError(404, f"the model {describe(name)} does not exist; this server has "
-                                f"{', '.join(known) or 'none'}", "model", "model_not_found")
-        return known.get(name, self.otherwise)
+                                f"{', '.join(known) or 'none'}; with `model_aliases: [\"{ANY}\"]` "
+                                "any name will do", "model", "model_not_found")
+        return target
 
     @contextlib.contextmanager
     def lease(self, model: LocalModel, handler: "Handler") -> Iterator[engine.Engine]:
@@ -1714,7 +1732,7 @@ def read_json(body: bytes) -> dict:
     def refuse_constant(name):
         raise ValueError(f"{name} is not JSON")
     try:
-        sent = json.loads(body.decode(), parse_constant=refuse_constant)
+        sent = json.loads(body.decode("utf-8-sig"), parse_constant=refuse_constant)
         if not isinstance(sent, dict):
             raise ValueError(f"the body must be an object, got {describe(sent)}")
     except (ValueError, RecursionError) as error:
@@ -1770,7 +1788,7 @@ def post_completion(handler: Handler, body: CompletionBody) -> None:
 def get_models(handler: Handler) -> None:
     models = handler.server.models
     models.check()
-    data = [target.entry(name) for name, target in models.names().items()]
+    data = [target.entry(name) for name, target in models.names().items() if name != ANY]
     known = {entry["id"] for entry in data}
     if models.otherwise:
         data += [entry for entry in models.otherwise.entries(handler) if entry["id"] not in known]

@@ -58,7 +58,7 @@ class AppOptions:
     """How to choose tokens; the metadata has the OpenAI API's name."""
 
     temperature: float | None = server.option(low=0, high=2, openai="temperature")
-    maxTokens: int | None = server.option(low=1, openai="max_tokens")
+    maxTokens: int | None = server.option(low=-1, openai="max_tokens")  # -1: no limit
     topP: float | None = server.option(low=0, high=1, openai="top_p")
     presencePenalty: float | None = server.option(low=-2, high=2, openai="presence_penalty")
     frequencyPenalty: float | None = server.option(low=-2, high=2, openai="frequency_penalty")
@@ -74,7 +74,13 @@ class AppBody:
 
     def openai(self, model: str) -> dict:
         """The same as the body of a streamed chat completion."""
-        options = {field.metadata["openai"]: getattr(self.config or AppOptions(), field.name)
+        asked = self.config or AppOptions()
+        if asked.maxTokens == 0:
+            raise server.invalid("config.maxTokens", "config.maxTokens must be at least 1, or -1 for "
+                                                     "no limit, got 0")
+        if asked.maxTokens == -1:
+            asked = dataclasses.replace(asked, maxTokens=server.INT32_MAX)
+        options = {field.metadata["openai"]: getattr(asked, field.name)
                    for field in dataclasses.fields(AppOptions)}
         return {"model": model, "messages": [message.openai() for message in self.messages],
                 "stream": True, "stream_options": {"include_usage": True},

@@ -35,8 +35,9 @@ def check_refused(sent, at: str) -> None:
 
 @dataclasses.dataclass
 class ChatFields:
-    """The other fields of a chat. For the first three see vLLM's documentation."""
+    """The other fields of a chat. For those of templates see vLLM's documentation."""
 
+    max_completion_tokens: int | None = server.option(low=-1)
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -82,10 +83,24 @@ TEMPLATE_NAMES = {"messages", "tools", "functions", "function_call", "tool_choic
 
 @dataclasses.dataclass
 class GenerationFields:
-    """The other fields of any generation."""
+    """The other fields of any generation. Some clients send -1 where OpenAI's send nothing: for no
+    limit of tokens, and for a random seed."""
 
+    max_tokens: int | None = server.option(low=-1)
     ignore_eos: bool = False
     cache_prompt: bool = True
+
+    def check(self, _at: str) -> None:
+        """Refuse a reply of no tokens, where there is none; -1 as a seed is none."""
+        self.seed = None if self.seed == -1 else self.seed
+        for name in ("max_tokens", "max_completion_tokens"):
+            if getattr(self, name, None) == 0 and isinstance(self, server.ChatBody):
+                raise server.invalid(name, f"{name} must be at least 1, or -1 for no limit, got 0")
+
+    def reply_limit(self) -> int | None:
+        """As GenerationBody has it."""
+        limit = super().reply_limit()
+        return server.INT32_MAX if limit == -1 else limit
 
 
 @dataclasses.dataclass
@@ -99,6 +114,12 @@ class MessageFields:
         check_refused(self, f"{at}.")
 
 
+# llama-server's paths for bases without /v1.
+ROUTES = {
+    ("POST", "/chat/completions"): server.Route(
+        server.post_chat, "as /v1/chat/completions", server.ChatBody),
+    ("POST", "/completions"): server.Route(
+        server.post_completion, "as /v1/completions", server.CompletionBody)}
 FIELDS = {"ChatBody": ChatFields, "GenerationBody": GenerationFields, "Message": MessageFields}
 
 

@@ -163,15 +163,15 @@ def list_elsewhere(handler, upstream: "Upstream") -> list[dict]:
 
 def relay(handler, upstream: "Upstream", sent: dict, body: bytes) -> None:
     """Pass a request on as it came, but for the model's name, and the reply as it arrives."""
-    path = handler.path.rstrip("/")
-    if not path.startswith("/v1/"):
+    path = handler.path.rstrip("/").removeprefix("/v1")
+    if ("POST", f"/v1{path}") not in handler.server.house.routes:
         raise server.invalid("model", f"{server.describe(sent.get('model'))} is an engine "
                              f"elsewhere; it takes /v1 and /chat, not {server.describe(path)}")
     handler.streams = sent.get("stream") is True
     handler.receive(sent, upstream)
     if upstream.model not in (None, sent.get("model")):
         body = for_upstream(upstream, sent)
-    with ask(handler, upstream, "POST", path.removeprefix("/v1"), body) as response:
+    with ask(handler, upstream, "POST", path, body) as response:
         headers = {name: " ".join(value.split()) for name in PASSED_ON
                    if (value := response.headers.get(name))}
         if response.status in (204, 205, 304):  # they have no body, and no length

@@ -167,5 +167,8 @@ def equip(loaded, _settings) -> None:
     loaded.capabilities.append("embedding")
 
 
-ROUTES = {("POST", "/v1/embeddings"): server.Route(
-    post_embeddings, "vectors of texts or token ids, one or a list of them", EmbeddingBody)}
+ROUTES = {
+    ("POST", "/v1/embeddings"): server.Route(
+        post_embeddings, "vectors of texts or token ids, one or a list of them", EmbeddingBody),
+    ("POST", "/embeddings"): server.Route(  # for bases without /v1, as llama-server has it
+        post_embeddings, "as /v1/embeddings", EmbeddingBody)}

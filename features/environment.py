@@ -9,6 +9,7 @@ variables of all settings, and those that features export as `ALIASES`, and send
 
 import functools
 import re
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ def read_variable(name: str, hint, environ: Mapping[str, str], is_secret: bool =
     try:
         if hint == list[str] and not text.lstrip().startswith("["):  # a,b or [a, b]
             return [item.strip() for item in text.split(",") if item.strip()]
+        if bool in (hint, *typing.get_args(hint)) and text.strip() in ("0", "1"):
+            return text.strip() == "1"
         return text if hint in (str, str | None) else yaml.safe_load(text)
     except server.NOT_YAML as error:
         sent = "what is there" if is_secret else repr(text)
@@ -67,7 +70,7 @@ def read_env_file(file: Path) -> dict[str, str]:
     front of the line or behind a blank. Raises ConfigError."""
     found = {}
     try:
-        lines = file.read_text().splitlines() if file.exists() else []
+        lines = file.read_text("utf-8-sig").splitlines() if file.exists() else []
     except (OSError, ValueError) as error:
         raise server.ConfigError(f"cannot read {file}: {error}") from error
     for number, line in enumerate(lines, start=1):

@@ -31,7 +31,7 @@ NEEDS = ("tokens",)
 class CompletionFields:
     """What else a text completion may ask for; a prompt may be token ids."""
 
-    prompt: tokens.Prompts = dataclasses.field(kw_only=True)
+    prompt: tokens.Prompts | None = dataclasses.field(kw_only=True)  # null, "": from the beginning
     logprobs: int | None = server.option(low=0, high=20)
     echo: bool = False
     suffix: str | None = None
@@ -44,7 +44,7 @@ class CompletionFields:
             raise server.invalid("best_of", f"best_of: {best_of} was sent; it must be at least n "
                                             f"({self.n}), and equal to n in a stream")
         if self.suffix and not isinstance(self.prompt, str):
-            raise server.invalid("suffix", "suffix: the prompt must be one string")
+            raise server.invalid("suffix", "suffix: the prompt must be one string, which is not empty")
 
 
 FIELDS = {"CompletionBody": CompletionFields}
@@ -67,8 +67,10 @@ class LegacyReply:
     def read(self):
         """As Generation.read: with a suffix, the prompt for what stands before it."""
         if not self.body.suffix:
-            prompts = tokens.prompts_in(self.body.prompt)
+            prompts = tokens.prompts_in(self.body.prompt or "")
             self.wanted.check_count(prompts)
+            start = beginning(self.wanted.model)
+            prompts = [start if prompt == "" else prompt for prompt in prompts]
             return (tokens.read_prompts(self.wanted.handler, prompts, "prompt"),
                     self.wanted.constrain(""))
         for param in ("prompt", "suffix"):
@@ -105,8 +107,8 @@ class LegacyReply:
 
     def logprobs(self, index: int, tokens: tuple[engine.TokenLogprob, ...]) -> dict:
         """As Generation.logprobs; offsets count characters from the start of the choice's text."""
-        lowest, text_of = server.LOWEST_LOGPROB, self.wanted.token_text
-        texts, offsets = [text_of(entry.token) for entry in tokens], []
+        lowest, model = server.LOWEST_LOGPROB, self.wanted.model
+        texts, offsets = [token_name(model, entry.token) for entry in tokens], []
         for entry in tokens:  # a character may be several tokens, and the text lacks control tokens
             offsets.append(self.offsets[index])
             piece = self.wanted.model.piece(entry.token, special=self.in_prompt)
@@ -118,7 +120,8 @@ class LegacyReply:
                 "token_logprobs": [None if entry.logprob is None else max(entry.logprob, lowest)
                                    for entry in tokens],
                 "top_logprobs": [None if entry.logprob is None else {
-                    text_of(token): max(logprob, lowest) for token, logprob in entry.top}
+                    token_name(model, token): max(logprob, lowest)
+                    for token, logprob in (*entry.top, (entry.token, entry.logprob))}
                     for entry in tokens]}
 
     def fold(self, chunks: Iterator[dict]) -> dict:
@@ -152,6 +155,22 @@ def join(wanted: server.Generation) -> None:
     wanted.n_top_logprobs = 0 if wanted.n_each > body.n and body.logprobs is None else body.logprobs
     wanted.read, wanted.make_choices, wanted.opening = reply.read, reply.make_choices, reply.opening
     wanted.logprobs, wanted.fold, wanted.whole = reply.logprobs, reply.fold, reply.whole
+
+
+def token_name(model: engine.Model, token: int) -> str:
+    """What a token is called where names are keys: its text, or as OpenAI has it the bytes of one
+    that is only a part of a character; those of two such tokens would be the same text."""
+    piece = model.piece(token, special=True)
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+def beginning(model: engine.Model) -> list[int]:
+    """The token that a document begins with: the one for that, or else the one that ends another."""
+    marks = [mark(model.vocab) for mark in (lib.llama_vocab_bos, lib.llama_vocab_eos)]
+    return [mark for mark in marks if mark >= 0][:1]
 
 
 def infill(model: engine.Model, prefix: str, suffix: str) -> np.ndarray | None:

@@ -4,12 +4,14 @@ What for: clients that count or cut texts by the model's own tokens, and people 
 the model reads; other features take token ids in place of texts by its functions. How it works: the
 model's tokenizer, or everything that a chat goes through until its prompt is made, without a slot.
 It costs a tokenization. It reads the bodies of `/tokenize`, `/detokenize` and `/apply-template`,
-which are llama-server's, and sends nothing elsewhere.
+which are llama-server's, or have vLLM's names; with `/tokenizer_info`, which is vLLM's, they are
+what lm-eval's remote tokenizer asks for. It sends nothing elsewhere.
 """
 
 import dataclasses
 
 import numpy as np
+from llama_cpp import llama_cpp as lib
 
 import server
 
@@ -19,13 +21,21 @@ Prompts = str | list[str] | list[int] | list[list[int]]
 
 @dataclasses.dataclass
 class TokenizeBody:
-    """POST /tokenize, as llama-server's"""
+    """POST /tokenize, as llama-server's, and as vLLM's: `prompt`, `add_special_tokens`."""
 
-    content: str
+    content: str | None = None
     model: str | None = None
     add_special: bool = False
     parse_special: bool = True
     with_pieces: bool = False
+    prompt: str | None = None
+    add_special_tokens: bool = True
+
+    def check(self, _at: str) -> None:
+        """Refuse none and two texts."""
+        if (self.content is None) == (self.prompt is None):
+            raise server.invalid("content", "send either content (llama-server's name of the text) "
+                                            "or prompt (vLLM's)")
 
 
 @dataclasses.dataclass
@@ -39,8 +49,12 @@ class DetokenizeBody:
 def post_tokenize(handler, request: TokenizeBody) -> None:
     """The tokens of a text, with what each of them is if asked for."""
     model = handler.loaded.model
-    tokens = model.tokenize(request.content, request.add_special, request.parse_special)
-    handler.send_json({"tokens": [
+    text, begins = (request.content, request.add_special) if request.prompt is None else \
+        (request.prompt, request.add_special_tokens)
+    tokens = model.tokenize(text, begins, request.parse_special)
+    reply = {} if request.prompt is None else {
+        "count": len(tokens), "max_model_len": handler.loaded.n_ctx}
+    handler.send_json({**reply, "tokens": [
         {"id": token, "piece": piece_json(model.piece(token, special=True))}
         if request.with_pieces else token for token in tokens.tolist()]})
 
@@ -50,7 +64,27 @@ def post_detokenize(handler, request: DetokenizeBody) -> None:
     model = handler.loaded.model
     check_tokens(handler, request.tokens, "tokens")
     pieces = b"".join(model.piece(token, special=True) for token in request.tokens)
-    handler.send_json({"content": pieces.decode("utf-8", "replace")})
+    text = pieces.decode("utf-8", "replace")
+    handler.send_json({"content": text, "prompt": text})
+
+
+def get_tokenizer(handler) -> None:
+    """What the default model's tokenizer is, in the names of Hugging Face's configuration."""
+    handler.server.models.check()
+    target = handler.server.models.find(None)
+    if not isinstance(target, server.LocalModel):
+        raise server.ApiError(404, f"the default model is at {target.name}, an engine elsewhere",
+                              code="not_found")
+    with handler.lease(target):
+        model = handler.loaded.model
+        ids = {name: token(model.vocab) for name, token in (
+            ("bos_token", lib.llama_vocab_bos), ("eos_token", lib.llama_vocab_eos),
+            ("pad_token", lib.llama_vocab_pad))}
+        handler.send_json({
+            "tokenizer_class": "llama.cpp", "model_max_length": handler.loaded.n_ctx,
+            "vocab_size": model.n_vocab, "chat_template": model.template_source, **{
+                name: None if token < 0 else model.piece(token, special=True).decode("utf-8", "replace")
+                for name, token in ids.items()}})
 
 
 def post_template(handler, body: server.ChatBody) -> None:
@@ -101,6 +135,7 @@ def piece_json(piece: bytes) -> str | list[int]:
 ROUTES = {
     ("POST", "/tokenize"): server.Route(post_tokenize, "content to tokens", TokenizeBody),
     ("POST", "/detokenize"): server.Route(post_detokenize, "tokens to content", DetokenizeBody),
+    ("GET", "/tokenizer_info"): server.Route(get_tokenizer, "the default model's tokenizer"),
     ("POST", "/apply-template"): server.Route(
         post_template, "the body of a chat to the prompt that the model would read",
         server.ChatBody),

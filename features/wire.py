@@ -67,7 +67,12 @@ class StrictReader:
         return ending(self.rfile.readline(limit + 1), limit, too_long)
 
     def body_size(self) -> float:
-        """As Handler.body_size; infinite for a chunked body, which tells its end itself."""
+        """As Handler.body_size; infinite for a chunked body, which tells its end itself. What is
+        compressed is refused: it could unpack to anything."""
+        packed = self.headers.get("content-encoding", "identity")
+        if packed.lower() != "identity":
+            raise ApiError(415, f"the body is compressed ({server.describe(packed)}); send it as "
+                                "it is", code="unsupported_media_type")
         coding = self.headers.get("transfer-encoding")
         if coding is None:
             return super().body_size()

@@ -141,8 +141,9 @@ SCHEMAS = {
                                       "code": nullable(NAME)})}),
     # llama-server's utilities
     "tokenize": closed({"tokens": {"anyOf": [array(TOKEN), array(closed(
-        {"id": TOKEN, "piece": {"anyOf": [STRING, array(TOKEN, minItems=1)]}}))]}}),
-    "detokenize": closed({"content": STRING}),
+        {"id": TOKEN, "piece": {"anyOf": [STRING, array(TOKEN, minItems=1)]}}))]}},
+        {"count": COUNT, "max_model_len": COUNT}),  # vLLM's
+    "detokenize": closed({"content": STRING, "prompt": STRING}),
     "apply-template": closed({"prompt": STRING}),
 }
 VALIDATORS = {kind: Draft202012Validator(schema) for kind, schema in SCHEMAS.items()}

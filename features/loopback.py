@@ -1,0 +1,53 @@
+"""Loopback: the default address under both of its versions.
+
+What for: clients that take `localhost` for ::1, and do not try 127.0.0.1 behind it. How it works:
+where `host` is 127.0.0.1 and the machine has ::1, a second socket listens there, on the same port,
+and hands its connections to the server. It costs a thread that waits. It reads the setting `host`,
+and sends nothing.
+"""
+
+import contextlib
+import socket
+import socketserver
+import threading
+
+import server
+
+
+class SecondSocket(socketserver.TCPServer):
+    """Listens on ::1; the server answers. A connection there is like any other of the server's."""
+
+    address_family = socket.AF_INET6
+    allow_reuse_address = True
+    request_queue_size = server.Server.request_queue_size
+
+    def __init__(self, running: server.Server):
+        """Raises OSError where there is no such address, or its port is taken."""
+        self.running = running
+        super().__init__(("::1", running.server_address[1]), server.Handler)
+
+    def process_request(self, connection: socket.socket, client_address) -> None:
+        """As the server's."""
+        self.running.process_request(connection, client_address)
+
+
+def start(running: server.Server) -> None:
+    """Listen there, too, from when the server listens until it no longer does."""
+    if running.config.host != "127.0.0.1":
+        return
+    activate, close = running.server_activate, running.server_close
+    second: list[SecondSocket] = []
+
+    def activate_both() -> None:
+        activate()
+        with contextlib.suppress(OSError):
+            second.append(SecondSocket(running))
+            threading.Thread(target=second[0].serve_forever, name="accept ::1", daemon=True).start()
+
+    def close_both() -> None:
+        for each in second:
+            each.shutdown()
+            each.server_close()
+        close()
+
+    running.server_activate, running.server_close = activate_both, close_both
