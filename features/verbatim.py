@@ -1,0 +1,235 @@
+"""Verbatim: what a message says is text, also where it spells a special token.
+
+What for: a chat template writes special tokens (`<|im_end|>`, `[INST]`, `<start_of_turn>`) between the
+turns, and who writes such a token into a message, a tool's description or its result could end his
+turn and speak as somebody else. How it works: where a text that goes to the template spells a special
+token, the span is put between two characters that occur in no text of the chat, so the template still
+sees the text, and may trim it, cut it or make JSON of it. When the prompt becomes tokens, whatever
+stands between two special tokens of the template and has such a mark in it is read without special
+tokens, as if the vocabulary had none; then the marks are gone. A special token that is neither behind
+an opening mark nor before a closing one is the template's own. It costs a search in the chat's texts,
+10 ns a character, and nothing else where they spell no special token. White space is left alone, of which
+some vocabularies have tokens. It reads the messages, tools and template variables of chats, and sends
+nothing. Prompts of /v1/completions are the client's own, with all their tokens.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+import weakref
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from llama_cpp import llama_cpp as lib
+
+import engine
+import server
+
+# Unicode's noncharacters, which are for a program's own use, then its private ones: white space to
+# nobody, and one \uXXXX each where a template escapes them.
+MARKS = [*map(chr, range(0xFDD0, 0xFDF0)), *map(chr, range(0xE000, 0xF900))]
+
+
+# ==== 1. The vocabulary ==================================================================
+
+
+@dataclasses.dataclass
+class Specials:
+    """The special tokens of a model that a text can spell."""
+
+    model: engine.Model
+    pattern: re.Pattern  # the longest of them that begins at a place
+    always_read: dict[int, str]  # those that llama.cpp reads in any text; by id, their text
+
+    def plain(self, text: str) -> np.ndarray:
+        """The token ids (int32) of a text, none of them special."""
+        tokens = self.model.tokenize(text, bos=False, special=False)
+        found = np.flatnonzero(np.isin(tokens, [*self.always_read]))
+        if not len(found):
+            return tokens
+        parts: list[np.ndarray] = []
+        for before, place in zip([-1, *found], found):
+            spelled = self.always_read[int(tokens[place])]  # which is cut behind its first letter
+            parts += [tokens[before + 1:place], self.plain(spelled[:1]), self.plain(spelled[1:])]
+        return np.concatenate([*parts, tokens[found[-1] + 1:]])
+
+
+def specials_of(model: engine.Model) -> Specials:
+    """Read a vocabulary: a quarter of a second for 250,000 tokens."""
+    texts, always_read = [], {}
+    for token in range(model.n_vocab):
+        attributes = lib.llama_vocab_get_attr(model.vocab, token)
+        if attributes & engine.SPECIAL_TOKEN:
+            text = model.piece(token, special=True).decode("utf-8", "replace")
+            if len(text) > 1 and not text.isspace():  # a single letter cannot be spelled otherwise
+                texts.append(text)
+                if attributes & lib.LLAMA_TOKEN_ATTR_USER_DEFINED:
+                    always_read[token] = text
+    return Specials(model, re.compile(any_of(texts) or "(?!)"), always_read)
+
+
+def any_of(texts: Iterable[str]) -> str:
+    """A pattern for the longest of some texts that fits. What they begin with alike is looked at
+    once, since there may be thousands.
+
+    >>> any_of(["<s>", "<a", "<a>"])
+    '<(?:s>|a(?:>)?)'
+    """
+    rests: dict[str, list[str]] = {}
+    is_end = False
+    for text in texts:
+        if text:
+            rests.setdefault(text[0], []).append(text[1:])
+        is_end = is_end or not text
+    pattern = "|".join(re.escape(first) + any_of(rest) for first, rest in rests.items())
+    if pattern and (is_end or len(rests) > 1):
+        pattern = f"(?:{pattern})"
+    return pattern + "?" * (bool(pattern) and is_end)
+
+
+# ==== 2. A chat ==========================================================================
+
+
+class Marker:
+    """Marks what the texts of a chat spell, and reads the prompt that the template makes of them."""
+
+    def __init__(self, chat: server.Chat, specials: Specials):
+        self.chat, self.specials = chat, specials
+        self.opening = self.closing = ""  # the marks, once there is something to mark
+        self._render, self._show = chat.render, chat.show
+        chat.render, chat.show, chat.tokenize = self.render, self.show, self.tokenize
+
+    def render(self) -> str:
+        """As Chat.render; the prompt has the marks."""
+        chat = self.chat
+        given = chat.messages, chat.options
+        texts = [*texts_in(map(told, chat.messages)), *texts_in(chat.options)]
+        if not self.opening and any(map(self.specials.pattern.search, texts)):
+            self._choose_marks(texts)
+        if not self.opening:
+            return self._render()
+        chat.messages = [*map(self._marked_message, chat.messages)]
+        chat.options = self._marked(chat.options)
+        try:
+            prompt = self._render()
+        finally:  # it may be rendered again
+            chat.messages, chat.options = given
+        for mark in (self.opening, self.closing):
+            prompt = prompt.replace(escaped(mark), mark)
+        return prompt
+
+    def _choose_marks(self, texts: list[str]) -> None:
+        free = (mark for mark in MARKS if not any(
+            form in text for text in texts for form in (mark, escaped(mark))))
+        self.opening, self.closing = next(free, ""), next(free, "")
+        if not self.closing:
+            raise server.invalid("messages", "messages: they spell special tokens, and have all of "
+                                 "Unicode's private characters, too; leave one or the other out")
+
+    def _marked_message(self, message: dict) -> dict:
+        """A message with what it spells between marks."""
+        marked, content = self._marked(told(message)), message.get("content")
+        if isinstance(content, list):
+            texts = iter(marked["content"])
+            marked["content"] = [next(texts) if is_text(part) else part for part in content]
+        return {**message, **marked}
+
+    def _marked(self, value):
+        """A value with the special tokens that its texts spell between marks."""
+        if isinstance(value, str):
+            return self.specials.pattern.sub(
+                lambda found: f"{self.opening}{found[0]}{self.closing}", value)
+        if isinstance(value, list):
+            return [*map(self._marked, value)]
+        if isinstance(value, dict):
+            return {self._marked(key): self._marked(inner) for key, inner in value.items()}
+        return value
+
+    def show(self, prompt: str) -> str:
+        """As Chat.show."""
+        return self._show(self._unmarked(prompt))
+
+    def _unmarked(self, text: str) -> str:
+        return text.replace(self.opening, "").replace(self.closing, "") if self.opening else text
+
+    def tokenize(self, text: str, bos: bool = True) -> np.ndarray:
+        """As Chat.tokenize, of a text with marks."""
+        model = self.specials.model
+        if not self.opening:
+            return model.tokenize(text, bos)
+        return np.concatenate([
+            self.specials.plain(self._unmarked(part)) if is_plain else
+            model.tokenize(part, bos and not place)
+            for place, (part, is_plain) in enumerate(self._parts(text))])
+
+    def _parts(self, text: str) -> Iterator[tuple[str, bool]]:
+        """A text in parts, and for each whether no special token counts in it. Such a part goes from
+        one of the template's tokens to the next one, as llama.cpp's tokenizer would have it: it has
+        rules for what stands behind a special token."""
+        taken = end = 0
+        ends = [*self._templates_own(text), (len(text), len(text))]
+        for start, after in ends:
+            between = text[end:start]
+            if self.opening in between or self.closing in between:
+                yield text[taken:end], False
+                yield between, True
+                taken = start
+            end = after
+        yield text[taken:], False
+
+    def _templates_own(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where the template's own special tokens begin and end. subtle: one of the two marks is
+        enough to make a token the user's, since the template may have cut the other one off."""
+        for found in self.specials.pattern.finditer(text):
+            start, end = found.span()
+            if text[start - 1:start] != self.opening and text[end:end + 1] != self.closing:
+                yield start, end
+
+
+def told(message: dict) -> dict:
+    """What a client wrote into a message; what stands for an image is the server's."""
+    texts = {name: value for name, value in message.items() if name != "role"}
+    if isinstance(texts.get("content"), list):
+        texts["content"] = [*filter(is_text, texts["content"])]
+    return texts
+
+
+def is_text(part: dict) -> bool:
+    """Whether a part of a message's content is text."""
+    return part["type"] in server.TEXTS
+
+
+def texts_in(value) -> Iterator[str]:
+    """All texts in a value, the names of its fields, too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from texts_in(value.keys())
+        yield from texts_in(value.values())
+    elif isinstance(value, Iterable):
+        for inner in value:
+            yield from texts_in(inner)
+
+
+@functools.cache
+def escaped(mark: str) -> str:
+    """A mark in JSON of ASCII."""
+    return json.dumps(mark)[1:-1]
+
+
+# ==== 3. The feature =====================================================================
+
+# By engine; each is set before handlers have that engine.
+known: "weakref.WeakKeyDictionary[engine.Engine, Specials]" = weakref.WeakKeyDictionary()
+
+
+def equip(loaded: engine.Engine, _settings) -> None:
+    """Learn which special tokens the model has."""
+    known[loaded] = specials_of(loaded.model)
+
+
+def join(wanted: server.Generation) -> None:
+    """Mark a chat's texts when they are rendered, behind what other features do to them."""
+    if isinstance(wanted, server.Chat):
+        Marker(wanted, known[wanted.loaded])
