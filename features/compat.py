@@ -138,7 +138,7 @@ def render_begun(chat: server.Chat, render: Callable[[], str]) -> str:
 
     before, content = rendered(said, thoughts + behind if thoughts else None)
     before, is_kept = before.replace(behind, ""), behind in before
-    close = chat.lead(before)
+    close = "" if (tag := chat.lead(before)) in content else tag
     if not close and thoughts and not is_kept and others:
         chat.messages, chat.adds_prompt = others, True
         opening = render()

@@ -3,12 +3,12 @@
 What for: templates are written for conversations like those of the training; clients send others: a
 system message in the middle, two user messages in a row, an assistant that begins. Some templates
 refuse these, some leave messages out without a word. How it works: when a model is loaded, its
-template renders conversations of unmistakable words; those that do not all come out show its habits.
-The messages of a chat are then merged just so far that they do: system messages join the first one,
-neighbours of one role become one, and where a turn must stand between two others, there is one that
-says nothing. System messages at the front are always one, as models know them. It costs about 25
-renderings, some 10 ms, when a model is loaded, and for a chat nothing worth measuring. It reads the
-messages of chats, and sends nothing; the log says once for each model what is merged.
+template renders conversations of unmistakable words; those that do not all come out show its
+habits. The messages of a chat are then merged just so far that they do: system messages join the
+first one, neighbours of one role become one, and where a turn must stand between two others, there
+is one that says nothing. System messages at the front are always one, as models know them. It costs
+about 25 renderings, some 10 ms, when a model is loaded, and for a chat nothing worth measuring. It
+reads the messages of chats, and sends nothing; the log says once for each model what is merged.
 """
 
 import functools
@@ -28,8 +28,8 @@ NO_SYSTEM, LATE_SYSTEM = "a system message", "a system message behind others"
 USERS, ASSISTANTS = "two user messages in a row", "two assistant messages in a row"
 NO_OPENING, NO_USER = "an assistant message that comes first", "a chat without a user message"
 AFTER_RESULT, BESIDE_CALL = "a user message behind a tool's result", "text beside a tool call"
-# Each is tried, with what those before it have shown, by conversations in which a letter is a message.
-# A template that does not take the first of them, which is none of the habit, tells nothing.
+# Each is tried, with what those before it have shown, by conversations in which a letter is a
+# message. A template that does not take the first one, which has nothing of it, tells nothing.
 TRIALS = {
     NO_SYSTEM: ("uau", "su", "sua", "suau"),
     USERS: ("uau", "uu", "uuau", "uauu"),
@@ -66,7 +66,8 @@ def takes(model: engine.Model, habits: frozenset[str], *trials: str) -> bool:
     for roles in trials:
         tools = [{"type": "function", "function": FUNCTION}] if "t" in roles else None
         try:
-            prompt = model.render_chat(merged(conversation(roles), habits), options={"tools": tools})
+            prompt = model.render_chat(merged(conversation(roles), habits),
+                                       options={"tools": tools})
         except engine.TemplateError:
             return False
         if not all(WORD.format(place) in prompt for place, letter in enumerate(roles)

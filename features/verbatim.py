@@ -1,21 +1,21 @@
 """Verbatim: what a message says is text, also where it spells a special token.
 
-What for: a chat template writes special tokens (`<|im_end|>`, `[INST]`, `<start_of_turn>`) between the
-turns, and who writes such a token into a message, a tool's description or its result could end his
-turn and speak as somebody else. How it works: where a text that goes to the template spells a special
-token, the span is put between two characters that occur in no text of the chat, so the template still
-sees the text, and may trim it, cut it or make JSON of it. When the prompt becomes tokens, whatever
-stands between two special tokens of the template and has such a mark in it is read without special
-tokens, as if the vocabulary had none; then the marks are gone. A special token that is neither behind
-an opening mark nor before a closing one is the template's own. It costs a search in the chat's texts,
-10 ns a character, and nothing else where they spell no special token. White space is left alone, of which
-some vocabularies have tokens. It reads the messages, tools and template variables of chats, and sends
-nothing. Prompts of /v1/completions are the client's own, with all their tokens.
+What for: a chat template writes special tokens (`<|im_end|>`, `[INST]`, `<start_of_turn>`) between
+the turns, and who writes such a token into a message, a tool's description or its result could end
+his turn and speak as somebody else. How it works: where a text that goes to the template spells a
+special token, the span is put between two characters that occur in no text of the chat, so the
+template still sees the text, and may trim it, cut it or make JSON of it. When the prompt becomes
+tokens, whatever stands between two special tokens of the template and has such a mark in it is read
+without special tokens, as if the vocabulary had none; then the marks are gone. A special token that
+is neither behind an opening mark nor before a closing one is the template's own. It costs a search
+in the chat's texts, 10 ns a character, and nothing else where they spell no special token. White
+space is left alone, of which some vocabularies have tokens. It reads the messages, tools and
+template variables of chats, and sends nothing. Prompts of /v1/completions are the client's own,
+with all their tokens.
 """
 
 import dataclasses
-import functools
-import json
+import itertools
 import re
 import weakref
 from collections.abc import Iterable, Iterator
@@ -29,6 +29,7 @@ import server
 # Unicode's noncharacters, which are for a program's own use, then its private ones: white space to
 # nobody, and one \uXXXX each where a template escapes them.
 MARKS = [*map(chr, range(0xFDD0, 0xFDF0)), *map(chr, range(0xE000, 0xF900))]
+ESCAPE = re.compile(r"\\u([0-9a-f]{4})")  # as JSON of ASCII has them
 
 
 # ==== 1. The vocabulary ==================================================================
@@ -92,40 +93,46 @@ def any_of(texts: Iterable[str]) -> str:
 
 
 class Marker:
-    """Marks what the texts of a chat spell, and reads the prompt that the template makes of them."""
+    """Marks what the texts of a chat spell, and reads the prompt that a template makes of them."""
 
     def __init__(self, chat: server.Chat, specials: Specials):
         self.chat, self.specials = chat, specials
-        self.opening = self.closing = ""  # the marks, once there is something to mark
+        # By special token that is spelled, the marks before and behind it. subtle: each has its
+        # own, so that a mark from which the template has cut it off speaks of no other token.
+        self.marks: dict[str, tuple[str, str]] = {}
+        self.mark = re.compile("(?!)")  # any of these
         self._render, self._show = chat.render, chat.show
         chat.render, chat.show, chat.tokenize = self.render, self.show, self.tokenize
 
     def render(self) -> str:
         """As Chat.render; the prompt has the marks."""
         chat = self.chat
-        given = chat.messages, chat.options
         texts = [*texts_in(map(told, chat.messages)), *texts_in(chat.options)]
-        if not self.opening and any(map(self.specials.pattern.search, texts)):
+        if not self.marks and any(map(self.specials.pattern.search, texts)):
             self._choose_marks(texts)
-        if not self.opening:
+        if not self.marks:
             return self._render()
+        given = chat.messages, chat.options
         chat.messages = [*map(self._marked_message, chat.messages)]
         chat.options = self._marked(chat.options)
         try:
             prompt = self._render()
         finally:  # it may be rendered again
             chat.messages, chat.options = given
-        for mark in (self.opening, self.closing):
-            prompt = prompt.replace(escaped(mark), mark)
-        return prompt
+        return ESCAPE.sub(self._unescaped, prompt)
 
     def _choose_marks(self, texts: list[str]) -> None:
-        free = (mark for mark in MARKS if not any(
-            form in text for text in texts for form in (mark, escaped(mark))))
-        self.opening, self.closing = next(free, ""), next(free, "")
-        if not self.closing:
+        """A pair for each special token that is spelled. Raises ApiError."""
+        taken = set().union(*texts, *(map(unescaped, ESCAPE.finditer(text)) for text in texts))
+        free = [mark for mark in MARKS if mark not in taken]
+        pairs = [*zip(free[::2], free[1::2])]
+        if not pairs:
             raise server.invalid("messages", "messages: they spell special tokens, and have all of "
                                  "Unicode's private characters, too; leave one or the other out")
+        spelled = dict.fromkeys(
+            found[0] for text in texts for found in self.specials.pattern.finditer(text))
+        self.marks = dict(zip(spelled, itertools.cycle(pairs)))
+        self.mark = re.compile(f"[{''.join(map(''.join, self.marks.values()))}]")
 
     def _marked_message(self, message: dict) -> dict:
         """A message with what it spells between marks."""
@@ -136,54 +143,54 @@ class Marker:
         return {**message, **marked}
 
     def _marked(self, value):
-        """A value with the special tokens that its texts spell between marks."""
+        """A value with what its texts spell between marks."""
         if isinstance(value, str):
             return self.specials.pattern.sub(
-                lambda found: f"{self.opening}{found[0]}{self.closing}", value)
+                lambda found: found[0].join(self.marks[found[0]]), value)
         if isinstance(value, list):
             return [*map(self._marked, value)]
         if isinstance(value, dict):
             return {self._marked(key): self._marked(inner) for key, inner in value.items()}
         return value
 
+    def _unescaped(self, found: re.Match) -> str:
+        """A mark that the template has escaped; other characters stay as they are."""
+        return mark if self.mark.match(mark := unescaped(found)) else found[0]
+
     def show(self, prompt: str) -> str:
         """As Chat.show."""
-        return self._show(self._unmarked(prompt))
-
-    def _unmarked(self, text: str) -> str:
-        return text.replace(self.opening, "").replace(self.closing, "") if self.opening else text
+        return self._show(self.mark.sub("", prompt))
 
     def tokenize(self, text: str, bos: bool = True) -> np.ndarray:
         """As Chat.tokenize, of a text with marks."""
         model = self.specials.model
-        if not self.opening:
+        if not self.marks:
             return model.tokenize(text, bos)
         return np.concatenate([
-            self.specials.plain(self._unmarked(part)) if is_plain else
+            self.specials.plain(self.mark.sub("", part)) if is_plain else
             model.tokenize(part, bos and not place)
             for place, (part, is_plain) in enumerate(self._parts(text))])
 
     def _parts(self, text: str) -> Iterator[tuple[str, bool]]:
-        """A text in parts, and for each whether no special token counts in it. Such a part goes from
-        one of the template's tokens to the next one, as llama.cpp's tokenizer would have it: it has
-        rules for what stands behind a special token."""
+        """A text in parts, and for each whether no special token counts in it. Such a part goes
+        from one of the template's tokens to the next one, as llama.cpp's tokenizer would have it,
+        which has rules for what stands behind a special token."""
         taken = end = 0
-        ends = [*self._templates_own(text), (len(text), len(text))]
-        for start, after in ends:
-            between = text[end:start]
-            if self.opening in between or self.closing in between:
+        for start, next_end in [*self._templates_own(text), (len(text), len(text))]:
+            if self.mark.search(text, end, start):
                 yield text[taken:end], False
-                yield between, True
+                yield text[end:start], True
                 taken = start
-            end = after
+            end = next_end
         yield text[taken:], False
 
     def _templates_own(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where the template's own special tokens begin and end. subtle: one of the two marks is
-        enough to make a token the user's, since the template may have cut the other one off."""
+        """Where the template's own special tokens begin and end. subtle: one of its two marks is
+        enough to make a token the client's, since the template may have cut the other one off."""
         for found in self.specials.pattern.finditer(text):
             start, end = found.span()
-            if text[start - 1:start] != self.opening and text[end:end + 1] != self.closing:
+            before, behind = self.marks.get(found[0], ("", ""))
+            if not before or text[start - 1:start] != before and text[end:end + 1] != behind:
                 yield start, end
 
 
@@ -212,10 +219,9 @@ def texts_in(value) -> Iterator[str]:
             yield from texts_in(inner)
 
 
-@functools.cache
-def escaped(mark: str) -> str:
-    """A mark in JSON of ASCII."""
-    return json.dumps(mark)[1:-1]
+def unescaped(found: re.Match) -> str:
+    """The character of an ESCAPE."""
+    return chr(int(found[1], 16))
 
 
 # ==== 3. The feature =====================================================================
