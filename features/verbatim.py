@@ -4,17 +4,17 @@ What for: a chat template writes special tokens (`<|im_end|>`, `[INST]`, `<start
 the turns, and who writes such a token into a message, a tool's description or its result could end
 his turn and speak as somebody else. How it works: where a text that goes to the template spells a
 special token, the span is put between two characters that occur in no text of the chat, so the
-template still sees the text, and may trim it, cut it or make JSON of it. When the prompt becomes
-tokens, whatever stands between two special tokens of the template and has such a mark in it is read
-without special tokens, as if the vocabulary had none; then the marks are gone. A special token that
-is neither behind an opening mark nor before a closing one is the template's own. It costs a search
-in the chat's texts, 10 ns a character, and nothing else where they spell no special token. White
-space is left alone, of which some vocabularies have tokens. It reads the messages, tools and
-template variables of chats, and sends nothing. Prompts of /v1/completions are the client's own,
-with all their tokens.
+template still sees the text, and may trim it, cut it or make JSON of it. A text whose end or
+beginning may become a token with what the template writes beside it (`<parameter=` and `>` around
+an argument's name) gets such a character there. When the prompt becomes tokens, whatever stands
+between two special tokens of the template and has such a mark in it is read without special tokens,
+as if the vocabulary had none; then the marks are gone. It costs a search in the chat's texts, 10 ns
+a character and 10 us a text, and nothing else where they spell no special token. White space, of
+which some vocabularies have tokens, is left alone. It reads the messages, tools and template
+variables of chats, and sends nothing. Prompts of /v1/completions are the client's own, with all
+their tokens.
 """
 
-import dataclasses
 import itertools
 import re
 import weakref
@@ -35,25 +35,52 @@ ESCAPE = re.compile(r"\\u([0-9a-f]{4})")  # as JSON of ASCII has them
 # ==== 1. The vocabulary ==================================================================
 
 
-@dataclasses.dataclass
 class Specials:
     """The special tokens of a model that a text can spell."""
 
-    model: engine.Model
-    pattern: re.Pattern  # the longest of them that begins at a place
-    always_read: dict[int, str]  # those that llama.cpp reads in any text; by id, their text
+    def __init__(self, model: engine.Model, texts: Iterable[str], always_read: dict[int, str]):
+        """always_read: those of the tokens that llama.cpp reads in any text; by id, their text."""
+        self.model, self.always_read = model, always_read
+        self.pattern = re.compile(any_of(texts) or "(?!)")  # the longest that begins at a place
+        # What is to become one with what stands before it, and with what stands behind it; words
+        # alone do not count, since templates compare them.
+        self.ends = {text[n:] for text in texts for n in range(1, len(text))
+                     if not text[n:].isalnum()}
+        self.beginnings = {text[:n] for text in texts for n in range(1, len(text))
+                           if not text[:n].isalnum()}
+        self.lengths = range(1, max(map(len, texts), default=1))
+        self._spelled: dict[int, np.ndarray] = {}  # tokens of those that are always read
+
+    def begins_in(self, text: str) -> bool:
+        """Whether a special token may begin at the end of a text, and end behind it."""
+        return any(text[-n:] in self.beginnings for n in self.lengths)
+
+    def ends_in(self, text: str) -> bool:
+        """Whether a special token may begin before a text, and end at its beginning."""
+        return any(text[:n] in self.ends for n in self.lengths)
+
+    def touches(self, text: str) -> bool:
+        """Whether a special token may come of a text."""
+        return bool(self.pattern.search(text)) or self.begins_in(text) or self.ends_in(text)
 
     def plain(self, text: str) -> np.ndarray:
         """The token ids (int32) of a text, none of them special."""
         tokens = self.model.tokenize(text, bos=False, special=False)
         found = np.flatnonzero(np.isin(tokens, [*self.always_read]))
-        if not len(found):
-            return tokens
         parts: list[np.ndarray] = []
-        for before, place in zip([-1, *found], found):
-            spelled = self.always_read[int(tokens[place])]  # which is cut behind its first letter
-            parts += [tokens[before + 1:place], self.plain(spelled[:1]), self.plain(spelled[1:])]
-        return np.concatenate([*parts, tokens[found[-1] + 1:]])
+        taken = 0
+        for place in found:
+            parts += [tokens[taken:place], self._spell(int(tokens[place]))]
+            taken = place + 1
+        return np.concatenate([*parts, tokens[taken:]])
+
+    def _spell(self, token: int) -> np.ndarray:
+        """The tokens of the text of one that is always read, which is cut behind its first
+        letter."""
+        if token not in self._spelled:
+            text = self.always_read[token]
+            self._spelled[token] = np.concatenate([self.plain(text[:1]), self.plain(text[1:])])
+        return self._spelled[token]
 
 
 def specials_of(model: engine.Model) -> Specials:
@@ -67,7 +94,7 @@ def specials_of(model: engine.Model) -> Specials:
                 texts.append(text)
                 if attributes & lib.LLAMA_TOKEN_ATTR_USER_DEFINED:
                     always_read[token] = text
-    return Specials(model, re.compile(any_of(texts) or "(?!)"), always_read)
+    return Specials(model, texts, always_read)
 
 
 def any_of(texts: Iterable[str]) -> str:
@@ -100,6 +127,7 @@ class Marker:
         # By special token that is spelled, the marks before and behind it. subtle: each has its
         # own, so that a mark from which the template has cut it off speaks of no other token.
         self.marks: dict[str, tuple[str, str]] = {}
+        self.seam = ""  # the mark where a token may begin in a text and end in the template's
         self.mark = re.compile("(?!)")  # any of these
         self._render, self._show = chat.render, chat.show
         chat.render, chat.show, chat.tokenize = self.render, self.show, self.tokenize
@@ -108,9 +136,9 @@ class Marker:
         """As Chat.render; the prompt has the marks."""
         chat = self.chat
         texts = [*texts_in(map(told, chat.messages)), *texts_in(chat.options)]
-        if not self.marks and any(map(self.specials.pattern.search, texts)):
+        if not self.seam and any(map(self.specials.touches, texts)):
             self._choose_marks(texts)
-        if not self.marks:
+        if not self.seam:
             return self._render()
         given = chat.messages, chat.options
         chat.messages = [*map(self._marked_message, chat.messages)]
@@ -125,14 +153,14 @@ class Marker:
         """A pair for each special token that is spelled. Raises ApiError."""
         taken = set().union(*texts, *(map(unescaped, ESCAPE.finditer(text)) for text in texts))
         free = [mark for mark in MARKS if mark not in taken]
-        pairs = [*zip(free[::2], free[1::2])]
+        self.seam, pairs = "".join(free[:1]), [*zip(free[1::2], free[2::2])]
         if not pairs:
             raise server.invalid("messages", "messages: they spell special tokens, and have all of "
                                  "Unicode's private characters, too; leave one or the other out")
         spelled = dict.fromkeys(
             found[0] for text in texts for found in self.specials.pattern.finditer(text))
         self.marks = dict(zip(spelled, itertools.cycle(pairs)))
-        self.mark = re.compile(f"[{''.join(map(''.join, self.marks.values()))}]")
+        self.mark = re.compile(f"[{self.seam}{''.join(map(''.join, self.marks.values()))}]")
 
     def _marked_message(self, message: dict) -> dict:
         """A message with what it spells between marks."""
@@ -145,8 +173,10 @@ class Marker:
     def _marked(self, value):
         """A value with what its texts spell between marks."""
         if isinstance(value, str):
-            return self.specials.pattern.sub(
+            marked = self.specials.pattern.sub(
                 lambda found: found[0].join(self.marks[found[0]]), value)
+            return (self.seam * self.specials.ends_in(value) + marked
+                    + self.seam * self.specials.begins_in(value))
         if isinstance(value, list):
             return [*map(self._marked, value)]
         if isinstance(value, dict):
@@ -164,7 +194,7 @@ class Marker:
     def tokenize(self, text: str, bos: bool = True) -> np.ndarray:
         """As Chat.tokenize, of a text with marks."""
         model = self.specials.model
-        if not self.marks:
+        if not self.seam:
             return model.tokenize(text, bos)
         return np.concatenate([
             self.specials.plain(self.mark.sub("", part)) if is_plain else

@@ -76,6 +76,12 @@ SMALL = {
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}"
         "<think>\n{% endif %}{{ m.content | trim }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+    "writes names of arguments into tags":
+        "{% for m in messages %}" + SAID + "{% for c in m.tool_calls or [] %}<tool_call><function="
+        "{{ c.function.name }}>{% if c.function.arguments is mapping %}{% for name, value in "
+        "c.function.arguments | items %}<parameter={{ name }}>{{ value }}</parameter>{% endfor %}"
+        "{% else %}{{ c.function.arguments }}{% endif %}</function></tool_call>{% endfor %}"
+        + END + "{% endfor %}" + REPLY,
     "makes ASCII of tools and calls":
         "{% if tools %}<|im_start|>system\n{{ tools | tojson(ensure_ascii=True) }}<|im_end|>\n{% endif %}"
         "{% for m in messages %}" + SAID + "{% for c in m.tool_calls or [] %}<tool_call>{{ c | tojson(True, 2) }}</tool_call>{% endfor %}"

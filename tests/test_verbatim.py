@@ -22,7 +22,7 @@ from features import reasoning, tools, turns, verbatim
 from test_vision import PRODUCT, RED, user
 
 HARMLESS = "wombat"
-TEMPLATES = ("takes everything", "makes ASCII of tools and calls", "writes reasoning",
+TEMPLATES = ("takes everything", "writes names of arguments into tags", "makes ASCII of tools and calls", "writes reasoning",
              "alternating but for tools")
 
 
@@ -105,17 +105,16 @@ def prompt_of(loaded: templates.Loaded, body: dict) -> tuple[str, list[int]]:
     return chat.show(prompt), tokens.tolist()
 
 
-def check(loaded: templates.Loaded, spelled: str, specials, places=None) -> None:
+def check(loaded: templates.Loaded, spelled: str, specials) -> None:
     """No text of a chat becomes a special token, and people read it as it was sent."""
     harmless = bodies(HARMLESS)
     for place, body in bodies(spelled).items():
-        if places is None or place in places:
-            shown, tokens = prompt_of(loaded, body)
-            expected, innocent = prompt_of(loaded, harmless[place])
-            assert [token for token in tokens if token in specials] == \
-                [token for token in innocent if token in specials], (place, shown)
-            if place not in ("arguments", "names of arguments", "escaped arguments", "id of a call"):
-                assert shown == expected.replace(HARMLESS, spelled), place
+        shown, tokens = prompt_of(loaded, body)
+        expected, innocent = prompt_of(loaded, harmless[place])
+        assert [token for token in tokens if token in specials] == \
+            [token for token in innocent if token in specials], (place, shown)
+        if place not in ("arguments", "names of arguments", "escaped arguments", "id of a call"):
+            assert shown == expected.replace(HARMLESS, spelled), place
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -125,6 +124,8 @@ def test_no_special_token_can_be_forged_anywhere(bare, name):
     assert len(specials) > 15
     for spelled in specials.values():
         check(loaded, spelled, specials)
+    for text in ("<|im_end|", "<|im_start|", "<", "|im_end|>", ">"):  # the template has the rest
+        check(loaded, text, specials)
 
 
 def test_what_is_spelled_is_read_as_its_letters_are(bare):
@@ -142,7 +143,7 @@ def test_what_is_spelled_is_read_as_its_letters_are(bare):
 
 def test_a_chat_that_spells_no_special_token_is_tokenized_as_before(bare):
     loaded = load(bare, templates.SMALL["takes everything"])
-    for body in bodies("<b>x</b> | [0] <|im_en").values():
+    for body in bodies("<b>x</b> | [0] <|im_en.").values():
         chat = templates.chat_of(loaded, body)
         prompt = chat.render()
         assert chat.show(prompt) == prompt
@@ -210,8 +211,7 @@ def test_random_texts_forge_nothing(bare):
 def test_a_template_sees_the_text(bare):
     """One that parts reasoning from content finds the tags, also where they are special tokens."""
     loaded = load(bare, templates.SMALL["writes reasoning"])
-    specials = verbatim.Specials(bare, re.compile("</?think>|" + verbatim.any_of(specials_of(bare).values())), {})
-    verbatim.known[loaded] = specials
+    verbatim.known[loaded] = verbatim.Specials(bare, ["<think>", "</think>", "<|im_end|>"], {})
     chat = templates.chat_of(loaded, {"messages": [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "<think>Hm.</think>Yes."}, {"role": "user", "content": "?"}]})
@@ -231,13 +231,13 @@ class Letters:
         model.set_template(source)
         self.texts = sorted(set(re.findall(self.LIKE_ONE, source)), key=len, reverse=True)
         self.model = model
-        self.pattern = re.compile(verbatim.any_of(self.texts) or "(?!)")
+        self.pattern = verbatim.any_of(self.texts) or "(?!)"
 
     def __getattr__(self, name):
         return getattr(self.model, name)
 
     def tokenize(self, text: str, bos: bool = True, special: bool = True) -> np.ndarray:
-        parts = re.split(f"({self.pattern.pattern})", text) if special else [text]
+        parts = re.split(f"({self.pattern})", text) if special else [text]
         return np.array([token for place, part in enumerate(parts) for token in (
             [self.FIRST + self.texts.index(part)] if place % 2 else map(ord, part))], dtype=np.int32)
 
@@ -247,8 +247,9 @@ def test_no_real_template_can_be_forged(bare, name):
     """With each token that its own source writes."""
     letters = Letters(bare, templates.REAL[name])
     loaded = templates.Loaded(letters, reasoning, tools, turns)
-    verbatim.known[loaded] = verbatim.Specials(letters, letters.pattern, {})
-    for spelled in letters.texts:
+    verbatim.known[loaded] = verbatim.Specials(letters, letters.texts, {})
+    halves = [text[:-1] for text in letters.texts if len(text) > 2][:3]
+    for spelled in letters.texts + halves:  # the template may write the rest
         for place, body in bodies(spelled).items():
             try:
                 _, innocent = prompt_of(loaded, bodies(HARMLESS)[place])
