@@ -38,7 +38,7 @@ ESCAPE = re.compile(r"\\u([0-9a-f]{4})")  # as JSON of ASCII has them
 class Specials:
     """The special tokens of a model that a text can spell."""
 
-    def __init__(self, model: engine.Model, texts: Iterable[str], always_read: dict[int, str]):
+    def __init__(self, model: engine.Model, texts: list[str], always_read: dict[int, str]):
         """always_read: those of the tokens that llama.cpp reads in any text; by id, their text."""
         self.model, self.always_read = model, always_read
         self.pattern = re.compile(any_of(texts) or "(?!)")  # the longest that begins at a place
