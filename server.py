@@ -1134,8 +1134,8 @@ class Chat(Generation):
         self.messages = [dataclasses.asdict(message) for message in body.messages]
         self.adds_prompt = True  # the prompt ends with the opening of the reply's turn
         self.options: dict[str, Any] = {}  # what else the template may read
-        # Roles of neighbours that become one message.
-        self.joined = {("system", "system")}
+        self.tokenize = self.model.tokenize  # the text of the prompt, or a part of it
+        self.joined = {("system", "system")}  # roles of neighbours that become one message
         if engine.NO_SYSTEM in self.model.template_source:
             self.joined.add(("system", "user"))
         # Of the prompt: what makes the parser of each choice's text.
@@ -1162,7 +1162,7 @@ class Chat(Generation):
 
     def read_prompt(self, prompt: str) -> tuple[np.ndarray, dict[int, engine.Piece]]:
         """The tokens of a prompt, and pieces in it by where they begin. Raises ApiError."""
-        return self.handler.tokenize(prompt, "messages"), {}
+        return self.handler.tokenize(prompt, "messages", read=self.tokenize), {}
 
     def opening(self, choice: engine.Request) -> Iterator[dict]:
         """As api.openai.com begins."""
@@ -1627,10 +1627,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with engine_errors(), self.server.models.lease(model, self) as self.loaded:
             yield
 
-    def tokenize(self, text: str, param: str, n_reply: int = 1) -> np.ndarray:
-        """The tokens of a text; 400 when there are none, or too many."""
+    def tokenize(self, text: str, param: str, n_reply: int = 1, read=None) -> np.ndarray:
+        """The tokens of a text, as `read` has them; 400 when there are none, or too many."""
         self.check_fewest(text, param, n_reply)
-        tokens = self.loaded.model.tokenize(text)
+        tokens = (read or self.loaded.model.tokenize)(text)
         self.check_length(len(tokens), param, n_reply)
         return tokens
 

@@ -9,6 +9,7 @@ nothing. It reads those fields, and sends `timings` with the end of each reply.
 
 import dataclasses
 import functools
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -137,10 +138,36 @@ def join(wanted: server.Generation) -> None:
 
 
 def render_begun(chat: server.Chat, render: Callable[[], str]) -> str:
-    """The prompt for a reply that goes on where the last message, the assistant's, ends."""
-    last = chat.messages.pop()
-    chat.adds_prompt = True
-    return render() + server.text_of(last["content"] or last["refusal"] or "")
+    """The prompt for a reply that goes on where the last message, the assistant's, ends: what the
+    template makes of it, cut off behind its content. Raises ApiError."""
+    *others, last = chat.messages
+    thoughts = last.get("reasoning_content") or ""
+    said = server.text_of(last.get("content") or last.get("refusal") or "")
+    first, end, behind = (secrets.token_hex(8) for _ in range(3))  # nobody else can write them
+    chat.adds_prompt = False
+
+    def rendered(content: str, thoughts: str | None) -> tuple[str, str]:
+        """What stands before the content, and the content, as the template writes them."""
+        chat.messages = [*others, {**last, "refusal": None, "content": f"{first}{content}{end}",
+                                   "reasoning_content": thoughts}]
+        prompt, found, _ = render().rpartition(end)
+        if not found:
+            raise server.invalid("continue_final_message", "continue_final_message: the model's "
+                                 "chat template does not write the last message", "template_error")
+        before, found, content = prompt.rpartition(first)
+        return (before, content) if found else (prompt, "")  # it took the beginning for reasoning
+
+    before, content = rendered(said, thoughts + behind if thoughts else None)
+    before, is_kept = before.replace(behind, ""), behind in before
+    close = "" if (tag := chat.lead(before)) in content else tag
+    if not close and thoughts and not is_kept and others:
+        chat.messages, chat.adds_prompt = others, True
+        opening = render()
+        if close := chat.lead(opening):
+            before, chat.adds_prompt = opening, False
+    if close:  # the template begins to think and leaves it to the reply to end that
+        before += f"{rendered(thoughts, None)[1]}\n{close}\n\n"
+    return before + content
 
 
 def timings(wanted: server.Generation) -> dict:

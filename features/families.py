@@ -10,7 +10,8 @@ import re
 
 import engine
 
-NO_SYSTEM = engine.NO_SYSTEM
+NO_SYSTEM = ("{% if messages[0].role == 'system' %}{{ raise_exception('" + engine.NO_SYSTEM
+             + "') }}{% endif %}")
 FAMILIES = {  # name: (pattern, opening, each message `m`, the reply's beginning)
     "chatml": ("qwen|smollm|internlm2|chatml|dolphin|openorca|openhermes|hermes-?[23]", "",
                "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n"),
@@ -19,10 +20,10 @@ FAMILIES = {  # name: (pattern, opening, each message `m`, the reply's beginning
     "glm4": ("(?<!chat)glm-?4", "[gMASK]<sop>", "<|{{ m.role }}|>\n{{ m.content }}",
              "<|assistant|>\n"),
     "chatglm": ("chatglm", "[gMASK]sop", "<|{{ m.role }}|>\n {{ m.content }}", "<|assistant|>"),
-    "gemma": ("gemma", "{# " + NO_SYSTEM + " #}{{ bos_token }}",
+    "gemma": ("gemma", NO_SYSTEM + "{{ bos_token }}",
               "<start_of_turn>{{ 'model' if m.role == 'assistant' else 'user' }}\n"
               "{{ m.content | trim }}<end_of_turn>\n", "<start_of_turn>model\n"),
-    "mistral": ("mi[sx]tral", "{# " + NO_SYSTEM + " #}{{ bos_token }}",
+    "mistral": ("mi[sx]tral", NO_SYSTEM + "{{ bos_token }}",
                 "{% if m.role == 'assistant' %} {{ m.content | trim }}{{ eos_token }}"
                 "{% else %}[INST] {{ m.content }} [/INST]{% endif %}", ""),
     "llama3": ("llama[-_ ]?3", "{{ bos_token }}", "<|start_header_id|>{{ m.role }}<|end_header_id|>"

@@ -391,7 +391,8 @@ def join(wanted: server.Generation) -> None:
         handler.check_length(n_tokens, at, 1)
     if marked:
         wanted.read_prompt = functools.partial(read_prompt, wanted, marked)
-        wanted.show = lambda prompt: re.sub("|".join(marked), "<image>", prompt)
+        show = wanted.show
+        wanted.show = lambda prompt: re.sub("|".join(marked), "<image>", show(prompt))
 
 
 def read_prompt(chat: server.Chat, marked: dict[str, Pieces], prompt: str
@@ -402,18 +403,18 @@ def read_prompt(chat: server.Chat, marked: dict[str, Pieces], prompt: str
                                          "image once", "template_error")
     parts = re.split(f"({'|'.join(map(re.escape, marked))})", prompt)
     chat.handler.check_fewest("".join(part for part in parts if part not in marked), "messages", 1)
-    tokens, pieces = tokenize(chat.loaded.model, [marked.get(part, part) for part in parts])
+    tokens, pieces = tokenize(chat, [marked.get(part, part) for part in parts])
     chat.handler.check_length(len(tokens) + engine.extra_tokens(pieces), "messages", 1)
     if tokens[-1] < 0:
         raise server.invalid("messages", "messages: the prompt ends with an image; add text")
     return tokens, pieces
 
 
-def tokenize(model: engine.Model, parts: list[str | Pieces]
+def tokenize(chat: server.Chat, parts: list[str | Pieces]
              ) -> tuple[np.ndarray, dict[int, engine.Piece]]:
     """The token ids of texts and images, one after the other, and the Pieces by their places."""
     pieces = [piece for index, part in enumerate(parts) for piece in (
-        [model.tokenize(part, bos=index == 0)] if isinstance(part, str) else part)]
+        [chat.tokenize(part, bos=index == 0)] if isinstance(part, str) else part)]
     ids = [piece.ids if isinstance(piece, engine.Piece) else piece for piece in pieces]
     starts = itertools.accumulate(map(len, ids), initial=0)
     return np.concatenate(ids), {start: piece for start, piece in zip(starts, pieces)

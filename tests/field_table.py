@@ -56,8 +56,8 @@ NOTES = {
                         "false`, the others true",
     "chat_template_kwargs": f"{LOCAL}: variables for the chat template",
     "add_generation_prompt": f"{LOCAL}: false ends the prompt after the last message",
-    "continue_final_message": f"{LOCAL}: the reply goes on where the last, the assistant's, "
-                              "message ends",
+    "continue_final_message": f"{LOCAL}: the reply goes on where the content of the last, "
+                              "the assistant's, message ends",
     "prompt": "a string, a list of strings, a list of token ids, or a list of such lists; at most "
               f"{server.MAX_CHOICES} replies in all",
     "echo": "the text begins with the prompt; with `logprobs`, its tokens are scored too",
