@@ -2123,9 +2123,9 @@ def find_route(routes: dict[tuple[str, str], Route], method: str, path: str
     if (method, path) in routes and "{id}" not in path:
         return path, routes[method, path], []
     for (route_method, pattern), route in routes.items():
-        stem, has_id, _ = pattern.partition("{id}")
-        rest = path.removeprefix(stem)
-        if path == "*" or path.startswith(stem) and bool(rest) == bool(has_id):
+        stem, has_id, tail = pattern.partition("{id}")
+        rest = path.removeprefix(stem).removesuffix(tail)
+        if path == "*" or path == f"{stem}{rest}{tail}" and bool(rest) == bool(has_id):
             found[route_method] = pattern, route, [rest] if has_id else []
     found |= {"HEAD": found["GET"]} if "GET" in found else {}
     if method in found:
