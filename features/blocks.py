@@ -133,7 +133,7 @@ class CustomTool:
     type: str = "custom"
     description: str | None = None
     cache_control: Any = server.option(no_effect=True)
-    strict: bool = server.option(False, no_effect=True)  # the input always validates
+    strict: bool = False
     input_examples: Any = server.option(no_effect=True)
     eager_input_streaming: bool = server.option(False, no_effect=True)
     defer_loading: bool = server.option(False, no_effect=True)
@@ -194,5 +194,5 @@ def read_tools(sent_tools: list[dict] | None, reading: server.Reading
                        (f"{at}.function", f"tools[{i}]"), (at, f"tools[{i}]")]
             tools.append({"type": "function", "function": {
                 "name": tool.name, "description": tool.description,
-                "parameters": tool.input_schema}})
+                "parameters": tool.input_schema, "strict": tool.strict}})
     return tools, places

@@ -162,7 +162,7 @@ class FunctionTool:
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = server.option(no_effect=True)  # the arguments always validate
+    strict: bool | None = None
     defer_loading: bool | None = server.option(no_effect=True)
     allowed_callers: Any = server.option(no_effect=True)
     output_schema: Any = server.option(no_effect=True)
@@ -198,7 +198,8 @@ class Tools:
             ours = f"tools[{len(self.chat)}]"
             self.places += [(f"{ours}.function", at), (ours, at)]
             self.chat.append({"type": "function", "function": {
-                "name": name, "description": tool.description, "parameters": tool.parameters}})
+                "name": name, "description": tool.description, "parameters": tool.parameters,
+                "strict": bool(tool.strict)}})
 
     def _read(self, sent: list[dict] | None, reading: server.Reading
               ) -> Iterator[tuple[str | None, FunctionTool, str]]:

@@ -136,7 +136,7 @@ def receive(handler: server.Handler, body, target) -> None:
     handler.tally.ignored += reading.ignored
     handler.answer_headers["request-id"] = handler.tally.id
     effort, kind = wanted.effort, body.thinking and body.thinking.type
-    effort = {None: None, "disabled": "none", "enabled": effort or "medium"}.get(kind, effort)
+    effort = {"disabled": "none", "enabled": effort or "medium"}.get(kind, effort)
     body.places = [*turns.places, *places, *PLACES]
     body.chat = protocols.read_chat(handler, {
         "model": body.model, "messages": turns.messages, "tools": tools or None,
