@@ -128,16 +128,16 @@ class InputBody:
     reasoning: Reasoning | None = None
     text: TextConfig | None = None
     truncation: Literal["auto", "disabled"] | None = server.option(no_effect=True)
-    conversation: Any = None
+    conversation: Any = server.option(refused=True)
 
     chat = places = None  # the same as the body of a chat, and of what, which `receive` makes
     known = items = None  # the functions, and the conversation; these, too
 
     def check(self, _at: str) -> None:
         """Refuse what is not served."""
-        for name in ("conversation", "prompt", "background"):
-            if getattr(self, name, None):
-                raise server.invalid(name, f"{name}: is not supported; leave it out",
+        for field in dataclasses.fields(self):
+            if "refused" in field.metadata and getattr(self, field.name):
+                raise server.invalid(field.name, f"{field.name}: is not supported; leave it out",
                                      "unsupported_parameter")
 
     def own_fields(self) -> dict:
@@ -158,8 +158,8 @@ class ResponsesBody(InputBody):
     metadata: dict[str, str] | None = None
     stream: bool = False
     stream_options: dict[str, Any] | None = server.option(no_effect=True)
-    background: bool = False
-    prompt: Any = None
+    background: bool = server.option(False, refused=True)
+    prompt: Any = server.option(refused=True)
     max_tool_calls: int | None = server.option(no_effect=True)
     user: str | None = server.option(no_effect=True)
     service_tier: str | None = server.option(no_effect=True)
