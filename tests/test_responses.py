@@ -4,7 +4,9 @@ Every response and every event passes responses_schemas.py; the openai library r
 """
 
 import asyncio
+import functools
 import json
+import random
 import sys
 import threading
 import types
@@ -14,11 +16,13 @@ import openai
 import pydantic
 import pytest
 
+import messages_schemas
 import openai_schemas
 import responses_schemas
-from conftest import ROOT, serve
+from conftest import ROOT, default_model, serve
 from responses_schemas import OTHERS, check_response, check_stream, validate
-from test_messages import REPLIES, story_of
+from test_messages import CLAUDE_CODE, REPLIES, story_of
+from test_models import running_process
 
 sys.path.insert(0, str(ROOT))
 import server  # noqa: E402
@@ -443,3 +447,86 @@ def test_the_setting_says_how_many_are_kept(thinking):
     names = [httpx.post(f"{thinking}/v1/responses", json={"input": "Hi", "max_output_tokens": 1}, timeout=60).json()["id"]
              for _ in range(2)]
     assert [httpx.get(f"{thinking}/v1/responses/{name}").status_code for name in names] == [404, 200]
+
+
+# ==== Whatever comes ======================================================================
+
+ODD = [None, True, 0, -1, 1e30, "", "x", "\ud800", [], {}, [[]], [None], {"type": None}, {"type": []}, {"type": "x"},
+       [{"type": "text"}], [{"type": "function"}], [{"type": "namespace", "name": "n", "tools": [1]}],
+       [{"type": "item_reference", "id": []}], [{"type": "reasoning", "summary": [{"type": "x"}]}], "a" * 5000]
+
+
+def places_in(value, at: tuple = ()):
+    """Every place in a body."""
+    yield at
+    for key, inner in (value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()):
+        yield from places_in(inner, (*at, key))
+
+
+def changed(body: dict, at: tuple, value) -> dict:
+    """The body with another value at a place."""
+    body = json.loads(json.dumps(body))
+    inner = functools.reduce(lambda each, key: each[key], at[:-1], body)
+    inner[at[-1]] = value
+    return body
+
+
+@pytest.mark.parametrize("path, body", [
+    ("/v1/responses", CODEX | {"max_output_tokens": 1}), ("/v1/messages", CLAUDE_CODE | {"max_tokens": 1})],
+    ids=["responses", "messages"])
+def test_an_odd_value_anywhere_is_a_4xx_or_served(url, path, body):
+    """What an agent sends, with something else in one place: never a 500, and the server lives."""
+    chance = random.Random(7)
+    body, places = {**body, "stream": False}, [at for at in places_in(body) if at and at != ("stream",)]
+    with httpx.Client(base_url=url, timeout=60) as client:
+        for _ in range(60):
+            at, value = chance.choice(places), chance.choice(ODD)
+            sent = json.dumps(changed(body, at, value))
+            response = client.post(path, content=sent)
+            assert response.status_code in (200, 400, 404), (at, value, response.text)
+            if response.status_code != 200:
+                error = response.json()
+                assert (messages_schemas.check_error(error) if path == "/v1/messages" else
+                        openai_schemas.check_reply("error", error) or error["error"])["message"]
+
+
+@pytest.mark.parametrize("path, body, last", [
+    ("/v1/responses", {"input": "Count.", "max_output_tokens": 900}, "response.failed"),
+    ("/v1/messages", {"messages": [{"role": "user", "content": "Count."}], "max_tokens": 900}, "error")])
+def test_a_stream_that_the_end_of_the_server_cuts_says_so(path, body, last):
+    """In the protocol's own words, and then it ends."""
+    started = [ROOT / "server.py", "--port", "0", "--model", default_model()]
+    with running_process(*started, N_CTX="1024", DRAIN_SECONDS="0") as (process, address, _):
+        asked = {**body, "stream": True}
+        with httpx.stream("POST", f"{address}{path}", json=asked, timeout=60) as response:
+            pieces = response.iter_text()
+            text = next(pieces)
+            while text.count("delta") < 4:
+                text += next(pieces)
+            process.terminate()
+            text += "".join(pieces)
+    events = responses_schemas.parse(text)
+    assert events[-1]["type"] == last, events[-1]
+    if path == "/v1/messages":
+        assert messages_schemas.check_error(events[-1])["type"] == "overloaded_error"
+    else:
+        _, whole = check_stream(text[:text.index("event: response.output_item.added")] + text[text.rindex("event: "):].replace(
+            f'"sequence_number":{len(events) - 1}', '"sequence_number":2'))
+        assert whole["error"]["code"] == "server_error"
+
+
+def test_an_engine_elsewhere_gets_both_protocols_as_they_came(url):
+    """Relayed, as everything under /v1; the query of Claude Code's path is no trouble."""
+    with serve(OPENAI_BASE_URL=f"{url}/v1", OPENAI_API_KEY="unused", MODEL_ALIASES="[own]") as address:
+        for path, body in (("/v1/responses", {"input": "Hi", "max_output_tokens": 4, "temperature": 0}),
+                           ("/v1/messages?beta=true", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4,
+                                                       "temperature": 0})):
+            texts = [httpx.post(f"{each}{path}", json={**body, "model": "gpt-4o-mini", "stream": True}, timeout=60).text
+                     for each in (address, url)]
+            check = check_stream if "responses" in path else messages_schemas.check_stream
+            assert said_by(check(texts[0])[1]) == said_by(check(texts[1])[1])
+
+
+def said_by(reply: dict) -> str:
+    """The text of a response or a message."""
+    return (reply["output"][0] if "output" in reply else reply)["content"][0]["text"]
