@@ -180,7 +180,7 @@ def read_turns(system: str | list[dict] | None, messages: list[Turn], reading: s
                     for each in inner.said(place)], at)
         if said:
             turns.say(turn.role, said, f"messages[{i}]")
-    return turns
+    return turns.end()
 
 
 def read_tools(sent_tools: list[dict] | None, reading: server.Reading

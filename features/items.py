@@ -228,4 +228,4 @@ def read_turns(instructions: str | None, items: list[tuple[dict, str]], tools: T
     for sent, at in items:
         if item := read_kind(ITEMS, sent, at, reading):
             item.tell(turns, at, tools)
-    return turns
+    return turns.end()

@@ -58,6 +58,7 @@ class Turns:
     def __init__(self):
         self.messages: list[dict] = []
         self.places: list[Place] = []
+        self.images: list[Said] = []  # of results, not shown yet
 
     def say(self, role: str, said: Iterable[Said], at: str) -> None:
         """Add what a role says."""
@@ -86,14 +87,22 @@ class Turns:
                       "function": {"name": name, "arguments": arguments}})
 
     def result(self, call_id: str, said: list[Said], at: str) -> None:
-        """Add what a call gave. Only users show images, so those come with what they say next."""
+        """Add what a call gave. Only users show images, so those come behind all results."""
         texts = [each.part for each in said if each.part["type"] == "text"]
         self._turn("tool", at, tool_call_id=call_id)["content"] = texts or ""
-        if images := [each for each in said if each.part["type"] != "text"]:
-            self.say("user", images, at)
+        self.images += [each for each in said if each.part["type"] != "text"]
+
+    def end(self) -> "Turns":
+        """The conversation is whole."""
+        if self.images:
+            images, self.images = self.images, []
+            self.say("user", images, images[0].at)
+        return self
 
     def _turn(self, role: str, at: str, **more) -> dict:
         """The message to which a role adds: the last one if that is its own, else a new one."""
+        if role != "tool":
+            self.end()
         last = self.messages[-1] if self.messages else {"role": None}
         if last["role"] != role or role == "tool":
             self.places.append((f"messages[{len(self.messages)}]", at))

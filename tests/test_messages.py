@@ -354,18 +354,23 @@ def test_thinking_that_is_not_to_be_shown_is_not():
     assert not any("thinking_delta" in json.dumps(event) for event in events)
 
 
-def test_an_image_in_a_tool_s_result_comes_with_the_user_s_words(url):
-    """Only users show images to a model; the result keeps its text."""
-    turns = protocols.Turns()
+def test_images_in_results_come_with_the_user_s_words():
+    """Only users show images to a model, and nothing stands between two results."""
+    turns, said = protocols.Turns(), protocols.Said
     turns.call("t", "f", "{}", "messages[0]")
-    turns.result("t", [protocols.Said.text("Here", "a"), protocols.Said.image("data:,", "b")], "messages[1]")
-    turns.say("user", [protocols.Said.text("What is it?", "c")], "messages[1]")
-    assert [message["role"] for message in turns.messages] == ["assistant", "tool", "user"]
-    assert [part["type"] for part in turns.messages[2]["content"]] == ["image_url", "text"]
-    assert ("messages[2].content[0]", "b") in turns.places
+    turns.call("u", "f", "{}", "messages[0]")
+    turns.result("t", [said.text("Here", "a"), said.image("data:,", "b")], "messages[1]")
+    turns.result("u", [said.image("data:,", "c")], "messages[1]")
+    turns.say("user", [said.text("What is it?", "d")], "messages[1]")
+    turns.call("v", "f", "{}", "messages[2]")
+    turns.result("v", [said.image("data:,", "e")], "messages[3]")
+    assert [message["role"] for message in turns.end().messages] == [
+        "assistant", "tool", "tool", "user", "assistant", "tool", "user"]
+    assert [part["type"] for part in turns.messages[3]["content"]] == ["image_url", "image_url", "text"]
+    assert turns.messages[2]["content"] == "" and ("messages[3].content[1]", "c") in turns.places
 
 
-def test_a_stop_sequence_is_told_to_whoever_asks(url):
+def test_a_stop_sequence_is_told_to_whoever_asks():
     """engine.py: the one that ended the reply, whole, though none of it is sent."""
     stream = engine.TextStream(["END", "stop"])
     assert stream.feed(b"a ST") == ("a ST", "") and stream.feed(b" EN") == (" ", "")

@@ -4,6 +4,7 @@ Every response and every event passes responses_schemas.py; the openai library r
 """
 
 import asyncio
+import base64
 import functools
 import json
 import random
@@ -12,6 +13,7 @@ import threading
 import types
 
 import httpx
+import numpy as np
 import openai
 import pydantic
 import pytest
@@ -21,6 +23,7 @@ import openai_schemas
 import responses_schemas
 from conftest import ROOT, default_model, serve
 from responses_schemas import OTHERS, check_response, check_stream, validate
+from make_vision_model import COLORS, PRODUCT, SHAPES, pictures, png
 from test_messages import CLAUDE_CODE, REPLIES, story_of
 from test_models import running_process
 
@@ -530,3 +533,22 @@ def test_an_engine_elsewhere_gets_both_protocols_as_they_came(url):
 def said_by(reply: dict) -> str:
     """The text of a response or a message."""
     return (reply["output"][0] if "output" in reply else reply)["content"][0]["text"]
+
+
+def test_a_model_sees_what_both_protocols_show():
+    """The colour of a shape, asked as each API has it; an image in a call's result, too."""
+    image = pictures(np.random.default_rng(7), np.array([list(COLORS).index("green")]), np.array([len(SHAPES) - 1]))[0]
+    data = base64.b64encode(png(image)).decode()
+    part = {"type": "input_image", "image_url": f"data:image/png;base64,{data}", "detail": "auto"}
+    block = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": data}}
+    ask = "What is the color?"
+    call = {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"}
+    with serve(MMPROJ=str(PRODUCT), TEMPERATURE="0") as address:
+        for given in ([{"role": "user", "content": [part, {"type": "input_text", "text": ask}]}],
+                      [call, {"type": "function_call_output", "call_id": "c", "output": [part]},
+                       {"role": "user", "content": ask}]):
+            reply = httpx.post(f"{address}/v1/responses", json={"input": given, "max_output_tokens": 8}, timeout=60)
+            assert "green" in said_by(check_response(reply.json())), reply.text
+        reply = httpx.post(f"{address}/v1/messages", timeout=60, json={"max_tokens": 8, "messages": [
+            {"role": "user", "content": [block, {"type": "text", "text": ask}]}]})
+        assert "green" in said_by(messages_schemas.check_message(reply.json()))
