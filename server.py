@@ -5,19 +5,20 @@ of HTTP. What not every server needs is a feature: a file in features/, which pl
 the settings name it. In the order of the file, which is the way of a request but for what must be
 known first:
 
-    1  settings     config.yaml, environment, flags
+    1  settings     config.yaml, flags
     2  errors       refusals in the OpenAI shape
     3  validation   JSON into dataclasses, by their types
     4  features     files that plug in: more settings, fields, paths
     5  bodies       what a client may send
-    6  the wire     heads, bodies, addresses, a rate limit
+    6  limits       deadlines, addresses, how often
     7  models       which names there are
-    8  the server   connections; who may ask
+    8  the server   connections, and what they share
     9  replies      a body becomes a prompt, the engine's events become chunks
-    10 routes       what answers: submit, wait, write
-    11 main         start, signals, drain
+    10 the handler  reads a request, finds what answers it, writes
+    11 routes       what answers which path
+    12 main         start, signals, drain
 
-A chat's way: `Server.process_request` gives its connection a thread, `Connection.answer` reads and
+A chat's way: `Server.process_request` gives its connection a thread, `Handler.answer` reads and
 checks it, `Models.find` names who answers, `LocalModel.answer` makes a ChatBody of it, `Chat` a
 prompt; `Handler.generate` submits that, and writes what `Handler.events` and `Chat.chunks` yield.
 
@@ -30,11 +31,9 @@ import collections
 import contextlib
 import dataclasses
 import difflib
-import email.utils
 import functools
 import hashlib
 import hmac
-import http.client
 import http.server
 import importlib
 import io
@@ -96,10 +95,12 @@ class Config:
     unique, so sections are optional; inside its section, `auth_enabled` is just `enabled`."""
 
     features: list[str] = setting("features", ())
-    host: str = setting("server", "127.0.0.1")
+    host: str = setting("server", "127.0.0.1", like=(r"\S+", "an address, such as 127.0.0.1"))
     port: int = setting("server", 8080, low=0, high=65535)
-    cors_origins: list[str] = setting("server", ())
-    allowed_hosts: list[str] = setting("server", ())
+    cors_origins: list[str] = setting("server", (), like=(
+        r"\*|null|[a-z][a-z0-9+.-]*://[^\s/]+", "like https://app.example"))
+    allowed_hosts: list[str] = setting("server", (), like=(
+        r"[^\s/:@]+|\[\S+\]", "like box.example, without a port"))
     max_connections: int = setting("server", 512, low=1, high=2**15)
     max_body_mb: float = setting("server", 16.0, low=0.001, high=1024)
     max_queue: int = setting("server", 128, low=1)
@@ -110,7 +111,8 @@ class Config:
     drain_seconds: float = setting("server", 30.0, low=0, high=DAY)
 
     auth_enabled: bool | None = setting("auth", None)
-    api_keys: list[str] = setting("auth", (), secret=True)
+    api_keys: list[str] = setting("auth", (), secret=True, like=(
+        "[!-~]+", "printable ASCII without spaces"))
     public_metrics: bool = setting("auth", False)
 
     rate_limiting_enabled: bool = setting("rate_limiting", False)
@@ -139,20 +141,8 @@ class Config:
         if self.parallel > self.n_batch:
             raise invalid("n_batch", f"n_batch is {self.n_batch} but must be at least parallel "
                                      f"({self.parallel}): each slot needs a row in the batch")
-        if not self.host:
-            raise invalid("host", "host is empty; name an address, such as 127.0.0.1")
-        for name, pattern, example in (
-                ("allowed_hosts", r"[^\s/:@]+|\[\S+\]", "box.example, without a port"),
-                ("cors_origins", r"\*|null|[a-z][a-z0-9+.-]*://[^\s/]+", "https://app.example")):
-            for value in getattr(self, name):
-                if not re.fullmatch(pattern, value):
-                    raise invalid(name, f"{name}: {describe(value)} must be like {example}")
         if self.auth_enabled and not self.api_keys:
             raise invalid("auth_enabled", "auth is enabled, but there are no api_keys")
-        for number, key in enumerate(self.api_keys, start=1):
-            if not re.fullmatch("[!-~]+", key):
-                raise invalid("api_keys", f"api_keys: number {number} must be printable ASCII "
-                                          "without spaces")
 
 
 class ConfigError(Exception):
@@ -163,8 +153,8 @@ NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: 2024-13-4
 
 
 def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
-    """Defaults, then config.yaml, environment variables, flags; the later wins. Raises
-    ConfigError; exits like argparse for a bad flag or --help."""
+    """Defaults, then config.yaml, what features read of the environment, flags; the later wins.
+    Raises ConfigError; exits like argparse for a bad flag or --help."""
     parser = argparse.ArgumentParser(prog="server.py", description=__doc__.splitlines()[0])
     parser.add_argument("--config", help="settings file (default: config.yaml beside server.py)")
     parser.add_argument("--host", help="address to listen on")
@@ -174,24 +164,8 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     flags = vars(parser.parse_args(argv))
     file, content = read_config_file(flags.pop("config"))
     # Which features there are decides which settings there are.
-    chosen = read_variable("features", list[str], environ)
-    chosen = content.get("features") or [] if chosen is None else chosen
-    house = load_features(chosen if isinstance(chosen, list) else [chosen])
-    found = sort_settings(house, file, content)  # {key: (where it was set, value)}
-    hints, told_by = house.hints(house.Config), {}
-    aliases = functools.reduce(dict.__or__, house.having("ALIASES"), {})
-    for variable, name in [*aliases.items(), *((name.upper(), name) for name in hints)]:
-        if environ.get(variable):
-            if name in told_by:
-                raise ConfigError(f"environment variables {told_by[name]} and {variable} mean the "
-                                  "same; set one of them")
-            told_by[name], is_secret = variable, house.settings[name].get("secret", False)
-            found[name] = (f"environment variable {variable}",
-                           read_variable(variable, hints[name], environ, is_secret))
-    for (target, name), (feature, _) in house.off.items():
-        if target == "Config" and environ.get(name.upper()):
-            log.warning("warning: environment variable %s is ignored: it needs the feature %s, "
-                        "which is off", name.upper(), feature)
+    house = load_features(content.get("features") or [], environ)
+    found = sort_settings(house, file, content) | house.more_settings(environ)
     found |= {name: ("flag", value) for name, value in flags.items() if value is not None}
     reading = Reading(house)
     try:
@@ -203,21 +177,6 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     except ApiError as error:
         source, _ = found.get(re.split(r"[.\[]", error.param)[0], ("settings", None))
         raise ConfigError(f"{source}: {error.message}") from error
-
-
-def read_variable(name: str, hint, environ: Mapping[str, str], is_secret: bool = False):
-    """An environment variable as a setting of a type; None where it is not set. Raises
-    ConfigError."""
-    text = environ.get(name.upper())
-    if not text:  # an empty one is none
-        return None
-    try:
-        if hint == list[str] and not text.lstrip().startswith("["):  # a,b or [a, b]
-            return [item.strip() for item in text.split(",") if item.strip()]
-        return text if hint in (str, str | None) else yaml.safe_load(text)
-    except NOT_YAML as error:
-        sent = "what is there" if is_secret else repr(text)
-        raise ConfigError(f"environment variable {name.upper()}: {sent} is not a value") from error
 
 
 def read_config_file(path: str | None) -> tuple[Path, dict]:
@@ -240,21 +199,19 @@ def sort_settings(house: "House", file: Path, content: dict) -> dict[str, tuple[
     """Return {key: (file, value)} for keys in their sections or flat. Raises ConfigError."""
     sections = {name: metadata["section"] for name, metadata in house.settings.items()}
     found: dict[str, tuple[str, Any]] = {}
-    for key, content_of_key in content.items():
+    for key, inner in content.items():
         section = key if key in sections.values() and key not in sections else None
-        values = (content_of_key or {}) if section else {key: content_of_key}
+        values = (inner or {}) if section else {key: inner}
         if not isinstance(values, dict):
             raise ConfigError(f"{file}: section {key} holds `key: value` lines, nothing else")
         for name, value in values.items():
             if name == "enabled" and f"{section}_enabled" in sections:
                 name = f"{section}_{name}"
             if name not in sections:
-                others = [each for key, inner in content.items() for each in (
-                    inner if isinstance(inner, dict) else [key])]
-                raise ConfigError(f"{file}: {house.unknown_setting(name, others)}")
+                raise ConfigError(f"{file}: {house.unknown_setting(name, content)}")
             if section not in (None, sections[name]):
-                right = sections[name]
-                raise ConfigError(f"{file}: {name} belongs in section {right}, not {section}")
+                raise ConfigError(f"{file}: {name} belongs in section {sections[name]}, not "
+                                  f"{section}")
             if name in found:
                 raise ConfigError(f"{file}: {name} is set twice")
             try:
@@ -277,28 +234,6 @@ def resolve_paths(fields: Mapping, name: str, value, folder: Path):
     return str(folder / os.path.expanduser(value)) if is_path else value
 
 
-ENV_LINE = re.compile(
-    r"""\s*(?:export\s+)?(\w+)\s*=\s*("[^"]*"|'[^']*'|(?!["']).*?)\s*(?:(?<=[\s"'])#.*)?""")
-
-
-def read_env_file(file: Path) -> dict[str, str]:
-    """The variables of a .env file: NAME=VALUE lines, in quotes or not; `#` begins a comment, in
-    front of the line or behind a blank. Raises ConfigError."""
-    found = {}
-    try:
-        lines = file.read_text().splitlines() if file.exists() else []
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {file}: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip() and not line.lstrip().startswith("#"):
-            match = ENV_LINE.fullmatch(line)
-            if not match:  # the line itself may be a secret
-                raise ConfigError(f"{file}: line {number} is not like NAME=VALUE")
-            name, text = match.groups()
-            found[name] = text[1:-1] if text[:1] in ("'", '"') else text
-    return found
-
-
 # ==== 2. Errors =========================================================================
 
 RETRY_SOON = {"Retry-After": "2"}  # seconds: about one short reply
@@ -306,20 +241,13 @@ MAX_LINE = 200  # characters of what a client sent that are told again, to it or
 
 
 class ApiError(Exception):
-    """A refusal that is also its own response, in the OpenAI error shape:
-    https://platform.openai.com/docs/guides/error-codes"""
+    """A refusal that is also its own response: Dialect.error writes it."""
 
     def __init__(self, status: int, message: str, param: str | None = None,
                  code: str | None = None, headers: dict[str, str] | None = None):
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = headers or {}
-
-    def body(self) -> dict:
-        kind = "requests" if self.status == 429 else \
-            "server_error" if self.status in (500, 502, 503, 504, 508) else "invalid_request_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param,
-                          "code": self.code}}
 
 
 def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:
@@ -338,11 +266,17 @@ def to_json(value) -> bytes:
     return text.encode(errors="replace")  # an error may quote half a character
 
 
+def printable(text: str) -> str:
+    """A client's text for the log: one line, not too long, no escape sequences."""
+    return "".join(char if char.isprintable() else "?" for char in text[:MAX_LINE])
+
+
 # ==== 3. Validation: JSON into dataclasses ==============================================
 #
 # A field's type says what JSON it takes. Its metadata may say:
 #   low, high              inclusive limits of a number, also inside a list or object
 #   min_length, max_length items of a list
+#   like                   a pattern that strings follow, and in words what does
 #   no_effect              accepted for compatibility; changes nothing here
 #   secret                 no message shows a value
 
@@ -416,6 +350,10 @@ def read_value(hint, value, at: str, limits: Mapping, reading: Reading):
         except UnicodeEncodeError:  # JSON's \ud800 escapes can smuggle in half a character
             raise invalid(at, f"{at}: contains an unpaired surrogate (half of a UTF-16 pair), "
                               "which is not text") from None
+        pattern, example = limits.get("like", ("(?s:.*)", ""))
+        if not re.fullmatch(pattern, value):
+            sent = "what was sent" if limits.get("secret") else describe(value)
+            raise invalid(at, f"{at}: {sent} must be {example}")
         return value
     if hint in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
         if hint is float or isinstance(value, int) or (
@@ -439,27 +377,18 @@ def read_value(hint, value, at: str, limits: Mapping, reading: Reading):
 def read_object(cls, value: dict, at: str, reading: Reading):
     """An instance of dataclass `cls`; fields that nobody knows are added to what was ignored, by
     name."""
-    prefix = f"{at}." if at else ""
-    hints = reading.house.hints(cls)
-    for name in value.keys() - hints.keys():
-        feature, default = reading.house.feature_of(cls, name)
-        if feature and not any(type(value[name]) is type(nothing) and value[name] == nothing
-                               for nothing in (None, "", [], {}, default)):  # 0 is not False
-            raise invalid(prefix + name, f"{prefix}{name}: needs the feature {feature}, which is "
-                          "off; leave it out, or have it named in `features` of the settings",
-                          "feature_off")
-    given = {}
+    prefix, hints, given = f"{at}." if at else "", reading.house.hints(cls), {}
+    reading.house.check_unknown(cls, value, prefix)
     for field in dataclasses.fields(cls):
         name, sent = prefix + field.name, value.get(field.name)
         required = field.default is field.default_factory is dataclasses.MISSING
         if required and field.name not in value:
             raise invalid(name, f"{name} is required", "missing_field")
-        if sent is None and not required:  # null means "not given"; in the settings also "none"
-            if name in value and "section" in field.metadata and type(None) in typing.get_args(
-                    hints[field.name]):
-                given[field.name] = None
-            continue
-        given[field.name] = read_value(hints[field.name], sent, name, field.metadata, reading)
+        if sent is not None or required:
+            given[field.name] = read_value(hints[field.name], sent, name, field.metadata, reading)
+        elif field.name in value and "section" in field.metadata and type(None) in typing.get_args(
+                hints[field.name]):  # null means "not given"; in the settings also "none"
+            given[field.name] = None
     reading.ignored += [prefix + name for name in value if name not in hints]
     whole = cls(**given)
     for each in cls.__mro__:  # what no single field can tell
@@ -474,73 +403,46 @@ FEATURES = HERE / "features"
 
 
 class House:
-    """What the features that are switched on add to the two files. docs/features.md tells what a
-    feature, which is a module, may export."""
+    """What features add to the two files: here, nothing. features/__init__.py has the one for
+    those that are switched on; docs/features.md tells what a feature may export."""
 
-    def __init__(self, modules: Iterable[types.ModuleType] = (),
-                 off: Mapping[tuple[str, str], tuple[str, Any]] = types.MappingProxyType({})):
-        """off: by a class and the name of a field, the feature that would add the field to it but
-        is off, and the field's default."""
-        self.modules, self.off = list(modules), off
-        self.extensions: dict[str, list[type]] = {}  # by the name of the class that they extend
-        for module in self.modules:
-            added = {**getattr(module, "FIELDS", {})}
-            if hasattr(module, "Settings"):
-                added["Config"] = module.Settings
-            for target, extension in added.items():
-                self.extensions.setdefault(target, []).append(extension)
-        self._types: dict[type, type] = {}
-        self._hints: dict[type, dict] = {}
-        self.Config = self.type_of(Config)
+    def __init__(self):
+        self.Config: type[Config] = self.type_of(Config)
         self.settings = {field.name: field.metadata for field in dataclasses.fields(self.Config)}
         self.routes = functools.reduce(dict.__or__, self.having("ROUTES"), ROUTES)
         self.dialects = {path: route.dialect for (_, path), route in self.routes.items()}
 
     def having(self, name: str) -> list:
         """What the features export under a name, in their order."""
-        return [getattr(module, name) for module in self.modules if hasattr(module, name)]
+        return []
 
     def type_of(self, cls: type) -> type:
-        """A dataclass with the fields that features add to it and to what it is made of."""
-        if cls not in self._types:
-            bases = [extension for each in cls.__mro__
-                     for extension in self.extensions.get(each.__name__, ())]
-            self._types[cls] = dataclasses.make_dataclass(
-                cls.__name__, [], bases=(*bases, cls), namespace={
-                    "house": self, "__doc__": cls.__doc__, "__module__": cls.__module__}) \
-                if bases or cls is Config else cls
-        return self._types[cls]
+        """A class with what features add to it and to those that it is made of."""
+        return cls
 
-    def hints(self, cls: type) -> dict[str, Any]:
-        """The types of a dataclass's fields."""
-        if cls not in self._hints:
-            self._hints[cls] = typing.get_type_hints(cls)
-        return self._hints[cls]
+    hints = staticmethod(functools.cache(typing.get_type_hints))  # of a dataclass's fields
 
-    def feature_of(self, cls: type, field: str) -> tuple[str | None, Any]:
-        """The feature that would honour a field, and is off; and the field's default."""
-        return next((self.off[each.__name__, field] for each in cls.__mro__
-                     if (each.__name__, field) in self.off), (None, None))
+    def more_settings(self, environ: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
+        """{key: (where it was set, value)} from elsewhere than the file. Raises ConfigError."""
+        return {}
 
-    def unknown_setting(self, name, others: Iterable = ()) -> str:
+    def check_unknown(self, cls: type, sent: dict, prefix: str) -> None:
+        """400 for a field that a feature would honour, but is off."""
+
+    def unknown_setting(self, name, others: Iterable) -> str:
         """What to say about a key of the settings that there is not. others: what else is set."""
-        if feature := self.feature_of(Config, name)[0]:
-            more = [f"{each} ({found})" for each in others
-                    if each != name and (found := self.feature_of(Config, each)[0])]
-            return f"unknown key {name!r}: it needs the feature {feature} (see `features`)" + (
-                f"; take it out, and likewise {', '.join(more)}" if more else "")
         names = [*self.settings, *(metadata["section"] for metadata in self.settings.values())]
         near = difflib.get_close_matches(str(name).lower(), names, n=1)
         return f"unknown key {name!r}" + (f"; the nearest is {near[0]!r}" if near else "")
 
 
-def load_features(names: list) -> House:
+def load_features(names, environ: Mapping[str, str] = types.MappingProxyType({})) -> House:
     """The house with the features of these names, for which the folder of the features is asked.
     Raises ConfigError."""
     if (FEATURES / "__init__.py").is_file():
-        return importlib.import_module(FEATURES.name).load(names)
+        return importlib.import_module(FEATURES.name).load(names, environ)
     if names:
-        raise ConfigError(f"features: {describe(names[0])} cannot be switched on: there is no "
+        raise ConfigError(f"features: {describe(names)} cannot be switched on: there is no "
                           f"{FEATURES / '__init__.py'}")
     return House()
 
@@ -583,6 +485,9 @@ class StreamOptions:
 
     include_usage: bool = False
     include_obfuscation: bool = option(False, no_effect=True)
+
+
+MAX_STOP = 1000  # characters of a stop sequence
 
 
 @dataclasses.dataclass
@@ -632,7 +537,6 @@ class ChatBody(GenerationBody):
         return self.max_completion_tokens or self.max_tokens
 
 
-MAX_STOP = 1000  # characters of a stop sequence
 MAX_CHOICES = 512  # replies to one request: prompts times n or best_of
 DEFAULTED = ("temperature", "top_p", "top_k", "min_p")  # settings, where a body does not say
 LEGACY_MAX_TOKENS = 16  # the OpenAI reference's default for /v1/completions
@@ -649,43 +553,15 @@ class CompletionBody(GenerationBody):
         return LEGACY_MAX_TOKENS if self.max_tokens is None else self.max_tokens
 
 
-# ==== 6. The wire: heads, bodies, addresses, a rate limit ===============================
+# ==== 6. Limits: deadlines, addresses, how often ========================================
 
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-MAX_TARGET = 8192  # bytes of a request line; nginx has the same
-MAX_HEAD = 32768  # bytes of a head
-MAX_HEADERS = 100
-MAX_CHUNK_LINE = 256  # bytes of a chunk's size and extensions
+MAX_TARGET = 65536  # bytes of a request line, and of each header (http.server's own limit)
 SMALL_BODY = 65536  # bytes; read also where the request is refused, to keep the connection
 MAX_BUCKETS = 10_000  # clients that the rate limiter remembers
-REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
-HEADER_LINE = re.compile(  # a value has no control characters but the tab
-    r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
-CHUNK_LINE = re.compile(r"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^][:/?#@\s]*)(:[0-9]*)?")
-ONCE = {"host", "content-length", "transfer-encoding", "authorization", "x-api-key", "origin",
-        "connection", "expect"}  # sent twice, two readers could choose differently
-
-
-@dataclasses.dataclass
-class Head:
-    """A request's first line and headers."""
-
-    method: str = "-"
-    target: str = "-"
-    version: str = "1.1"
-    headers: dict[str, str] = dataclasses.field(default_factory=dict)  # by lower-case name
-
-    @property
-    def path(self) -> str:
-        """The target without query, and without the address that a proxy's client puts first."""
-        path = re.sub("(?i)^https?://[^/?]*", "", self.target)
-        return urllib.parse.unquote(re.split("[?#]", path)[0] or "/")
-
-    @property
-    def keeps_alive(self) -> bool:
-        wish = self.headers.get("connection", "").lower()
-        return "close" not in wish and (self.version == "1.1" or "keep-alive" in wish)
+ONCE = ("host", "content-length", "transfer-encoding", "authorization", "x-api-key", "origin",
+        "connection", "expect")  # sent twice, two readers could choose differently
 
 
 class DeadlineReader(io.RawIOBase):
@@ -705,116 +581,6 @@ class DeadlineReader(io.RawIOBase):
             raise TimeoutError
         self.connection.settimeout(left)
         return self.connection.recv_into(buffer)
-
-
-def read_line(file: io.BufferedIOBase, limit: int, too_long: ApiError) -> str:
-    """A line without its end, which is CR LF and nothing less."""
-    line = file.readline(limit + 1)
-    if len(line) > limit:
-        raise too_long
-    if not line.endswith(b"\n"):
-        raise ConnectionError("the client hung up")
-    if not line.endswith(b"\r\n"):
-        raise ApiError(400, "a line ends in a bare LF, not in CR LF")
-    return line[:-2].decode("latin-1")
-
-
-def read_head(file: io.BufferedIOBase) -> Head:
-    """The head of a request, by the letter of RFC 9112: what two servers could read differently
-    (a bare CR or LF, a folded line, a length sent twice) is refused. Raises ApiError, whose message
-    quotes no line: it is logged, and a key may stand in the line."""
-    line = read_line(file, MAX_TARGET, ApiError(
-        414, f"the request line is longer than {MAX_TARGET} bytes"))
-    match = REQUEST_LINE.fullmatch(line)
-    if not match:
-        raise ApiError(400, "the request line is not `METHOD TARGET HTTP/1.1`")
-    method, target, major, minor = match.groups()
-    if major != "1":
-        raise ApiError(505, f"HTTP/{major}.{minor} was sent; this server speaks HTTP/1.1")
-    if method not in METHODS:
-        raise ApiError(501, f"unknown method {describe(method)}")
-    if not re.match("(?i)/|https?://", target) and (method, target) != ("OPTIONS", "*"):
-        raise ApiError(400, "the target of the request line is not a path")
-    head = Head(method, target, "1.0" if minor == "0" else "1.1")
-    room, n_lines = MAX_HEAD, 0
-    while line := read_line(file, room, ApiError(431, f"the head is over {MAX_HEAD} bytes")):
-        room, n_lines = room - len(line), n_lines + 1
-        if n_lines > MAX_HEADERS:
-            raise ApiError(431, f"the request has more than {MAX_HEADERS} headers")
-        match = HEADER_LINE.fullmatch(line)
-        if not match:
-            raise ApiError(400, f"line {n_lines} of the headers is malformed")
-        name, value = match[1].lower(), match[2].strip(" \t")
-        if name in head.headers and name in ONCE:
-            raise ApiError(400, f"the header {name} was sent twice")
-        head.headers[name] = f"{head.headers[name]}, {value}" if name in head.headers else value
-    if "host" not in head.headers and head.version != "1.0":
-        raise ApiError(400, "the Host header is missing")
-    return head
-
-
-def body_size(head: Head, limit: int) -> int | None:
-    """Bytes of the body, None for a chunked one. Raises ApiError, for more than `limit`, too."""
-    coding, length = head.headers.get("transfer-encoding"), head.headers.get("content-length")
-    if coding is not None:
-        if length is not None or head.version == "1.0":
-            where = "beside Content-Length" if length is not None else "in HTTP/1.0"
-            raise ApiError(400, f"Transfer-Encoding was sent {where}")
-        if coding.lower() != "chunked":
-            raise ApiError(501, f"Transfer-Encoding: {describe(coding)} was sent; only chunked is "
-                                "served")
-        return None
-    if length is None:
-        if head.method in ("POST", "PUT", "PATCH"):
-            raise ApiError(411, "send a Content-Length header, or a chunked body",
-                           code="length_required")
-        return 0
-    if not (length.isascii() and length.isdigit()):
-        raise ApiError(400, f"Content-Length is {describe(length)}, not a number of bytes")
-    length = length.lstrip("0") or "0"
-    if len(length) > len(str(limit)) or int(length) > limit:
-        raise body_too_large(f"has {length[:MAX_LINE]} bytes", limit)
-    return int(length)
-
-
-def body_too_large(size: str, limit: int) -> ApiError:
-    """413; size: what is known of the body's; limit: bytes."""
-    why = "as nothing is read from it" if limit == SMALL_BODY else "max_body_mb"
-    return ApiError(413, f"the body {size}, the limit is {limit} ({why})", code="body_too_large")
-
-
-def read_exactly(file: io.BufferedIOBase, size: int) -> bytes:
-    """So many bytes. Raises ConnectionError when fewer come."""
-    data = file.read(size)
-    if len(data) < size:
-        raise ConnectionError("the client hung up")
-    return data
-
-
-def read_chunked(file: io.BufferedIOBase, limit: int) -> bytes:
-    """A body in chunked transfer coding (RFC 9112, 7.1). Extensions and trailers mean nothing
-    here. Raises ApiError."""
-    malformed = ApiError(400, "the chunked body is malformed")
-    body = bytearray()
-    while True:
-        size = CHUNK_LINE.fullmatch(read_line(file, MAX_CHUNK_LINE, malformed))
-        if not size:
-            raise malformed
-        n_bytes = int(size[1], 16)
-        if n_bytes == 0:
-            break
-        if len(body) + n_bytes > limit:
-            raise body_too_large(f"has more than {len(body)} bytes", limit)
-        body += read_exactly(file, n_bytes)
-        if read_exactly(file, 2) != b"\r\n":
-            raise malformed
-    for _ in range(MAX_HEADERS):
-        line = read_line(file, MAX_TARGET, malformed)
-        if not line:
-            return bytes(body)
-        if not HEADER_LINE.fullmatch(line):
-            break
-    raise malformed
 
 
 def read_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -857,10 +623,9 @@ class RateLimiter:
             self.buckets[client] = (left, now)  # the last place: seen last
             if len(self.buckets) > MAX_BUCKETS:
                 del self.buckets[next(iter(self.buckets))]
-        headers = {"x-ratelimit-limit-requests": str(self.per_minute),
-                   "x-ratelimit-remaining-requests": str(int(left)),
-                   "x-ratelimit-reset-requests":
-                       f"{(self.per_minute - left) * seconds_each:.3f}s"}
+        headers = {f"x-ratelimit-{name}-requests": value for name, value in (
+            ("limit", str(self.per_minute)), ("remaining", str(int(left))),
+            ("reset", f"{(self.per_minute - left) * seconds_each:.3f}s"))}
         if not may:
             seconds = math.ceil((1 - left) * seconds_each)
             raise ApiError(429, f"{self.per_minute} requests a minute are allowed; the next one in "
@@ -919,12 +684,11 @@ class LocalModel:
         loaded = self.engine  # read once: it may be unloaded right now
         if loaded is None:
             return entry
-        model = loaded.model
+        meta = {key: getattr(loaded.model, key) for key in (
+            "n_ctx_train", "n_params", "n_vocab", "n_embd", "architecture", "quantization")}
         return {**entry, "max_model_len": loaded.n_ctx, "meta": {
-            "n_ctx": loaded.n_ctx, "n_ctx_train": model.n_ctx_train, "n_params": model.n_params,
-            "size": model.size_bytes, "n_vocab": model.n_vocab, "n_embd": model.n_embd,
-            "architecture": model.architecture, "quantization": model.quantization,
-            "capabilities": [*["completion"] * model.generates, *loaded.capabilities]}}
+            "n_ctx": loaded.n_ctx, **meta, "size": loaded.model.size_bytes,
+            "capabilities": [*["completion"] * loaded.model.generates, *loaded.capabilities]}}
 
 
 class Models:
@@ -971,6 +735,19 @@ class Models:
             raise unavailable(f"the model is still loading ({self.default.progress or 0:.0%}), try "
                               "again soon", "loading")
 
+    def state(self) -> tuple[str, dict]:
+        """What /health says: ok, loading, failed, stalled or draining, and more about it."""
+        try:
+            self.check()
+        except ApiError as error:
+            if error.code == "loading":
+                return "loading", {"progress": round(self.default.progress or 0.0, 2)}
+            return ("draining", {}) if error.code == "shutting_down" else (
+                "failed", {"error": error.message})
+        limit = self.config.stall_seconds
+        is_stalled = any(each.seconds_in_step() > limit for each in self.engines().values())
+        return "stalled" if is_stalled else "ok", {}
+
     def names(self) -> dict[str, Any]:
         """Every name that is known, and what it stands for."""
         return self.named
@@ -980,12 +757,10 @@ class Models:
         if name is None:
             return self.default
         known = self.named if name in self.named else self.names()
-        if name in known:
-            return known[name]
-        if self.otherwise:
-            return self.otherwise
-        raise ApiError(404, f"the model {describe(name)} does not exist; this server has "
-                            f"{', '.join(known) or 'none'}", "model", "model_not_found")
+        if name not in known and not self.otherwise:
+            raise ApiError(404, f"the model {describe(name)} does not exist; this server has "
+                                f"{', '.join(known) or 'none'}", "model", "model_not_found")
+        return known.get(name, self.otherwise)
 
     @contextlib.contextmanager
     def lease(self, model: LocalModel, handler: "Handler") -> Iterator[engine.Engine]:
@@ -996,16 +771,11 @@ class Models:
 
     def engines(self) -> dict[str, engine.Engine]:
         """The engines of loaded models, by their names."""
-        loaded = self.default.engine
-        return {self.default.name: loaded} if loaded else {}
+        return {} if self.is_starting else {self.default.name: self.default.engine}
 
     def stats(self) -> engine.Stats:
         """The counts of all engines."""
         return sum((loaded.stats for loaded in self.engines().values()), engine.Stats())
-
-    def coming(self) -> LocalModel | None:
-        """A model that is being loaded while others are served."""
-        return None
 
     def close(self) -> bool:
         """End every engine at once, as Engine.close does. The server must be stopping."""
@@ -1033,13 +803,10 @@ def model_name(path: str | None, house: House) -> str:
     return Path(path or "model").stem
 
 
-# ==== 8. The server: connections; who may ask ============================================
+# ==== 8. The server: connections, and what they share =====================================
 
-LINGER_SECONDS = 2.0  # how long a refused upload is still read, so that the refusal arrives
 LAST_WRITES_SECONDS = 5.0  # for handlers to write their last event when the engine has stopped
-ACCEPT_PAUSE_SECONDS = 0.1  # when the process has no file descriptor left for a connection
 MAX_REFUSALS = 64  # connections above max_connections that are still told why they are refused
-STATUS_CLIENT_GONE = 499  # nginx's name for a client that hung up; only ever in the log
 
 
 class Dialect:
@@ -1049,13 +816,15 @@ class Dialect:
     content_type = "text/event-stream"
 
     def error(self, error: ApiError) -> dict:
-        """The body of an error."""
-        return error.body()
+        """The body of an error: https://platform.openai.com/docs/guides/error-codes"""
+        kind = "requests" if error.status == 429 else \
+            "server_error" if error.status in (500, 502, 503, 504, 508) else "invalid_request_error"
+        return {"error": {"message": error.message, "type": kind, "param": error.param,
+                          "code": error.code}}
 
     def event(self, data: dict | str) -> bytes:
         """A piece of a stream."""
-        text = data.encode() if isinstance(data, str) else to_json(data)
-        return b"data: %b\n\n" % text
+        return b"data: %b\n\n" % (data.encode() if isinstance(data, str) else to_json(data))
 
     def error_event(self, error: ApiError) -> bytes:
         """The last piece of a stream that failed."""
@@ -1078,13 +847,9 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, config: Config):
         """Raises ConfigError: it cannot listen there, or a feature cannot start."""
         self.config = config
+        self.house: House = getattr(config, "house", None) or House()
         self.stopping = threading.Event()  # set by a signal or a fatal error
         self.is_over = False  # what is under way has had its time
-        self.house: House = getattr(config, "house", None) or House()
-        self.models = Models(config, self.house, self.stopping)
-        for start in self.house.having("start"):
-            start(self)
-        self.models.settle()
         wanted = config.auth_enabled is not False
         self.key_digests = [digest(key) for key in config.api_keys] if wanted else []
         self.public = {path for (_, path), route in self.house.routes.items() if route.is_public
@@ -1096,10 +861,13 @@ class Server(http.server.ThreadingHTTPServer):
         self.in_flight = 0
         self.answered: collections.Counter[tuple[str, int]] = collections.Counter()
         self.connections: dict[socket.socket, bool] = {}  # whether above the limit: to be refused
-        self.unready: dict[socket.socket, None] = {}  # those that keep us waiting, oldest first
+        self.models = Models(config, self.house, self.stopping)
+        for start in self.house.having("start"):
+            start(self)
+        self.models.settle()
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         try:
-            super().__init__((config.host, config.port), Handler)
+            super().__init__((config.host, config.port), self.house.type_of(Handler))
         except (OSError, ValueError) as error:  # ValueError: a host that cannot be a name
             reason = getattr(error, "strerror", error)
             raise ConfigError(f"cannot listen on host {config.host!r}, port {config.port}: "
@@ -1111,52 +879,21 @@ class Server(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.config.host, self.server_address[1]
 
-    def get_request(self):
-        """Accept a connection. When that fails, the listening socket stays readable: without a
-        pause the loop would spin."""
-        try:
-            return super().get_request()
-        except OSError as error:
-            log.warning("cannot accept a connection: %s", error)
-            time.sleep(ACCEPT_PAUSE_SECONDS)
-            raise
-
     def process_request(self, connection: socket.socket, client_address) -> None:
-        """A thread for each connection. At the limit the client that has kept us waiting for
-        longest, with its request or by not reading an answer, makes room, so that slow ones keep
-        nobody out; if there is none, the newcomer is refused."""
-        limit, oldest = self.config.max_connections, None
+        """A thread for each connection. Some above the limit are told why they are refused."""
         with self.changed:
             n_refused = sum(self.connections.values())
-            is_full = len(self.connections) - n_refused >= limit
-            if is_full and (oldest := next(filter(self.is_served, self.unready), None)):
-                del self.unready[oldest], self.connections[oldest]
-            elif is_full and n_refused >= MAX_REFUSALS:
-                return self.shutdown_request(connection)
-            self.connections[connection] = is_full and not oldest
-        if oldest:
-            with contextlib.suppress(OSError):
-                oldest.shutdown(socket.SHUT_RDWR)  # its thread's read ends now
+            is_full = len(self.connections) - n_refused >= self.config.max_connections
+            if is_full and n_refused >= MAX_REFUSALS:
+                return super().shutdown_request(connection)
+            self.connections[connection] = is_full
         super().process_request(connection, client_address)
-
-    def is_served(self, connection: socket.socket) -> bool:
-        """Whether it is not above the limit."""
-        return not self.connections.get(connection)
 
     def shutdown_request(self, connection: socket.socket) -> None:
         """Close a connection, and forget it."""
         with self.changed:
             self.connections.pop(connection, None)
-            self.unready.pop(connection, None)
         super().shutdown_request(connection)
-
-    def keeps_waiting(self, connection: socket.socket, is_so: bool) -> None:
-        """Note whether it is the client that must act."""
-        with self.changed:
-            if not is_so:
-                self.unready.pop(connection, None)
-            elif connection in self.connections:  # not yet told to make room
-                self.unready[connection] = None
 
     def handle_error(self, request, client_address) -> None:
         """A connection that broke is worth a line, not a traceback."""
@@ -1168,20 +905,6 @@ class Server(http.server.ThreadingHTTPServer):
     def url(self) -> str:
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
         return f"http://{host}:{self.server_port}"
-
-    def state(self) -> tuple[str, dict]:
-        """What /health says: ok, loading, failed, stalled or draining, and more about it."""
-        try:
-            self.models.check()
-        except ApiError as error:
-            if error.code == "shutting_down":
-                return "draining", {}
-            if error.code == "loading":
-                return "loading", {"progress": round(self.models.default.progress or 0.0, 2)}
-            return "failed", {"error": error.message}
-        limit = self.config.stall_seconds
-        is_stalled = any(each.seconds_in_step() > limit for each in self.models.engines().values())
-        return "stalled" if is_stalled else "ok", {}
 
     def drain(self) -> bool:
         """Refuse new requests, let running ones finish for `drain_seconds`, free the engine. False
@@ -1203,352 +926,6 @@ def digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("latin-1")).digest()
 
 
-def printable(text: str) -> str:
-    """A client's text for the log: one line, not too long, no escape sequences."""
-    return "".join(char if char.isprintable() else "?" for char in text[:MAX_LINE])
-
-
-@dataclasses.dataclass
-class Tally:
-    """What is noted about a request while it is answered, for its head and its access line."""
-
-    id: str = dataclasses.field(default_factory=lambda: f"req_{secrets.token_hex(8)}")
-    started: float = dataclasses.field(default_factory=time.monotonic)
-    ignored: list[str] = dataclasses.field(default_factory=list)  # fields we do not know
-    route: str = "unknown"  # METHOD PATTERN
-    status: int = 0  # 0 until the head is sent
-    prompt: int = 0  # tokens
-    cached: int = 0
-    generated: int = 0
-    first_token: float | None = None  # seconds after the start
-    notes: dict[str, str] = dataclasses.field(default_factory=dict)  # of features
-    error: str = ""
-
-    def shown_ignored(self) -> str:
-        """The ignored fields for a header or the log: printable ASCII, and not too many."""
-        return ", ".join(ascii(name)[1:-1] for name in self.ignored)[:MAX_LINE]
-
-    def line(self, head: Head) -> str:
-        """The access line: nothing in it can forge or flood the log. Without the query, where
-        some clients put their key."""
-        route = printable(f"{head.method} {head.path}")
-        first = "-" if self.first_token is None else f"{self.first_token:.3f}s"
-        total = time.monotonic() - self.started
-        return (f"{self.id} {route} {self.status} prompt={self.prompt} cached={self.cached} "
-                f"generated={self.generated} first={first} total={total:.3f}s"
-                f"{''.join(f' {name}={value}' for name, value in self.notes.items())}"
-                f"{' error=' if self.error else ''}{self.error}")
-
-
-class Connection(socketserver.StreamRequestHandler):
-    """One connection, on its own thread: reads heads and bodies, finds the route, answers."""
-
-    server: Server
-    disable_nagle_algorithm = True  # a token must not wait for the next one
-
-    def setup(self) -> None:
-        super().setup()
-        self.input = DeadlineReader(self.connection)
-        self.rfile = io.BufferedReader(self.input)
-        self.closes = self.lingers = False
-        self.hangup = select.poll()
-        self.hangup.register(self.connection, getattr(select, "POLLRDHUP", select.POLLHUP))
-        self.room = select.poll()  # in the kernel's buffer, for what is written
-        self.room.register(self.connection, select.POLLOUT)
-
-    def handle(self) -> None:
-        """One request after the other, until one side closes the connection."""
-        self.await_request(self.server.config.client_timeout)
-        while not self.closes:
-            self.handle_one()
-            if not self.closes:
-                self.await_request(self.server.config.keep_alive_timeout)
-
-    def finish(self) -> None:
-        """Close. After a refused upload, read on for a moment: closing with unread bytes would
-        reset the connection, and the client would never see why."""
-        with contextlib.suppress(OSError):
-            if self.lingers:
-                until = time.monotonic() + LINGER_SECONDS
-                self.connection.shutdown(socket.SHUT_WR)
-                self.connection.settimeout(LINGER_SECONDS)
-                while time.monotonic() < until and self.connection.recv(1 << 16):
-                    pass
-        with contextlib.suppress(OSError):
-            super().finish()
-
-    def await_request(self, seconds: float) -> None:
-        """Wait for the first byte of a request; `closes` when it does not come."""
-        self.input.deadline = time.monotonic() + seconds
-        self.server.keeps_waiting(self.connection, True)
-        try:
-            if self.rfile.peek(1)[:2] == b"\r\n":  # old clients send one behind a body
-                self.rfile.read(2)
-            self.closes = not self.rfile.peek(1)
-        except OSError:  # too late, or gone
-            self.closes = True
-
-    def handle_one(self) -> None:
-        """Answer one request, whatever happens, count it and log it."""
-        self.tally, self.head, self.answer_headers = Tally(), Head(), {}
-        self.dialect: Dialect = OPENAI
-        self.streams = self.has_events = False
-        self.last_write = 0.0
-        self.closes = self.lingers = True  # until the whole request has been read
-        self.has_begun = False  # the request is here: the end of the server waits for its answer
-        try:
-            with self.in_time("head"):
-                self.head = read_head(self.rfile)
-            self.answer()
-        except ApiError as error:
-            self.send_api_error(error)
-        except ConnectionError:  # the client hung up, or does not read
-            self.tally.status = STATUS_CLIENT_GONE
-            self.closes = True
-        except RecursionError:  # while it is read; what is deeper than that ends in json.loads
-            self.send_api_error(ApiError(400, "the request is nested too deeply",
-                                         code="invalid_json"))
-        except Exception as error:
-            log.exception("%s failed", self.tally.id)
-            self.send_api_error(ApiError(500, f"internal error: {type(error).__name__}"))
-        finally:
-            with self.server.changed:
-                self.server.in_flight -= self.has_begun
-                self.server.answered[self.tally.route, self.tally.status] += 1
-                self.server.changed.notify_all()
-            log.info("%s", self.tally.line(self.head))
-
-    def answer(self) -> None:
-        """Each check stands before what costs more. A large body is read last; who is refused
-        before that loses the connection: the body would be taken for the next request."""
-        house = self.server.house
-        self.dialect = house.dialects.get(self.head.path.rstrip("/"), OPENAI)
-        self.check_origin(self.check_host())
-        limit = int(self.server.config.max_body_mb * 2**20)
-        size, body = body_size(self.head, limit), None
-        if size is not None and size <= SMALL_BODY:
-            body = self.read_body(size, limit)
-        if not self.server.is_served(self.connection):
-            self.closes = True
-            raise unavailable(f"{self.server.config.max_connections} connections are open, which "
-                              "is the limit (max_connections)", "too_many_connections")
-        pattern, route, rest = find_route(house.routes, self.head.method, self.head.path)
-        self.tally.route = f"{self.head.method} {pattern}"
-        if self.head.method != "OPTIONS" and pattern not in self.server.public:
-            self.authorise()
-        if body is None:
-            if route.reads is None and size is not None:
-                raise body_too_large(f"has {size} bytes", SMALL_BODY)
-            body = self.read_body(size, limit if route.reads else SMALL_BODY)
-        if route.reads is None:
-            return route.answer(self, *rest)
-        sent = self.read_json(body)
-        if not route.needs_model:
-            return route.answer(self, self.read_fields(route.reads, sent))
-        name = sent.get("model")
-        target = self.server.models.find(name if isinstance(name, str) and name else None)
-        target.answer(self, route, sent, body)
-
-    @contextlib.contextmanager
-    def in_time(self, what: str):
-        """Within this, the rest of a head or body must arrive before client_timeout is over."""
-        seconds = self.server.config.client_timeout
-        self.input.deadline = time.monotonic() + seconds
-        try:
-            yield
-        except TimeoutError:
-            raise ApiError(408, f"the {what} did not arrive within {seconds:g} seconds",
-                           code="request_timeout") from None
-
-    def read_body(self, size: int | None, limit: int) -> bytes:
-        """The request body, also where the route ignores it: the next request starts behind it."""
-        expects = self.head.headers.get("expect", "").lower() if self.head.version == "1.1" else ""
-        if expects == "100-continue":
-            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        with self.in_time("body"):
-            body = read_chunked(self.rfile, limit) if size is None else \
-                read_exactly(self.rfile, size)
-        self.closes = self.lingers = False
-        with self.server.changed:
-            self.server.keeps_waiting(self.connection, False)
-            self.server.in_flight += 1
-            self.has_begun = True
-        return body
-
-    def check_host(self) -> bool:
-        """Refuse names that are not ours, on a loopback address or where allowed_hosts says which
-        are: a web page whose name has been pointed here (DNS rebinding, CVE-2024-28224) could read
-        everything. Return whether the name is surely ours."""
-        sent, config = self.head.headers.get("host", ""), self.server.config
-        match = HOST.fullmatch(sent)
-        if not match:
-            raise ApiError(400, f"the Host header {describe(sent)} is malformed")
-        name = match[1].strip("[]").lower().removesuffix(".")
-        known = {host.strip("[]").lower() for host in (config.host, *config.allowed_hosts)}
-        is_guarded = self.server.is_local or bool(config.allowed_hosts)
-        if sent and is_guarded and not (is_this_machine(name) or name in known):
-            raise ApiError(403, f"the Host {describe(name)} is not this server's; if it should be, "
-                                "add it to allowed_hosts", code="host_not_allowed")
-        return is_guarded or read_address(name) is not None  # no DNS server points an address here
-
-    def check_origin(self, knows_host: bool) -> None:
-        """Refuse web pages from elsewhere, and tell browsers which may read the answer
-        (https://fetch.spec.whatwg.org/#http-cors-protocol; never with credentials). knows_host: a
-        page whose origin is this Host comes from here."""
-        origin, allowed = self.head.headers.get("origin"), self.server.config.cors_origins
-        if origin is None:
-            return
-        try:
-            page = urllib.parse.urlsplit(origin)
-            is_ours = bool(page.netloc) and (
-                is_this_machine(page.hostname or "")
-                or knows_host and page.netloc == self.head.headers.get("host"))
-        except ValueError:
-            is_ours = False
-        if not (is_ours or origin in allowed or "*" in allowed):
-            raise ApiError(403, f"pages from {describe(origin)} may not use this server; if they "
-                                "should, add the origin to cors_origins", code="origin_not_allowed")
-        self.answer_headers |= {"Access-Control-Allow-Origin": "*" if "*" in allowed else origin,
-                                "Access-Control-Expose-Headers": "*", "Vary": "Origin"}
-
-    def options(self, methods: str) -> None:
-        """What a path takes; to a browser, that a page may send it (a preflight)."""
-        asked = self.head.headers
-        headers = {"Allow": methods}
-        if "origin" in asked and "access-control-request-method" in asked:
-            headers |= {"Access-Control-Allow-Methods": methods, "Access-Control-Max-Age": "600",
-                        "Access-Control-Allow-Headers":
-                            asked.get("access-control-request-headers", "Authorization")}
-            if "access-control-request-private-network" in asked:
-                headers["Access-Control-Allow-Private-Network"] = "true"
-        self.send_head(204, headers)
-
-    def authorise(self) -> None:
-        """Check the key and count the request, for the key or else the address. Raises 401, 429."""
-        headers, known = self.head.headers, self.server.key_digests
-        bearer = re.fullmatch("(?i)bearer +(.*)", headers.get("authorization", ""))
-        sent = [bearer[1] if bearer else "", headers.get("x-api-key", "")]
-        valid = [key for key in map(digest, sent)  # every key is compared, wherever it matches
-                 if any([hmac.compare_digest(key, one) for one in known])]
-        client = valid[0].hex() if valid else client_of(self.client_address[0])
-        if self.server.limiter:  # before the 401, so that guessing keys is limited too
-            self.answer_headers |= self.server.limiter.take(client)
-        if known and not valid:
-            what = "the API key is wrong" if any(sent) else "an API key is missing"
-            raise ApiError(401, f"{what}; send `Authorization: Bearer KEY`, or `x-api-key: KEY`",
-                           code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-
-    def read_json(self, body: bytes) -> dict:
-        """The object in a body, JSON by RFC 8259 (no NaN, no Infinity)."""
-        def refuse_constant(name):
-            raise ValueError(f"{name} is not JSON")
-        try:
-            sent = json.loads(body.decode(), parse_constant=refuse_constant)
-            if not isinstance(sent, dict):
-                raise ValueError(f"the body must be an object, got {describe(sent)}")
-        except (ValueError, RecursionError) as error:
-            raise ApiError(400, f"bad JSON: {error}", code="invalid_json") from None
-        return sent
-
-    def read_fields(self, cls: type, sent: dict):
-        """A body as dataclass `cls`; fields that we do not know are named to the client and in the
-        log."""
-        if issubclass(cls, GenerationBody):
-            sent = {**sent, **{name: getattr(self.server.config, name) for name in DEFAULTED
-                               if sent.get(name) is None}}
-        reading = Reading(self.server.house)
-        request = read_object(reading.house.type_of(cls), sent, "", reading)
-        self.tally.ignored += reading.ignored
-        if reading.ignored:
-            log.warning("%s ignored unknown fields: %s", self.tally.id, self.tally.shown_ignored())
-        self.streams = bool(getattr(request, "stream", False))
-        return request
-
-    # ---- answers ---------------------------------------------------------------------
-
-    def write(self, data: bytes) -> None:
-        """Write to the client. Raises ConnectionError when it is gone or does not read."""
-        try:
-            self.wfile.write(data)
-        except TimeoutError:
-            raise ConnectionError("the client does not read") from None
-
-    def send_head(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
-        """Write the response head, and the body in the same packet."""
-        self.tally.status = status
-        self.closes |= self.server.stopping.is_set() or not self.head.keeps_alive
-        headers = {"Date": email.utils.formatdate(usegmt=True), "x-request-id": self.tally.id,
-                   **self.answer_headers, **headers}
-        if self.tally.ignored:
-            headers["x-ignored-fields"] = self.tally.shown_ignored()
-        if self.closes or self.head.version == "1.0":
-            headers["Connection"] = "close" if self.closes else "keep-alive"
-        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        self.connection.settimeout(self.server.config.client_timeout)  # of each write
-        self.server.keeps_waiting(self.connection, True)
-        self.write("\r\n".join([*lines, "\r\n"]).encode("latin-1", "replace") + body)
-        self.server.keeps_waiting(self.connection, False)
-
-    def send_json(self, value, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self.send_body(to_json(value) + b"\n", "application/json", status, headers)
-
-    def send_body(self, body: bytes, content_type: str, status: int = 200,
-                  headers: dict[str, str] | None = None) -> None:
-        about = {"Content-Type": content_type, "Content-Length": str(len(body))}
-        self.send_head(status, about | (headers or {}), b"" if self.head.method == "HEAD" else body)
-
-    def send_api_error(self, error: ApiError) -> None:
-        """Write an error: as a response, or as an event when a stream has begun."""
-        self.tally.error = printable(error.message)
-        try:
-            if not self.tally.status:
-                self.send_json(self.dialect.error(error), error.status, error.headers)
-            else:
-                self.closes = True
-                if self.has_events:  # else a body that ends too early says it
-                    self.write_piece(self.dialect.error_event(error), True)
-        except OSError:
-            self.closes = True
-
-    # Streams are in chunked transfer coding (RFC 9112, 7.1). An HTTP/1.0 client gets them bare, to
-    # the end.
-
-    def write_event(self, data: dict | str, is_last: bool = False) -> None:
-        """Write an event; the first one starts the stream."""
-        self.write_piece(self.dialect.event(data), is_last)
-
-    def write_sign(self, text: str, data: dict | None = None) -> None:
-        """Write a sign of life; data: where the dialect has no comments."""
-        if sign := self.dialect.sign(text, data):
-            self.write_piece(sign)
-
-    def write_piece(self, piece: bytes, is_last: bool = False) -> None:
-        """Write a piece of a stream; the first one sends the head."""
-        if not self.tally.status:
-            self.start_stream({"Content-Type": f"{self.dialect.content_type}; charset=utf-8"})
-        if self.is_chunked:
-            end = b"0\r\n\r\n" if is_last else b""
-            piece = b"%x\r\n%b\r\n%b" % (len(piece), piece, end) if piece else end
-        if self.room.poll(0):
-            self.write(piece)
-        else:  # the client reads more slowly than the model writes
-            self.server.keeps_waiting(self.connection, True)
-            self.write(piece)
-            self.server.keeps_waiting(self.connection, False)
-        self.last_write = time.monotonic()
-
-    def start_stream(self, headers: dict[str, str], status: int = 200) -> None:
-        """Send the head of a reply whose length is not known yet."""
-        self.is_chunked = self.head.version != "1.0"
-        self.closes |= not self.is_chunked
-        self.has_events = self.dialect.content_type in headers.get("Content-Type", "")
-        headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx: no waiting
-        if self.is_chunked:
-            headers["Transfer-Encoding"] = "chunked"
-        self.send_head(status, headers)
-
-
 # ==== 9. Replies: a body becomes a prompt, events become chunks ============================
 
 SEED_STRIDE = 0x9E3779B9  # 2**32 / golden ratio: choice 2 of a seed is not choice 1 of the next
@@ -1556,9 +933,10 @@ LOWEST_LOGPROB = -9999.0  # what the OpenAI API sends for an impossible token; J
 
 
 class Generation:
-    """One reply, in the order of its life: what features may change before its prompts are made,
-    the choices that the engine gets, and their rendering. It yields chunks; the unstreamed reply
-    is folded from them. In the thread of its request, while its model stays loaded."""
+    """One reply, in the order of its life: its prompts, the choices that the engine gets, and their
+    rendering. It yields chunks; the unstreamed reply is folded from them. In the thread of its
+    request, while its model stays loaded. A feature may set its attributes anew, and put functions
+    of its own in place of its methods, until `make_choices`."""
 
     id_prefix: str
     stream_object: str
@@ -1577,39 +955,17 @@ class Generation:
         self.pieces: dict[int, engine.Piece] = {}  # in the only prompt, by where they begin
         self.choices: list[engine.Request] = []
         self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
-
-    # ---- functions that a feature may replace --------------------------------------------
+        # Of the prompt: what makes the Constraint of each choice, or None. Raises ApiError.
+        self.constrain: Callable[[str], Callable[[], engine.Constraint] | None] = \
+            lambda prompt: None
+        # Of the prompt: what must come before the answer, as the prompt has begun something else.
+        self.lead: Callable[[str], str] = lambda prompt: ""
+        self.extras: Callable[[], dict] = dict  # more at the end of the reply
 
     def read(self) -> tuple[list[np.ndarray], Callable[[], engine.Constraint] | None]:
         """The tokens of its prompts, and what makes the Constraint of each choice, if anything.
         Raises ApiError."""
         raise NotImplementedError
-
-    def constrain(self, prompt: str) -> Callable[[], engine.Constraint] | None:
-        """What makes the Constraint of each choice, or None. Raises ApiError."""
-        return None
-
-    def lead(self, prompt: str) -> str:
-        """The text that must come before the answer, because the prompt has begun something else;
-        "" where it has not."""
-        return ""
-
-    def opening(self, choice: engine.Request) -> Iterator[dict]:
-        """The chunks before a choice's first text."""
-        yield from ()
-
-    def logprobs(self, index: int, tokens: tuple[engine.TokenLogprob, ...]) -> dict | None:
-        """Log-probabilities of a choice's next tokens, as its chunks have them."""
-
-    def kept(self, group: list[engine.Request]) -> list[engine.Request]:
-        """Those of a prompt's choices that the unstreamed reply has."""
-        return group
-
-    def extras(self) -> dict:
-        """What the reply says at its end, besides what the OpenAI API has."""
-        return {}
-
-    # ---- before: choices -------------------------------------------------------------------
 
     def make_choices(self) -> None:
         """Make the requests for the engine: n_each for each prompt. Everything that can be refused
@@ -1620,8 +976,7 @@ class Generation:
         params = {field.name: getattr(body, field.name)
                   for field in dataclasses.fields(new_params)}
         params["logit_bias"] = self.read_bias()
-        limit = given(body.reply_limit(), self.config.max_tokens)
-        limit = loaded.n_ctx if limit is None else limit
+        limit = given(body.reply_limit(), given(self.config.max_tokens, loaded.n_ctx))
         events: queue.SimpleQueue = queue.SimpleQueue()
         for index in range(self.n_each * len(prompts)):
             prompt = prompts[index // self.n_each]
@@ -1637,14 +992,11 @@ class Generation:
         """The logit bias by token id; a wrong one must not reach the model."""
         n_vocab, bias = self.model.n_vocab, self.body.logit_bias or {}
         for token in bias:  # JSON's keys are strings
-            is_number = token.isascii() and token.isdigit() and len(token) < 12
-            if not (is_number and int(token) < n_vocab):
+            if not (re.fullmatch("[0-9]{1,11}", token) and int(token) < n_vocab):
                 raise invalid("logit_bias", f"logit_bias: the key {describe(token)} is not a token "
                                             f"id of this model (0 to {n_vocab - 1})")
         return {int(token): value for token, value in bias.items()} | dict.fromkeys(
             self.barred, -math.inf)
-
-    # ---- after: events into chunks, chunks into a reply --------------------------------------
 
     def chunks(self, events: Iterator[engine.Event]) -> Iterator[dict]:
         """Yield the reply's stream, one chunk after the other, without [DONE]."""
@@ -1680,6 +1032,13 @@ class Generation:
         return {**self.head, **({"usage": None} if self.with_usage else {}), "choices": [
             {"index": choice.index, **part, "logprobs": logprobs, "finish_reason": reason}]}
 
+    def opening(self, choice: engine.Request) -> Iterator[dict]:
+        """The chunks before a choice's first text."""
+        yield from ()
+
+    def logprobs(self, index: int, tokens: tuple[engine.TokenLogprob, ...]) -> dict | None:
+        """Log-probabilities of a choice's next tokens, as its chunks have them."""
+
     def parts(self, event: engine.Event) -> Iterator[dict]:
         """What the chunks of an event carry."""
         raise NotImplementedError
@@ -1710,11 +1069,8 @@ class Generation:
         for chunk in chunks:
             for choice in chunk["choices"]:
                 merge(wholes[choice["index"]], choice)
-        kept = [choice.index for start in range(0, len(wholes), self.n_each)
-                for choice in self.kept(self.choices[start : start + self.n_each])]
-        return {**self.head, "object": self.reply_object, "choices": [
-            {**self.whole(wholes[index]), "index": place} for place, index in enumerate(kept)],
-            "usage": self.usage(), **self.extras()}
+        return {**self.head, "object": self.reply_object, "choices": list(map(self.whole, wholes)),
+                "usage": self.usage(), **self.extras()}
 
     def token_text(self, token: int) -> str:
         return self.model.piece(token, special=True).decode("utf-8", "replace")
@@ -1764,6 +1120,10 @@ class Chat(Generation):
         self.joined = {("system", "system")}
         if engine.NO_SYSTEM in self.model.template_source:
             self.joined.add(("system", "user"))
+        # Of the prompt: what makes the parser of each choice's text.
+        self.parse: Callable[[str], Callable[[], TextParser]] = lambda prompt: TextParser
+        # A prompt for people to read.
+        self.show: Callable[[str], str] = lambda prompt: prompt
 
     def read(self) -> tuple[list[np.ndarray], Callable[[], engine.Constraint] | None]:
         """As Generation.read."""
@@ -1772,8 +1132,6 @@ class Chat(Generation):
         new_parser = self.parse(prompt)
         self.parsers = [new_parser() for _ in range(self.n_each)]
         return [tokens], self.constrain(prompt)
-
-    # ---- functions that a feature may replace --------------------------------------------
 
     def render(self) -> str:
         """The prompt, as the model's chat template writes it. Raises ApiError."""
@@ -1787,16 +1145,6 @@ class Chat(Generation):
     def read_prompt(self, prompt: str) -> tuple[np.ndarray, dict[int, engine.Piece]]:
         """The tokens of a prompt, and pieces in it by where they begin. Raises ApiError."""
         return self.handler.tokenize(prompt, "messages"), {}
-
-    def show(self, prompt: str) -> str:
-        """A prompt for people to read."""
-        return prompt
-
-    def parse(self, prompt: str) -> Callable[[], "TextParser"]:
-        """What makes the parser of each choice's text."""
-        return TextParser
-
-    # ---- rendering -------------------------------------------------------------------------
 
     def opening(self, choice: engine.Request) -> Iterator[dict]:
         """As api.openai.com begins."""
@@ -1813,8 +1161,8 @@ class Chat(Generation):
 
     def whole(self, choice: dict) -> dict:
         """A delta becomes a message."""
-        message = self.parsers[choice["index"]].whole(choice.pop("delta"))
-        return {"index": 0, "message": message, **choice}
+        index, message = choice.pop("index"), choice.pop("delta")
+        return {"index": index, "message": self.parsers[index].whole(message), **choice}
 
     def logprobs(self, index: int, tokens: tuple[engine.TokenLogprob, ...]) -> dict:
         """As Generation.logprobs."""
@@ -1876,6 +1224,7 @@ class TextParser:
 
 NEW_ROLES = {"developer": "system"}
 NOT_FOR_TEMPLATES = ("name", "refusal", "audio")
+TEXTS = ("text", "refusal")  # types of parts
 
 
 def prepare_messages(messages: list[dict], joined: set[tuple[str, str]]) -> list[dict]:
@@ -1906,59 +1255,347 @@ def text_of(content: str | list[dict]) -> str:
     return text
 
 
-TEXTS = ("text", "refusal")  # types of parts
+# ==== 10. The handler: reads a request, finds what answers it, writes =====================
+
+LINGER_SECONDS = 2.0  # how long a refused upload is still read, so that the refusal arrives
+STATUS_CLIENT_GONE = 499  # nginx's name for a client that hung up; only ever in the log
 
 
-# ==== 10. Routes: what answers ==========================================================
+@dataclasses.dataclass
+class Tally:
+    """What is noted about a request while it is answered, for its head and its access line."""
+
+    id: str = dataclasses.field(default_factory=lambda: f"req_{secrets.token_hex(8)}")
+    started: float = dataclasses.field(default_factory=time.monotonic)
+    ignored: list[str] = dataclasses.field(default_factory=list)  # fields we do not know
+    route: str = "unknown"  # METHOD PATTERN
+    status: int = 0  # 0 until the head is sent
+    prompt: int = 0  # tokens
+    cached: int = 0
+    generated: int = 0
+    first_token: float | None = None  # seconds after the start
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)  # of features
+    error: str = ""
+
+    def shown_ignored(self) -> str:
+        """The ignored fields for a header or the log: printable ASCII, and not too many."""
+        return ", ".join(ascii(name)[1:-1] for name in self.ignored)[:MAX_LINE]
+
+    def line(self, method: str, path: str) -> str:
+        """The access line: nothing in it can forge or flood the log. Without the query, where
+        some clients put their key."""
+        first = "-" if self.first_token is None else f"{self.first_token:.3f}s"
+        notes = self.notes | ({"error": self.error} if self.error else {})
+        return (f"{self.id} {printable(f'{method} {path}')} {self.status} prompt={self.prompt} "
+                f"cached={self.cached} generated={self.generated} first={first} "
+                f"total={time.monotonic() - self.started:.3f}s"
+                f"{''.join(f' {name}={value}' for name, value in notes.items())}")
 
 
-class Handler(Connection):
-    """Answers requests: the routes of the two files, and what all routes need of a model."""
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection, on its own thread: one request after the other, until a side closes it."""
 
+    server: Server
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a token must not wait for the next one
     loaded: engine.Engine  # of the model asked for, within `lease`
 
-    # ---- about the server --------------------------------------------------------------
+    def setup(self) -> None:
+        super().setup()
+        self.input = DeadlineReader(self.connection)
+        self.rfile = io.BufferedReader(self.input)
+        self.patience = self.server.config.client_timeout  # seconds, until a request begins
+        self.hangup = select.poll()
+        self.hangup.register(self.connection, getattr(select, "POLLRDHUP", select.POLLHUP))
 
-    def get_root(self) -> None:
-        self.send_json({"name": NAME, "version": VERSION, "openai_base_url": "/v1", "links": list(
-            dict.fromkeys(path for _, path in self.server.house.routes))})
+    def finish(self) -> None:
+        """Close. After a refused upload, read on for a moment: closing with unread bytes would
+        reset the connection, and the client would never see why."""
+        with contextlib.suppress(OSError):
+            if not self.has_arrived:
+                until = time.monotonic() + LINGER_SECONDS
+                self.connection.shutdown(socket.SHUT_WR)
+                self.connection.settimeout(LINGER_SECONDS)
+                while time.monotonic() < until and self.connection.recv(1 << 16):
+                    pass
+        with contextlib.suppress(OSError):
+            super().finish()
 
-    def get_health(self) -> None:
-        """200 when requests are served, else 503. Waits for nothing."""
-        models, (state, details) = self.server.models, self.server.state()
-        body: dict[str, Any] = {"status": state, **details}
-        if engines := list(models.engines().values()):
-            stats = [each.stats for each in engines]
-            body |= {"model": engines[0].model.name, "busy": sum(each.n_busy for each in stats),
-                     "slots": sum(len(each.slots) for each in stats),
-                     "waiting": sum(each.n_waiting for each in engines)}
-        if state == "ok" and (coming := models.coming()):
-            body["loading"] = {"model": coming.name, "progress": round(coming.progress or 0.0, 2)}
-        self.send_json(body, *((200, {}) if state == "ok" else (503, RETRY_SOON)))
+    def handle_one_request(self) -> None:
+        """Answer one request, whatever happens, count it and log it."""
+        self.close_connection = self.has_arrived = True  # the whole request has been read
+        if not self.await_request():
+            return
+        self.has_arrived = False
+        self.tally, self.answer_headers, self.dialect = Tally(), {}, OPENAI
+        self.command, self.path, self.request_version = "-", "-", "HTTP/1.1"
+        self.streams = self.has_events = False
+        self.last_write = 0.0
+        try:
+            with self.in_time("head"):
+                self.read_head()
+            self.answer()
+        except ApiError as error:
+            self.send_api_error(error)
+        except ConnectionError:  # the client hung up, or does not read
+            self.tally.status = STATUS_CLIENT_GONE
+            self.close_connection = True
+        except RecursionError:  # while it is read; what is deeper than that ends in json.loads
+            self.send_api_error(ApiError(400, "the request is nested too deeply",
+                                         code="invalid_json"))
+        except Exception as error:
+            log.exception("%s failed", self.tally.id)
+            self.send_api_error(ApiError(500, f"internal error: {type(error).__name__}"))
+        finally:
+            with self.server.changed:
+                self.server.in_flight -= self.has_arrived
+                self.server.answered[self.tally.route, self.tally.status] += 1
+                self.server.changed.notify_all()
+            log.info("%s", self.tally.line(self.command, self.path))
 
-    def get_slots(self) -> None:
-        self.server.models.check()
-        self.send_json([{"model": name, **dataclasses.asdict(slot)}
-                        for name, loaded in self.server.models.engines().items()
-                        for slot in loaded.stats.slots])
+    def answer(self) -> None:
+        """Each check stands before what costs more. A large body is read last; who is refused
+        before that loses the connection: the body would be taken for the next request."""
+        house, limit = self.server.house, int(self.server.config.max_body_mb * 2**20)
+        self.dialect = house.dialects.get(self.path.rstrip("/"), OPENAI)
+        self.check_origin(self.check_host())
+        size, body = self.body_size(), None
+        if size <= min(SMALL_BODY, limit):
+            body = self.read_body(size, limit)
+        if self.server.connections.get(self.connection):
+            self.close_connection = True
+            raise unavailable(f"{self.server.config.max_connections} connections are open, which "
+                              "is the limit (max_connections)", "too_many_connections")
+        pattern, route, rest = find_route(house.routes, self.command, self.path)
+        self.tally.route = f"{self.command} {pattern}"
+        if self.command != "OPTIONS" and pattern not in self.server.public:
+            self.authorise()
+        if body is None:
+            body = self.read_body(size, limit if route.reads else SMALL_BODY)
+        if route.reads is None:
+            return route.answer(self, *rest)
+        sent = read_json(body)
+        if not route.needs_model:
+            return route.answer(self, self.read_fields(route.reads, sent))
+        name = sent.get("model")
+        target = self.server.models.find(name if isinstance(name, str) and name else None)
+        target.answer(self, route, sent, body)
 
-    def get_metrics(self) -> None:
-        self.send_body(metrics(self.server).encode(), "text/plain; version=0.0.4; charset=utf-8")
+    # ---- the request -----------------------------------------------------------------------
 
-    def get_models(self) -> None:
-        self.server.models.check()
-        models = self.server.models
-        data = [target.entry(name) for name, target in models.names().items()]
-        known = {entry["id"] for entry in data}
-        if models.otherwise:
-            data += [entry for entry in models.otherwise.entries(self) if entry["id"] not in known]
-        self.send_json({"object": "list", "data": data})
+    def await_request(self) -> bool:
+        """Whether the first byte of a request comes."""
+        self.input.deadline = time.monotonic() + self.patience
+        self.patience = self.server.config.keep_alive_timeout
+        try:
+            return bool(self.rfile.peek(1))
+        except OSError:  # too late, or gone
+            return False
 
-    def get_model(self, name: str) -> None:
-        self.server.models.check()
-        self.send_json(self.server.models.find(name).entry(name))
+    @contextlib.contextmanager
+    def in_time(self, what: str):
+        """Within this, the rest of a head or body must arrive before client_timeout is over."""
+        seconds = self.server.config.client_timeout
+        self.input.deadline = time.monotonic() + seconds
+        try:
+            yield
+        except TimeoutError:
+            raise ApiError(408, f"the {what} did not arrive within {seconds:g} seconds",
+                           code="request_timeout") from None
 
-    # ---- a model, and prompts within its context ---------------------------------------
+    def read_head(self) -> None:
+        """The first line and the headers, as http.server reads them. Raises ApiError, whose message
+        quotes no line: it is logged, and a key may stand in the line."""
+        self.raw_requestline = self.rfile.readline(MAX_TARGET + 1)
+        if len(self.raw_requestline) > MAX_TARGET:
+            raise ApiError(414, f"the request line is longer than {MAX_TARGET} bytes")
+        if not self.parse_request() or self.request_version == "HTTP/0.9":
+            raise ApiError(400, "the request line is not `METHOD TARGET HTTP/1.1`")
+        if self.command not in METHODS:
+            raise ApiError(501, f"unknown method {describe(self.command)}")
+        self.path = target_path(self.path)
+        if self.headers.defects or any("\n" in value for value in self.headers.values()):
+            raise ApiError(400, "a line of the headers is malformed")
+        if twice := [name for name in ONCE if len(self.headers.get_all(name, ())) > 1]:
+            raise ApiError(400, f"the header {twice[0]} was sent twice")
+
+    def send_error(self, code: int, message=None, explain=None) -> None:
+        """What http.server finds wrong with a head."""
+        raise ApiError(code, f"the head of the request is refused: {self.responses[code][1]}")
+
+    def body_size(self) -> float:
+        """Bytes of the body. Raises ApiError."""
+        length = self.headers.get("content-length")
+        if "transfer-encoding" in self.headers:
+            raise ApiError(501, "a body with Transfer-Encoding was sent; send a Content-Length")
+        if length is None:
+            if self.command in ("POST", "PUT", "PATCH"):
+                raise ApiError(411, "send a Content-Length header", code="length_required")
+            return 0
+        if not re.fullmatch("[0-9]+", length):
+            raise ApiError(400, f"Content-Length is {describe(length)}, not a number of bytes")
+        return int(length.lstrip("0")[:18] or 0)  # what has more digits is too large, too
+
+    def read_body(self, size: float, limit: int) -> bytes:
+        """The request body, also where the route ignores it: the next request starts behind it."""
+        with self.in_time("body"):
+            body = self.receive_body(size, limit)
+        self.has_arrived = True  # the end of the server waits for its answer
+        with self.server.changed:
+            self.server.in_flight += 1
+        return body
+
+    def receive_body(self, size: float, limit: int) -> bytes:
+        """So many bytes. Raises ApiError for more than `limit`, ConnectionError when fewer come."""
+        if size > limit:
+            raise body_too_large(f"has {size} bytes", limit)
+        body = self.rfile.read(size)
+        if len(body) < size:
+            raise ConnectionError("the client hung up")
+        return body
+
+    def check_host(self) -> bool:
+        """Refuse names that are not ours, on a loopback address or where allowed_hosts says which
+        are: a web page whose name has been pointed here (DNS rebinding, CVE-2024-28224) could read
+        everything. Return whether the name is surely ours."""
+        sent, config = self.headers.get("host"), self.server.config
+        match = HOST.fullmatch(sent or "")
+        if not match or sent is None and self.request_version != "HTTP/1.0":
+            raise ApiError(400, f"the Host header, {describe(sent)}, is malformed or missing")
+        name = match[1].strip("[]").lower().removesuffix(".")
+        known = {host.strip("[]").lower() for host in (config.host, *config.allowed_hosts)}
+        is_guarded = self.server.is_local or bool(config.allowed_hosts)
+        if sent and is_guarded and not (is_this_machine(name) or name in known):
+            raise ApiError(403, f"the Host {describe(name)} is not this server's; if it should be, "
+                                "add it to allowed_hosts", code="host_not_allowed")
+        return is_guarded or read_address(name) is not None  # no DNS server points an address here
+
+    def check_origin(self, knows_host: bool) -> None:
+        """Refuse web pages from elsewhere, and tell browsers which may read the answer
+        (https://fetch.spec.whatwg.org/#http-cors-protocol; never with credentials). knows_host: a
+        page whose origin is this Host comes from here."""
+        origin, allowed = self.headers.get("origin"), self.server.config.cors_origins
+        if origin is None:
+            return
+        is_ours = False
+        with contextlib.suppress(ValueError):
+            page = urllib.parse.urlsplit(origin)
+            is_ours = bool(page.netloc) and (
+                is_this_machine(page.hostname or "")
+                or knows_host and page.netloc == self.headers.get("host"))
+        if not (is_ours or origin in allowed or "*" in allowed):
+            raise ApiError(403, f"pages from {describe(origin)} may not use this server; if they "
+                                "should, add the origin to cors_origins", code="origin_not_allowed")
+        self.answer_headers |= {"Access-Control-Allow-Origin": "*" if "*" in allowed else origin,
+                                "Access-Control-Expose-Headers": "*", "Vary": "Origin"}
+
+    def authorise(self) -> None:
+        """Check the key and count the request, for the key or else the address. Raises 401, 429."""
+        known = self.server.key_digests
+        bearer = re.fullmatch("(?i)bearer +(.*)", self.headers.get("authorization", ""))
+        sent = [bearer[1] if bearer else "", self.headers.get("x-api-key", "")]
+        valid = [key for key in map(digest, sent)  # every key is compared, wherever it matches
+                 if any([hmac.compare_digest(key, one) for one in known])]
+        client = valid[0].hex() if valid else client_of(self.client_address[0])
+        if self.server.limiter:  # before the 401, so that guessing keys is limited too
+            self.answer_headers |= self.server.limiter.take(client)
+        if known and not valid:
+            what = "the API key is wrong" if any(sent) else "an API key is missing"
+            raise ApiError(401, f"{what}; send `Authorization: Bearer KEY`, or `x-api-key: KEY`",
+                           code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    def read_fields(self, cls: type, sent: dict):
+        """A body as dataclass `cls`; fields that we do not know are named to the client and in the
+        log."""
+        if issubclass(cls, GenerationBody):
+            sent = {**sent, **{name: getattr(self.server.config, name) for name in DEFAULTED
+                               if sent.get(name) is None}}
+        reading = Reading(self.server.house)
+        request = read_object(reading.house.type_of(cls), sent, "", reading)
+        self.tally.ignored += reading.ignored
+        if reading.ignored:
+            log.warning("%s ignored unknown fields: %s", self.tally.id, self.tally.shown_ignored())
+        self.streams = bool(getattr(request, "stream", False))
+        return request
+
+    # ---- the answer --------------------------------------------------------------------------
+
+    def write(self, data: bytes) -> None:
+        """Write to the client. Raises ConnectionError when it is gone or does not read."""
+        try:
+            self.wfile.write(data)
+        except TimeoutError:
+            raise ConnectionError("the client does not read") from None
+
+    def send_head(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+        """Write the response head, and the body in the same packet."""
+        self.tally.status = status
+        self.close_connection |= self.server.stopping.is_set() or not self.has_arrived
+        headers = {"Date": self.date_time_string(), "x-request-id": self.tally.id,
+                   **self.answer_headers, **headers}
+        if self.tally.ignored:
+            headers["x-ignored-fields"] = self.tally.shown_ignored()
+        if self.close_connection or self.request_version == "HTTP/1.0":
+            headers["Connection"] = "close" if self.close_connection else "keep-alive"
+        lines = [f"HTTP/1.1 {status} {self.responses.get(status, [''])[0]}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        self.connection.settimeout(self.server.config.client_timeout)  # of each write
+        self.write("\r\n".join([*lines, "\r\n"]).encode("latin-1", "replace") + body)
+
+    def send_json(self, value, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.send_body(to_json(value) + b"\n", "application/json", status, headers)
+
+    def send_body(self, body: bytes, content_type: str, status: int = 200,
+                  headers: dict[str, str] | None = None) -> None:
+        about = {"Content-Type": content_type, "Content-Length": str(len(body))}
+        self.send_head(status, about | (headers or {}), b"" if self.command == "HEAD" else body)
+
+    def send_api_error(self, error: ApiError) -> None:
+        """Write an error: as a response, or as an event when a stream has begun."""
+        self.tally.error = printable(error.message)
+        try:
+            if not self.tally.status:
+                self.send_json(self.dialect.error(error), error.status, error.headers)
+            else:
+                self.close_connection = True
+                if self.has_events:  # else a body that ends too early says it
+                    self.write_piece(self.dialect.error_event(error), True)
+        except OSError:
+            self.close_connection = True
+
+    # Streams are in chunked transfer coding (RFC 9112, 7.1). An HTTP/1.0 client gets them bare, to
+    # the end.
+
+    def write_event(self, data: dict | str, is_last: bool = False) -> None:
+        """Write an event; the first one starts the stream."""
+        self.write_piece(self.dialect.event(data), is_last)
+
+    def write_sign(self, text: str, data: dict | None = None) -> None:
+        """Write a sign of life; data: where the dialect has no comments."""
+        if sign := self.dialect.sign(text, data):
+            self.write_piece(sign)
+
+    def write_piece(self, piece: bytes, is_last: bool = False) -> None:
+        """Write a piece of a stream; the first one sends the head."""
+        if not self.tally.status:
+            self.start_stream({"Content-Type": f"{self.dialect.content_type}; charset=utf-8"})
+        if self.is_chunked:
+            end = b"0\r\n\r\n" if is_last else b""
+            piece = b"%x\r\n%b\r\n%b" % (len(piece), piece, end) if piece else end
+        self.write(piece)
+        self.last_write = time.monotonic()
+
+    def start_stream(self, headers: dict[str, str], status: int = 200) -> None:
+        """Send the head of a reply whose length is not known yet."""
+        self.is_chunked = self.request_version != "HTTP/1.0"
+        self.close_connection |= not self.is_chunked
+        self.has_events = self.dialect.content_type in headers.get("Content-Type", "")
+        headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx: no waiting
+        if self.is_chunked:
+            headers["Transfer-Encoding"] = "chunked"
+        self.send_head(status, headers)
+
+    # ---- a model, and prompts within its context ---------------------------------------------
 
     def receive(self, body, target) -> None:
         """Let features see a body before its model must be there; one that goes elsewhere is a
@@ -2001,13 +1638,7 @@ class Handler(Connection):
         if self.hangup.poll(0):  # it says so even behind bytes that the client sent before
             raise ConnectionError("the client hung up")
 
-    # ---- completions ---------------------------------------------------------------------
-
-    def post_chat(self, body: ChatBody, write: Callable | None = None) -> None:
-        self.generate(self.join(Chat, body), write)
-
-    def post_completion(self, body: CompletionBody) -> None:
-        self.generate(self.join(Completion, body))
+    # ---- replies -----------------------------------------------------------------------------
 
     def join(self, kind: type[Generation], body: GenerationBody) -> Any:
         """What a body wants, after features have had their say. 400 for a model that makes no
@@ -2033,7 +1664,9 @@ class Handler(Connection):
                 if write:
                     write(chunks)
                 elif wanted.body.stream:
-                    self.write_stream(chunks)
+                    for chunk in chunks:  # the first one decides the status
+                        self.write_event(chunk)
+                    self.write_event("[DONE]", is_last=True)
                 else:
                     self.send_json(wanted.fold(chunks))
         finally:
@@ -2041,12 +1674,6 @@ class Handler(Connection):
                 choice.cancel()
             self.tally.cached = sum(choice.n_reused for choice in prompts)
             self.tally.generated = sum(choice.n_generated for choice in choices)
-
-    def write_stream(self, chunks: Iterator[dict]) -> None:
-        """Write a reply's chunks; the first one decides the status."""
-        for chunk in chunks:
-            self.write_event(chunk)
-        self.write_event("[DONE]", is_last=True)
 
     def events(self, choices: list[engine.Request]) -> Iterator[engine.Event]:
         """Yield the engine's events until each choice has ended; in a stream that has been silent
@@ -2073,6 +1700,34 @@ class Handler(Connection):
             yield event
 
 
+def target_path(target: str) -> str:
+    """The path of a request line's target: without query, and without the address that a proxy's
+    client puts first. Raises ApiError."""
+    if not re.match("(?i)/|https?://|[*]$", target):
+        raise ApiError(400, "the target of the request line is not a path")
+    path = re.sub("(?i)^https?://[^/?]*", "", target)
+    return urllib.parse.unquote(re.split("[?#]", path)[0] or "/")
+
+
+def read_json(body: bytes) -> dict:
+    """The object in a body, JSON by RFC 8259 (no NaN, no Infinity)."""
+    def refuse_constant(name):
+        raise ValueError(f"{name} is not JSON")
+    try:
+        sent = json.loads(body.decode(), parse_constant=refuse_constant)
+        if not isinstance(sent, dict):
+            raise ValueError(f"the body must be an object, got {describe(sent)}")
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"bad JSON: {error}", code="invalid_json") from None
+    return sent
+
+
+def body_too_large(size: str, limit: int) -> ApiError:
+    """413; size: what is known of the body's; limit: bytes."""
+    why = "as nothing is read from it" if limit == SMALL_BODY else "max_body_mb"
+    return ApiError(413, f"the body {size}, the limit is {limit} ({why})", code="body_too_large")
+
+
 UNAVAILABLE = {engine.QueueFull: "queue_full", engine.EngineClosed: "shutting_down"}
 
 
@@ -2089,6 +1744,9 @@ def engine_errors(grammar_from: str | None = None):
         raise ApiError(500, str(error), code="engine_error") from None
 
 
+# ==== 11. Routes: what answers which path =================================================
+
+
 @dataclasses.dataclass(frozen=True)
 class Route:
     """What answers a method and path."""
@@ -2101,17 +1759,80 @@ class Route:
     is_public: bool = False  # without a key, and not counted by the rate limit
 
 
+def post_chat(handler: Handler, body: ChatBody, write: Callable | None = None) -> None:
+    handler.generate(handler.join(Chat, body), write)
+
+
+def post_completion(handler: Handler, body: CompletionBody) -> None:
+    handler.generate(handler.join(Completion, body))
+
+
+def get_models(handler: Handler) -> None:
+    models = handler.server.models
+    models.check()
+    data = [target.entry(name) for name, target in models.names().items()]
+    known = {entry["id"] for entry in data}
+    if models.otherwise:
+        data += [entry for entry in models.otherwise.entries(handler) if entry["id"] not in known]
+    handler.send_json({"object": "list", "data": data})
+
+
+def get_model(handler: Handler, name: str) -> None:
+    handler.server.models.check()
+    handler.send_json(handler.server.models.find(name).entry(name))
+
+
+def get_root(handler: Handler) -> None:
+    handler.send_json({"name": NAME, "version": VERSION, "openai_base_url": "/v1", "links": list(
+        dict.fromkeys(path for _, path in handler.server.house.routes))})
+
+
+def get_health(handler: Handler) -> None:
+    """200 when requests are served, else 503. Waits for nothing."""
+    models = handler.server.models
+    state, body = models.state()
+    if engines := list(models.engines().values()):
+        stats = [each.stats for each in engines]
+        body |= {"model": engines[0].model.name, "busy": sum(each.n_busy for each in stats),
+                 "slots": sum(len(each.slots) for each in stats),
+                 "waiting": sum(each.n_waiting for each in engines)}
+    handler.send_json({"status": state, **body}, *(
+        (200, {}) if state == "ok" else (503, RETRY_SOON)))
+
+
+def get_slots(handler: Handler) -> None:
+    handler.server.models.check()
+    handler.send_json([{"model": name, **dataclasses.asdict(slot)}
+                       for name, loaded in handler.server.models.engines().items()
+                       for slot in loaded.stats.slots])
+
+
+def get_metrics(handler: Handler) -> None:
+    handler.send_body(metrics(handler.server).encode(), "text/plain; version=0.0.4; charset=utf-8")
+
+
+def options(handler: Handler, methods: str) -> None:
+    """What a path takes; to a browser, that a page may send it (a preflight)."""
+    asked, headers = handler.headers, {"Allow": methods}
+    if "origin" in asked and "access-control-request-method" in asked:
+        headers |= {"Access-Control-Allow-Methods": methods, "Access-Control-Max-Age": "600",
+                    "Access-Control-Allow-Headers":
+                        asked.get("access-control-request-headers", "Authorization")}
+        if "access-control-request-private-network" in asked:
+            headers["Access-Control-Allow-Private-Network"] = "true"
+    handler.send_head(204, headers)
+
+
 ROUTES = {
-    ("GET", "/"): Route(Handler.get_root, "name, version, paths", is_public=True),
-    ("GET", "/health"): Route(Handler.get_health, "whether requests are served", is_public=True),
-    ("GET", "/metrics"): Route(Handler.get_metrics, "counts and times, for Prometheus"),
-    ("GET", "/slots"): Route(Handler.get_slots, "what each slot does"),
-    ("GET", "/v1/models"): Route(Handler.get_models, "all models"),
-    ("GET", "/v1/models/{id}"): Route(Handler.get_model, "one model"),
-    ("POST", "/v1/chat/completions"): Route(
-        Handler.post_chat, "conversations, streamed or not", ChatBody),
+    ("GET", "/"): Route(get_root, "name, version, paths", is_public=True),
+    ("GET", "/health"): Route(get_health, "whether requests are served", is_public=True),
+    ("GET", "/metrics"): Route(get_metrics, "counts and times, for Prometheus"),
+    ("GET", "/slots"): Route(get_slots, "what each slot does"),
+    ("GET", "/v1/models"): Route(get_models, "all models"),
+    ("GET", "/v1/models/{id}"): Route(get_model, "one model"),
+    ("POST", "/v1/chat/completions"): Route(post_chat, "conversations, streamed or not", ChatBody),
     ("POST", "/v1/completions"): Route(
-        Handler.post_completion, "texts, one or a list of them, streamed or not", CompletionBody),
+        post_completion, "texts, one or a list of them, streamed or not", CompletionBody),
 }
 
 
@@ -2120,13 +1841,11 @@ def find_route(routes: dict[tuple[str, str], Route], method: str, path: str
     """The pattern and route for a method and path, and what stands at the path's {id}. 404 or
     405."""
     path, found = path.rstrip("/") or "/", {}
-    if (method, path) in routes and "{id}" not in path:
-        return path, routes[method, path], []
     for (route_method, pattern), route in routes.items():
-        stem, has_id, tail = pattern.partition("{id}")
-        rest = path.removeprefix(stem).removesuffix(tail)
-        if path == "*" or path == f"{stem}{rest}{tail}" and bool(rest) == bool(has_id):
-            found[route_method] = pattern, route, [rest] if has_id else []
+        start, has_id, end = pattern.partition("{id}")
+        name = path.removeprefix(start).removesuffix(end) if has_id else ""
+        if path == "*" or path == start + name + end and bool(name) == bool(has_id):
+            found[route_method] = pattern, route, [name] if has_id else []
     found |= {"HEAD": found["GET"]} if "GET" in found else {}
     if method in found:
         return found[method]
@@ -2135,7 +1854,7 @@ def find_route(routes: dict[tuple[str, str], Route], method: str, path: str
     methods = ", ".join(sorted([*found, "OPTIONS"]))
     if method == "OPTIONS":
         pattern = path if path == "*" else next(iter(found.values()))[0]
-        return pattern, Route(Handler.options, "what a path takes"), [methods]
+        return pattern, Route(options, "what a path takes"), [methods]
     raise ApiError(405, f"{describe(path)} does not take {method}, but {methods}",
                    code="method_not_allowed", headers={"Allow": methods})
 
@@ -2188,7 +1907,7 @@ def buckets(values: engine.Histogram) -> dict[str, float]:
             "_sum": values.total, "_count": sums[-1]}
 
 
-# ==== 11. Main: start, signals, drain ====================================================
+# ==== 12. Main: start, signals, drain ====================================================
 
 EXIT_OK, EXIT_UNUSABLE = 0, 2
 EXAMPLE_BODY = '{"messages": [{"role": "user", "content": "What is gravity?"}], "max_tokens": 64}'
@@ -2220,8 +1939,7 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # a console may know ASCII only
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(message)s")
     try:
-        environ = {**read_env_file(HERE / ".env"), **os.environ}
-        server = Server(load_config(sys.argv[1:] if argv is None else argv, environ))
+        server = Server(load_config(sys.argv[1:] if argv is None else argv, os.environ))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_UNUSABLE

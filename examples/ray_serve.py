@@ -48,7 +48,7 @@ class Handler(server.Handler):
     disable_nagle_algorithm = False
 
     def answer(self) -> None:
-        self.tally.id = server.printable(self.head.headers.get("x-request-id", self.tally.id))
+        self.tally.id = server.printable(self.headers.get("x-request-id", self.tally.id))
         super().answer()
 
 
@@ -85,7 +85,7 @@ class Replica:
 
     def check_health(self) -> None:
         """Ray asks every few seconds, and replaces a replica that raises."""
-        if self.server.state()[0] == "stalled":
+        if self.server.models.state()[0] == "stalled":
             raise RuntimeError("a step of the engine takes longer than stall_seconds")
 
     async def __call__(self, request: Request) -> StreamingResponse:

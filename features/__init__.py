@@ -1,11 +1,11 @@
 """Features: how the files of this folder plug into server.py and engine.py.
 
 A feature is a module that exports some of EXPORTS; docs/features.md tells what they mean, and what
-else it may have. The other files are parts of features. The settings name the features that are
-on; those are imported, behind what they need, and make a server.House. Those that are off are read,
-but not imported, so that a request or setting which needs one can be told its name. (This file also
-makes the folder a package of its own: another one of this name, wherever it is installed, is not
-taken for it.)
+else it may have. The other files are parts of features. The settings, which environment.py adds to,
+name the features that are on; those are imported, behind what they need, and make a House. Those
+that are off are read, but not imported, so that a request or setting which needs one can be told
+its name. (This file also makes the folder a package of its own: another one of this name, wherever
+it is installed, is not taken for it.)
 """
 
 import ast
@@ -14,19 +14,90 @@ import difflib
 import importlib
 import re
 import types
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import engine
 import server
+from features import environment
 
 FOLDER = Path(__file__).resolve().parent
-EXPORTS = ("Settings", "ROUTES", "FIELDS", "equip", "receive", "join", "start", "fetch")
+EXPORTS = ("Settings", "ROUTES", "FIELDS", "METHODS", "equip", "receive", "join", "start", "fetch")
 
 
-def load(names: list) -> server.House:
-    """The house with the features of these names. Raises ConfigError."""
+class House(server.House):
+    """What the features that are switched on add to the two files."""
+
+    def __init__(self, modules: Iterable[types.ModuleType], off: dict[tuple[str, str], tuple]):
+        """off: by a class and the name of a field, the feature that would add the field to it but
+        is off, and the field's default."""
+        self.modules, self.off = list(modules), off
+        self.extensions: dict[str, list[type]] = {}  # by the name of the class that they extend
+        for module in self.modules:
+            for target, extension in _added(module).items():
+                self.extensions.setdefault(target, []).append(extension)
+        self._types: dict[type, type] = {}
+        super().__init__()
+
+    def having(self, name: str) -> list:
+        """As server.House.having."""
+        return [getattr(module, name) for module in self.modules if hasattr(module, name)]
+
+    def type_of(self, cls: type) -> type:
+        """As server.House.type_of."""
+        if cls not in self._types:
+            bases = [extension for each in cls.__mro__
+                     for extension in self.extensions.get(each.__name__, ())]
+            new = type(cls.__name__, (*bases, cls), {
+                "house": self, "__doc__": cls.__doc__, "__module__": cls.__module__})
+            self._types[cls] = cls if not bases and cls is not server.Config else \
+                dataclasses.dataclass(new) if dataclasses.is_dataclass(cls) else new
+        return self._types[cls]
+
+    def more_settings(self, environ: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
+        """As server.House.more_settings: from environment variables."""
+        for (target, name), (feature, _) in self.off.items():
+            if target == "Config" and environ.get(name.upper()):
+                server.log.warning("warning: environment variable %s is ignored: it needs the "
+                                   "feature %s, which is off", name.upper(), feature)
+        return environment.settings(self, environ)
+
+    def feature_of(self, cls: type, field: str) -> tuple[str | None, Any]:
+        """The feature that would honour a field, and is off; and the field's default."""
+        return next((self.off[each.__name__, field] for each in cls.__mro__
+                     if (each.__name__, field) in self.off), (None, None))
+
+    def check_unknown(self, cls: type, sent: dict, prefix: str) -> None:
+        """As server.House.check_unknown. What asks for nothing needs nothing."""
+        for name in sent.keys() - self.hints(cls).keys():
+            feature, default = self.feature_of(cls, name)
+            if feature and not any(type(sent[name]) is type(nothing) and sent[name] == nothing
+                                   for nothing in (None, "", [], {}, default)):  # 0 is not False
+                raise server.invalid(
+                    prefix + name, f"{prefix}{name}: needs the feature {feature}, which is off; "
+                    "leave it out, or have it named in `features` of the settings", "feature_off")
+
+    def unknown_setting(self, name, others: Mapping = types.MappingProxyType({})) -> str:
+        """As server.House.unknown_setting."""
+        feature = self.feature_of(server.Config, name)[0]
+        if not feature:
+            return super().unknown_setting(name, others)
+        keys = [each for key, inner in others.items()
+                for each in (inner if isinstance(inner, dict) else [key])]
+        more = [f"{each} ({found})" for each in keys
+                if each != name and (found := self.feature_of(server.Config, each)[0])]
+        return f"unknown key {name!r}: it needs the feature {feature} (see `features`)" + (
+            f"; take it out, and likewise {', '.join(more)}" if more else "")
+
+
+def load(names, environ: Mapping[str, str]) -> House:
+    """The house with the features of these names, or of those that the environment has. Raises
+    ConfigError."""
     modules: list[types.ModuleType] = []
+    chosen = environment.features(environ)
+    names = names if chosen is None else chosen
+    names = names if isinstance(names, list) else [names]
     for name in names:
         n_before = len(modules)
         _add(modules, name, ())
@@ -34,7 +105,7 @@ def load(names: list) -> server.House:
             if (added := module.__name__.removeprefix("features.")) not in names:
                 server.log.info("features: %s is on, too: %s needs it", added, name)
     _check_claims(modules)
-    return server.House(modules, fields_of_others({module.__name__ for module in modules}))
+    return House(modules, fields_of_others({module.__name__ for module in modules}))
 
 
 def _add(modules: list[types.ModuleType], name, wanted_by: tuple[str, ...]) -> None:
@@ -65,22 +136,25 @@ def _add(modules: list[types.ModuleType], name, wanted_by: tuple[str, ...]) -> N
 
 
 def _added(module: types.ModuleType) -> dict[str, type]:
-    """The dataclasses that a feature adds to others, by the names of those."""
+    """The classes that a feature adds to others, by the names of those."""
     settings = {"Config": module.Settings} if hasattr(module, "Settings") else {}
-    return {**getattr(module, "FIELDS", {}), **settings}
+    return {**getattr(module, "FIELDS", {}), **getattr(module, "METHODS", {}), **settings}
 
 
 def _check_kinds(module: types.ModuleType, known: set[str]) -> None:
     """Refuse exports that are not what docs/features.md says. known: names of classes."""
     said = f"features: {module.__name__.removeprefix('features.')}:"
-    for name in ("FIELDS", "ROUTES"):
+    for name in ("FIELDS", "METHODS", "ROUTES"):
         if not isinstance(getattr(module, name, {}), dict):
             raise server.ConfigError(f"{said} {name} must be a dict")
     added = _added(module)
     for target, extension in added.items():
         if target not in known:
-            raise server.ConfigError(f"{said} FIELDS extends {target}, which there is not")
-        if not (isinstance(extension, type) and dataclasses.is_dataclass(extension)):
+            raise server.ConfigError(f"{said} it extends {target}, which there is not")
+        if target in getattr(module, "METHODS", {}):
+            if not isinstance(extension, type):
+                raise server.ConfigError(f"{said} what METHODS adds to {target} must be a class")
+        elif not (isinstance(extension, type) and dataclasses.is_dataclass(extension)):
             raise server.ConfigError(f"{said} what it adds to {target} must be a dataclass")
     for key, route in getattr(module, "ROUTES", {}).items():
         if not isinstance(route, server.Route):
@@ -104,7 +178,7 @@ def _check_claims(modules: list[types.ModuleType]) -> None:
             raise server.ConfigError(f"features: {module.__name__} claims the path "
                                      f"{' '.join(key)}, which is there already")
         claimed = {(target, name) for target, extension in _added(module).items()
-                   for name in extension.__annotations__}
+                   for name in getattr(extension, "__annotations__", ())}
         for target, name in sorted(fields & claimed):
             raise server.ConfigError(f"features: {module.__name__} claims the field {name} of "
                                      f"{target}, which another feature has")

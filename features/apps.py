@@ -235,7 +235,7 @@ def answer_app(handler, request: AppBody, sees: bool = False, streams: bool = Fa
     handler.streams = streams
     handler.receive(chat, target)
     with handler.lease(target):
-        handler.post_chat(chat, functools.partial(write_app_reply, handler, name, streams))
+        server.post_chat(handler, chat, functools.partial(write_app_reply, handler, name, streams))
 
 
 def write_app_reply(handler, name: str, streams: bool, chunks: Iterator[dict]) -> None:

@@ -163,7 +163,7 @@ def list_elsewhere(handler, upstream: "Upstream") -> list[dict]:
 
 def relay(handler, upstream: "Upstream", sent: dict, body: bytes) -> None:
     """Pass a request on as it came, but for the model's name, and the reply as it arrives."""
-    path = handler.head.path.rstrip("/")
+    path = handler.path.rstrip("/")
     if not path.startswith("/v1/"):
         raise server.invalid("model", f"{server.describe(sent.get('model'))} is an engine "
                              f"elsewhere; it takes /v1 and /chat, not {server.describe(path)}")
@@ -206,7 +206,7 @@ def ask(handler, upstream: Upstream, method: str, path: str, body: bytes | None,
         reads_errors: bool = False) -> Iterator[http.client.HTTPResponse]:
     """The response of an engine elsewhere, while our client is there. seconds: for all of
     it, besides its timeout. reads_errors: its refusals are errors here, too. Raises ApiError."""
-    via, until = handler.head.headers.get("via", ""), time.monotonic() + (seconds or math.inf)
+    via, until = handler.headers.get("via", ""), time.monotonic() + (seconds or math.inf)
     own = names.setdefault(handler.server, f"1.1 {server.NAME}-{secrets.token_hex(4)}")
     if own in via:
         raise server.ApiError(508, f"{upstream.name} leads back to this server", code="relay_loop")

@@ -55,7 +55,7 @@ class LegacyReply:
 
     def __init__(self, wanted: server.Completion):
         self.wanted, self.body = wanted, wanted.body
-        self.make = wanted.make_choices
+        self.make, self.fold_all = wanted.make_choices, wanted.fold
         self.scores: dict[int, list[engine.TokenLogprob]] = {}  # of prompts, by the first choice
         # By choice: characters of the text so far, and the decoder of its bytes; log-probabilities.
         self.offsets: collections.Counter[int] = collections.Counter()
@@ -111,7 +111,7 @@ class LegacyReply:
             offsets.append(self.offsets[index])
             piece = self.wanted.model.piece(entry.token, special=self.in_prompt)
             self.offsets[index] += len(self.decoders[index].decode(piece))
-        if not self.in_prompt:  # `kept` weighs the replies, not their prompt
+        if not self.in_prompt:  # `fold` weighs the replies, not their prompt
             self.shown[index] += [entry.logprob for entry in tokens]
         self.in_prompt = False
         return {"tokens": texts, "text_offset": offsets,
@@ -121,18 +121,24 @@ class LegacyReply:
                     text_of(token): max(logprob, lowest) for token, logprob in entry.top}
                     for entry in tokens]}
 
-    def kept(self, group: list[engine.Request]) -> list[engine.Request]:
-        """As Generation.kept: the n whose tokens, as many as the text has, are the likeliest."""
-        if len(group) == self.body.n:
-            return group
-
-        def mean(choice: engine.Request) -> float:
-            shown = self.shown[choice.index]
+    def fold(self, chunks: Iterator[dict]) -> dict:
+        """As Generation.fold: of each prompt the n replies whose tokens, as many as the text has,
+        are the likeliest."""
+        def mean(choice: dict) -> float:
+            shown = self.shown[choice["index"]]
             return sum(shown) / len(shown) if shown else -math.inf
-        return sorted(group, key=mean, reverse=True)[: self.body.n]
+
+        reply, n_each = self.fold_all(chunks), self.wanted.n_each
+        if n_each > self.body.n:
+            groups = [reply["choices"][start : start + n_each]
+                      for start in range(0, len(reply["choices"]), n_each)]
+            kept = [choice for group in groups
+                    for choice in sorted(group, key=mean, reverse=True)[: self.body.n]]
+            reply["choices"] = [{**choice, "index": place} for place, choice in enumerate(kept)]
+        return reply
 
     def whole(self, choice: dict) -> dict:
-        """As Generation.whole: log-probabilities that only `kept` wanted are not shown."""
+        """As Generation.whole: log-probabilities that only `fold` wanted are not shown."""
         return choice if self.body.logprobs is not None else {**choice, "logprobs": None}
 
 
@@ -145,7 +151,7 @@ def join(wanted: server.Generation) -> None:
         wanted.n_each, wanted.n_field = body.best_of, "best_of"
     wanted.n_top_logprobs = 0 if wanted.n_each > body.n and body.logprobs is None else body.logprobs
     wanted.read, wanted.make_choices, wanted.opening = reply.read, reply.make_choices, reply.opening
-    wanted.logprobs, wanted.kept, wanted.whole = reply.logprobs, reply.kept, reply.whole
+    wanted.logprobs, wanted.fold, wanted.whole = reply.logprobs, reply.fold, reply.whole
 
 
 def infill(model: engine.Model, prefix: str, suffix: str) -> np.ndarray | None:

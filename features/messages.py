@@ -261,8 +261,8 @@ def post_count(handler: server.Handler, body: CountBody) -> None:
 
 def get_models(handler: server.Handler, *name: str) -> None:
     """The models, or one, as the client's API has them."""
-    if "anthropic-version" not in handler.head.headers:
-        return handler.get_model(*name) if name else handler.get_models()
+    if "anthropic-version" not in handler.headers:
+        return (server.get_model if name else server.get_models)(handler, *name)
     models = handler.server.models
     models.check()
     found = {each: models.find(each) for each in name} or models.names()

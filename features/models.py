@@ -297,10 +297,13 @@ class Pool(server.Models):
         with self._changed:
             return sum((engine.stats for engine in self.engines().values()), self.retired)
 
-    def coming(self) -> PooledModel | None:
-        """The model that is being loaded right now."""
-        model = self._working_on
-        return model if model and model.progress is not None else None
+    def state(self) -> tuple[str, dict]:
+        """As Models.state, and which model is being loaded while others are served."""
+        state, details = super().state()
+        coming = self._working_on
+        if state == "ok" and coming and coming.progress is not None:
+            details["loading"] = {"model": coming.name, "progress": round(coming.progress, 2)}
+        return state, details
 
     def close(self) -> bool:
         """As Models.close; False, too, when a step of loading does not end."""

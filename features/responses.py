@@ -360,7 +360,8 @@ def get_input_items(handler: server.Handler, name: str) -> None:
     """The items that a response replies to, newest first unless asked otherwise. Raises
     ApiError."""
     items = stores[handler.server].find(name).items
-    asked = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(handler.head.target).query))
+    target = handler.raw_requestline.split()[1].decode("latin-1")
+    asked = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(target).query))
     order, limit, after = asked.get("order", "desc"), asked.get("limit", "20"), asked.get("after")
     if order not in ("asc", "desc"):
         raise server.invalid("order", f"order: expected asc or desc, got {server.describe(order)}")

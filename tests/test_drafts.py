@@ -988,7 +988,11 @@ def test_a_server_refuses_an_unusable_draft_model_in_one_sentence(tmp_path):
     words = {str(tmp_path / "missing.gguf"): ["draft_model_path", "not found"],
              str(text): ["not a GGUF file"],
              str(bert): ["draft_model_path", "cannot draft", "embeddings only"]}
-    processes = [start(DRAFT_MODEL_PATH=path, N_CTX="256") for path in words]
+    processes = []
+    for number, path in enumerate(words):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(conftest.with_features(f"draft_model_path: {path}\nn_ctx: 256\n"))
+        processes.append(start("--config", str(file)))
     for process, (path, parts) in zip(processes, words.items()):
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == 2

@@ -380,7 +380,7 @@ def test_what_clients_see_while_a_model_loads(gguf, gate):
         with socket.create_connection(("127.0.0.1", running.server_port)) as raw:
             raw.sendall(b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
                         % (CHAT.encode(), len(body), body))
-            wait_for(lambda: pool.n_waiting == 3 and pool.coming())
+            wait_for(lambda: pool.n_waiting == 3 and "loading" in pool.state()[1])
             began = time.monotonic()
             refused, health = ask(running, "slow"), get(running, "/health")
             assert refused.status_code == 503 and "retry-after" in refused.headers
@@ -508,35 +508,6 @@ def test_variables_of_local_apps(tmp_path):
     assert (config.openai_base_url, config.openai_api_key) == ("http://b/v1", "12")
     with pytest.raises(server.ConfigError, match="BATCH_MAX and PARALLEL mean the same"):
         config_of(tmp_path, "", {"BATCH_MAX": "7", "PARALLEL": "8"})
-
-
-def test_a_dotenv_file(tmp_path):
-    """Quotes, comments, `export`; a line that is wrong is named by its number only."""
-    file = tmp_path / ".env"
-    assert server.read_env_file(file) == {}
-    file.write_text("# a comment\n\n  A=1  \nexport B = two words # comment\nC=\"x # 'y' \" # z\n"
-                    "D='say \"hi\"'\nE=\nF=a#b=c\n  # indented\nA=2\nG=it's\n")
-    assert server.read_env_file(file) == {
-        "A": "2", "B": "two words", "C": "x # 'y' ", "D": 'say "hi"', "E": "", "F": "a#b=c",
-        "G": "it's"}
-    for line in (KEY, f"{KEY}=1", f"= {KEY}", f"K=\"{KEY}", f"K='{KEY}'x"):
-        file.write_text(f"A=1\n{line}\n")
-        with pytest.raises(server.ConfigError) as caught:
-            server.read_env_file(file)
-        assert f"{file}: line 2" in str(caught.value) and KEY not in str(caught.value)
-
-
-def test_a_dotenv_file_beside_the_server_is_used(tmp_path, gguf):
-    """But what the environment says itself wins."""
-    for name in ("server.py", "engine.py"):
-        shutil.copy(conftest.ROOT / name, tmp_path)
-    shutil.copytree(conftest.ROOT / "features", tmp_path / "features")
-    (tmp_path / "mine.gguf").symlink_to(gguf)
-    (tmp_path / ".env").write_text(f"PORT=0\nFEATURES=apps\nexport MODEL_ID='{tmp_path}/mine.gguf'\nBATCH_MAX=3"
-                                   "\nN_CTX=4096\n")
-    with running_process(tmp_path / "server.py", folder="/", N_CTX="256") as (_, url, line):
-        assert line.startswith("ready: mine on") and "3 slots of 256 tokens" in line
-        assert httpx.get(url + "/v1/models").json()["data"][0]["id"] == "mine"
 
 
 def test_a_models_broken_projector_is_read_again_when_it_is_whole(gguf, tmp_path):
