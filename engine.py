@@ -2,16 +2,15 @@
 
 This file knows nothing of HTTP, and no JSON. It turns prompts (arrays of token ids) into events
 (pieces of text), for many requests at once, with one llama.cpp context for each model. Read it from
-top to bottom; each of its ten parts builds on those above it; the last is the loop. What not every
-server needs goes through three small classes whose default does nothing, and which a feature may
-replace (Constraint, Drafter, PrefixStore), and through Piece, which stands for tokens.
+top to bottom; each of its ten parts builds on those above it; the last is the loop. Features plug
+in by three small classes whose default does nothing (Constraint, Drafter, PrefixStore), and by
+Piece, which stands for tokens.
 Words: a *slot* is a lane of the context, a *request* its guest; *prefill* reads a prompt into the
 KV cache, *decode* produces one token per *step*, or several where *drafted* ones come true; a
 *batch* is the rows of one llama_decode.
 
-Threads: each loaded model has an engine thread, which runs `Engine.step` until it is unloaded; one
-more loads and unloads. Handler threads prepare requests (tokenize, build the sampler),
-hand them over with `Engine.submit` and read their events.
+Threads: each loaded model has one, which runs `Engine.step` until it is unloaded. Handler threads
+prepare requests (tokenize, build the sampler), `Engine.submit` them and read their events.
 """
 
 import bisect
@@ -859,8 +858,7 @@ def extra_tokens(images: dict[int, Piece]) -> int:
 
 
 class Slot:
-    """A lane: a permanent seq_id, the tokens its KV cache holds, and its guest, if any.
-    Engine thread only."""
+    """A lane: a permanent seq_id, its cached tokens, and its guest, if any. Engine thread only."""
 
     def __init__(self, seq_id: int, n_ctx: int):
         self.seq_id = seq_id
@@ -988,8 +986,7 @@ class Drafter:
         none if the batch failed. When the reply has ended with them, `slot.request` is None."""
 
     def note(self, n_rows: int, n_draft: int, seconds: float) -> None:
-        """Hear what a decode has taken that read no prompt. n_draft: how many of its rows were
-        drafted."""
+        """Hear what a decode without prompts has taken; n_draft of its rows were drafted."""
 
 
 class PrefixStore:
@@ -1298,18 +1295,22 @@ class Engine:
 
     def _fill(self) -> list[list[Chunk]]:
         """Choose the rows of the next batch: every decoding slot's token and what is drafted after
-        it, then prompt tokens in order of arrival; only a few of those while anything decodes, so
-        that no stream stalls. Images have batches of their own, which follow."""
+        it, then prompt tokens, the shortest rest first, but half of them of the prompt that came
+        first: a short one waits for no long one, nor that for ever. Only a few of them while
+        anything decodes, so that no stream stalls. Images have batches of their own behind it."""
         decoding = [slot for slot in self._slots if slot.next_token is not None]
         room = self.context.n_batch - len(decoding)
         prompts, images, n_left = [], [], min(room, self._prefill_chunk) if decoding else room
-        prefilling = [slot for slot in self._slots if slot.is_prefilling]
-        for slot in sorted(prefilling, key=lambda slot: slot.request.arrival):
-            prompt = slot.request.prompt
+        rests = {slot: len(slot.request.prompt) - slot.n_cached
+                 for slot in self._slots if slot.is_prefilling}
+        first = min(rests, key=lambda slot: slot.request.arrival, default=None)
+        n_kept = min(n_left // 2, rests.get(first, 0))  # for the first one
+        for slot in sorted(rests, key=rests.get):
+            prompt, n_kept = slot.request.prompt, 0 if slot is first else n_kept
             start, end, image = slot.request.image_at(slot.n_cached)
             if not (image and image.decode_whole):
-                end = min(end, slot.n_cached + n_left)
-            if slot.n_cached < end and n_left > 0:
+                end = min(end, slot.n_cached + n_left - n_kept)
+            if slot.n_cached < end and n_left > n_kept:
                 tokens = prompt[slot.n_cached : end]
                 (images if image else prompts).append(Chunk(
                     slot, tokens, end == len(prompt), slot.request.on_prompt is not None,
@@ -1469,9 +1470,8 @@ def load_engine(path: Path, *, n_ctx: int, parallel: int, n_gpu_layers: int, pre
                 equip: Callable[[Engine], None] = lambda loaded: None,
                 **context_options) -> Engine:
     """Load a model and start an engine on it. n_ctx: tokens per request, 0 for as many as the
-    model was trained for. equip: gives the engine, before anybody else has it, what features add;
-    may raise ModelError. `context_options` are those of Context.
-    Raises ModelError; BrokenModel when another file in its place could do better."""
+    model was trained for. equip: gives the engine, before anybody else has it, what features add.
+    `context_options`: Context's. Raises ModelError; BrokenModel if another file could do better."""
     size = file_size(path)
     with contextlib.ExitStack() as undo:
         model = Model(path, n_gpu_layers, on_progress, chat_template_file)

@@ -355,6 +355,27 @@ def test_decode_rows_come_first_and_a_long_prompt_is_read_in_small_chunks_beside
     assert [batch[0][1] for batch in alone.context.batches] == [128, 128, 44]
 
 
+@pytest.mark.parametrize("n_running, room", [(0, 128), (1, 32)])
+def test_short_prompts_do_not_wait_for_a_long_one_which_still_moves(n_running, room):
+    """The shortest rest goes first, so a short prompt has its first token within three steps; but the
+    prompt that came first keeps half of the room, however many short ones come."""
+    fake = fake_engine(prefill_chunk=32, n_batch=128 + n_running, n_ctx=4096)
+    fake.submit([ask(b"run", n=90) for _ in range(n_running)])
+    fake.step()
+    long = ask(b"L" * 3000, n=1)
+    fake.submit([long])
+    fake.step()
+    slot, = [slot for slot in fake._slots if slot.request is long]
+    for number in range(8):
+        before = slot.n_cached
+        short = ask(b"s%d" % number * 20, n=1)
+        fake.submit([short])
+        for _ in range(3):
+            fake.step()
+        assert short.n_generated == 1 and slot.n_cached - before >= 3 * room // 2
+    assert result(short)[0] == reply_to(b"s7" * 20, 1)
+
+
 def test_a_conversation_computes_only_its_new_tokens():
     """Turn two finds turn one's prompt and reply in the cache; unrelated requests in between take
     other slots, as long as there are any."""
