@@ -81,27 +81,27 @@ class StopMatcher:
 
     >>> matcher = StopMatcher(["END"])
     >>> matcher.feed("The E"), matcher.feed("NTER key. THE EN"), matcher.feed("D.")
-    (('The ', False), ('ENTER key. THE ', False), ('', True))
+    (('The ', ''), ('ENTER key. THE ', ''), ('', 'END'))
     """
 
     def __init__(self, stops: list[str]):
         self._stops = stops
         self._held = ""  # text that may still become part of a stop sequence
 
-    def feed(self, text: str) -> tuple[str, bool]:
-        """Return the text that may be sent now, and whether a stop sequence was completed."""
+    def feed(self, text: str) -> tuple[str, str]:
+        """Return the text that may be sent now, and the stop sequence that was completed, or ""."""
         if not self._stops:
-            return text, False
+            return text, ""
         pending, self._held = self._held + text, ""
         ends = [(pending.index(stop) + len(stop), len(stop))
                 for stop in self._stops if stop in pending]
         if ends:
             end, length = min(ends, key=lambda found: (found[0], -found[1]))
-            return pending[: end - length], True
+            return pending[: end - length], pending[end - length : end]
         n_sendable = next((n for n in range(len(pending)) if any(
             stop.startswith(pending[n:]) for stop in self._stops)), len(pending))
         self._held = pending[n_sendable:]
-        return pending[:n_sendable], False
+        return pending[:n_sendable], ""
 
     def flush(self) -> str:
         """Return what was held back; the text has ended without completing a stop sequence."""
@@ -120,8 +120,8 @@ class TextStream:
         self._stops = StopMatcher(stops)
         self.n_decoded = self.n_sent = 0
 
-    def feed(self, piece: bytes, final: bool = False) -> tuple[str, bool]:
-        """Take one token's bytes; return the text to send and whether a stop was completed."""
+    def feed(self, piece: bytes, final: bool = False) -> tuple[str, str]:
+        """Take one token's bytes; return the text to send and the stop that was completed."""
         decoded = self._utf8.decode(piece)
         self.n_decoded += len(decoded)
         text, stopped = self._stops.feed(decoded)
@@ -801,8 +801,8 @@ class Request:
         self.n_read = 0  # events; written by the handler
         self.arrival = 0  # place in the order of arrival, set by submit
         self.n_reused = 0  # prompt tokens that were in the KV cache already
-        self.n_generated = 0
-        self.n_accepted = self.n_rejected = 0  # tokens drafted for it
+        self.n_generated = self.n_accepted = self.n_rejected = 0  # tokens; the last two drafted
+        self.stopped_by = ""  # the stop sequence that ended it, if one did
         # time.perf_counter(), seconds
         self.submitted = self.placed = self.first_token = self.last_token = 0.0
         self._text = TextStream(stops)
@@ -833,12 +833,12 @@ class Request:
         if logprob is not None and not is_end:
             self._unsent_logprobs.append((self._text.n_decoded, logprob))
         is_full = self.n_generated >= self.max_tokens
-        text, stopped = self._text.feed(piece, final=is_end or is_full)
-        finish_reason = "stop" if is_end or stopped else "length" if is_full else None
+        text, self.stopped_by = self._text.feed(piece, final=is_end or is_full)
+        finish_reason = "stop" if is_end or self.stopped_by else "length" if is_full else None
         # A token's text is sent if it starts before the end of what was sent; so the tokens of a
         # stop sequence are left out. Without one, the last event takes whatever is left.
-        waiting, logprobs = self._unsent_logprobs, []
-        while waiting and (waiting[0][0] < self._text.n_sent or finish_reason and not stopped):
+        waiting, logprobs, ends = self._unsent_logprobs, [], finish_reason and not self.stopped_by
+        while waiting and (waiting[0][0] < self._text.n_sent or ends):
             logprobs.append(waiting.popleft()[1])
         return Event(self, text, tuple(logprobs), finish_reason)
 

@@ -20,11 +20,12 @@ class Settings:
 
 
 def receive(handler: server.Handler, body, target) -> None:
-    """Log the messages of a body, which is a dict where it goes elsewhere. Raises nothing."""
+    """Log the messages of a chat, which is a dict where it goes elsewhere. Raises nothing."""
     if not handler.server.config.log_messages:
         return
     messages = body.get("messages") if isinstance(body, dict) else [
-        dataclasses.asdict(message) for message in getattr(body, "messages", ())]
+        dataclasses.asdict(message) for message in body.messages] \
+        if isinstance(body, server.ChatBody) else ()
     for message in messages if isinstance(messages, list) else ():
         if isinstance(message, dict):
             content = message.get("content")

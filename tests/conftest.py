@@ -48,6 +48,7 @@ def blocks_of(language: str, files: list[Path] = DOCS) -> list[str]:
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="the long form of test_soak.py")
+    parser.addoption("--agents", metavar="FOLDER", help="where npm has installed what test_agents.py runs")
 
 
 def config(**settings):

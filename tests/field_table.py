@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import conftest  # noqa: E402
 import engine  # noqa: E402
 import server  # noqa: E402
-from features import embeddings, tokens  # noqa: E402
+from features import embeddings, messages, responses, tokens  # noqa: E402
 
 HOUSE = conftest.house()
 
@@ -26,10 +26,12 @@ FILE = ROOT / "docs" / "api.md"
 BEGIN, END = "<!-- fields -->\n", "<!-- /fields -->\n"
 BODIES = {server.ChatBody: "chat", server.CompletionBody: "completions",
           embeddings.EmbeddingBody: "embeddings", tokens.TokenizeBody: "tokenize",
-          tokens.DetokenizeBody: "detokenize"}
+          tokens.DetokenizeBody: "detokenize", responses.ResponsesBody: "responses",
+          messages.MessagesBody: "messages"}
 # In this order the fields are listed: OpenAI's of each path, those that paths share, samplers.
 ORDER = [server.ChatBody, server.CompletionBody, embeddings.EmbeddingBody, tokens.TokenizeBody,
-         tokens.DetokenizeBody, server.GenerationBody, engine.SamplingParams]
+         tokens.DetokenizeBody, responses.InputBody, responses.ResponsesBody, messages.CountBody,
+         messages.MessagesBody, server.GenerationBody, engine.SamplingParams]
 KINDS = ("honoured", "no effect", "refused")
 SETTING = "default: the setting"
 LOCAL = "local"
@@ -122,6 +124,37 @@ NOTES = {
     "tools[].function.strict": "the arguments always validate",
     "tool_choice.allowed_tools.tools": "items as in `tools`, names are enough",
     "tool_choice.function": "its `name`",
+    "responses input": "a string, or a list of [items](#responses)",
+    "instructions": "the system's first words; those of earlier responses are gone",
+    "previous_response_id": "a response that is kept: its conversation goes on",
+    "responses tools": "functions, also in a `namespace`; other kinds are skipped and named",
+    "responses tool_choice": "or a named function, or `allowed_tools`",
+    "responses metadata": "told again",
+    "reasoning": "see [Reasoning](#reasoning); with a `summary`, its events come, too",
+    "reasoning.effort": "as `reasoning_effort`; `max` is `xhigh`",
+    "reasoning.generate_summary": "the older name of `summary`",
+    "text": "see [Structured output](#structured-output)",
+    "truncation": "nothing is ever cut",
+    "max_output_tokens": SETTING,
+    "responses top_logprobs": "also asks for log-probabilities",
+    "include": "`message.output_text.logprobs` asks for log-probabilities; the others change nothing",
+    "responses store": "false: nothing is kept; default: true",
+    "background": "but for false",
+    "responses prompt": "a template kept elsewhere",
+    "messages messages": "content is a string or a list of [blocks](#messages)",
+    "system": "a string or text blocks",
+    "messages tools": "with `input_schema`; those that servers run are skipped and named",
+    "tool_choice.disable_parallel_tool_use": "true: one call at most",
+    "thinking": "see [Messages](#messages)",
+    "thinking.display": "`omitted`: blocks without their text",
+    "output_config.effort": "as `reasoning_effort`; `max` is `xhigh`",
+    "output_config.format": "see [Structured output](#structured-output)",
+    "messages max_tokens": SETTING,
+    "messages top_k": SETTING,
+    "messages tool_choice": "`auto`, `any`, `tool`, `none`",
+    "messages messages[].role": "what the system says is said with the user's words, but at the beginning",
+    "responses stream_options": "",
+    "stop_sequences": "as `stop`",
 }
 
 

@@ -1,9 +1,12 @@
-"""Heavy clients, as their users write: langchain-openai and litellm, changed in base_url only.
+"""Heavy clients, as their users write, changed in base_url only: langchain-openai, litellm, anthropic,
+openai-agents, pydantic-ai.
 
 They have many dependencies, so they are tested from an environment of their own:
-requirements-clients.txt has the commands. All they send and get passes openai_schemas.py.
+requirements-clients.txt has the commands. All that the first two send and get passes
+openai_schemas.py; test_responses.py and test_messages.py hold the others' APIs to theirs.
 """
 
+import asyncio
 import base64
 import json
 import os
@@ -15,12 +18,20 @@ from typing import Literal
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # nothing from the network
 
+import agents
+import anthropic
 import litellm
+import openai
 import pydantic
+import pydantic_ai
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
+from pydantic_ai.models.anthropic import AnthropicModel
+from pydantic_ai.models.openai import OpenAIResponsesModel
+from pydantic_ai.providers.anthropic import AnthropicProvider
+from pydantic_ai.providers.openai import OpenAIProvider
 
 from conftest import ROOT, blocks_of
 
@@ -251,3 +262,138 @@ def test_litellm_maps_errors(lite):
         litellm.completion(messages=HI, temperature=9, num_retries=0, **lite)
     with pytest.raises(litellm.NotFoundError):
         litellm.completion(messages=HI, **{**lite, "model": "openai/nothing"})
+
+
+# ==== 3. anthropic ========================================================================
+
+ASKED = {"model": MODEL, "max_tokens": 24, "messages": HI}
+CLOCK = {"name": "get_time", "description": "Tell the time in a zone.",
+         "input_schema": TOOL["function"]["parameters"]}
+
+
+@pytest.fixture(scope="module")
+def claude(url):
+    with anthropic.Anthropic(base_url=url, api_key="unused", max_retries=0) as client:
+        yield client
+
+
+def greedy(**options) -> dict:
+    return {"extra_body": {"temperature": 0}, **options}
+
+
+def test_anthropic_creates_streams_and_counts(claude):
+    whole = claude.messages.create(**ASKED, **greedy())
+    assert whole.content[0].text and whole.stop_reason == "end_turn"
+    with claude.messages.stream(**ASKED, **greedy()) as stream:
+        assert "".join(stream.text_stream) == whole.content[0].text
+        final = stream.get_final_message()
+    assert final.content[0].text == whole.content[0].text and final.stop_reason == "end_turn"
+    usage = final.usage
+    counted = claude.messages.count_tokens(model=MODEL, messages=HI)
+    assert counted.input_tokens == usage.input_tokens + usage.cache_read_input_tokens
+    assert usage.output_tokens == whole.usage.output_tokens
+
+
+def test_anthropic_calls_a_tool_and_brings_its_result(claude):
+    asked = {**ASKED, "max_tokens": 80, "tools": [CLOCK]}
+    with claude.messages.stream(**asked, **greedy(tool_choice={
+            "type": "any", "disable_parallel_tool_use": True})) as stream:
+        called = stream.get_final_message()
+    [call] = called.content
+    assert called.stop_reason == "tool_use" and call.input["zone"] in ("UTC", "CET")
+    final = claude.messages.create(**{**asked, "messages": [
+        *HI, {"role": "assistant", "content": called.content}, {"role": "user", "content": [
+            {"type": "tool_result", "tool_use_id": call.id, "content": "12:00"}]}]},
+        **greedy(tool_choice={"type": "none"}))
+    assert final.content[0].text and final.stop_reason in ("end_turn", "max_tokens")
+
+
+def test_anthropic_parses_a_class(claude):
+    parsed = claude.messages.parse(**{**ASKED, "max_tokens": 80}, output_format=Mood)
+    assert isinstance(parsed.parsed_output, Mood)
+
+
+def test_anthropic_lists_models_and_maps_errors(claude):
+    models = list(claude.models.list())
+    assert MODEL in [model.id for model in models] and all(model.display_name for model in models)
+    assert claude.models.retrieve(MODEL).id == MODEL
+    with pytest.raises(anthropic.NotFoundError, match="does not exist"):
+        claude.messages.create(**{**ASKED, "model": "nothing"})
+    with pytest.raises(anthropic.BadRequestError, match="prompt is too long"):
+        claude.messages.create(**{**ASKED, "messages": [{"role": "user", "content": "word " * 2000}]})
+
+
+def test_anthropic_streams_asynchronously(url):
+    async def run() -> str:
+        async with anthropic.AsyncAnthropic(base_url=url, api_key="unused") as client:
+            async with client.messages.stream(**ASKED) as stream:
+                return await stream.get_final_text()
+    assert asyncio.run(run())
+
+
+# ==== 4. openai-agents ====================================================================
+
+
+@pytest.fixture
+def responding(url):
+    """A model of openai-agents; its default API is Responses."""
+    agents.set_tracing_disabled(True)
+    return agents.OpenAIResponsesModel(MODEL, openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused"))
+
+
+def settings(**options) -> "agents.ModelSettings":
+    return agents.ModelSettings(temperature=0, max_tokens=80, parallel_tool_calls=False, **options)
+
+
+def test_openai_agents_call_a_tool_and_answer(responding):
+    """The whole loop; the choice is the agent's only once, so that it comes to an end."""
+    zones = []
+
+    @agents.function_tool
+    def tell_time(zone: Literal["UTC", "CET"]) -> str:
+        """Tell the time in a zone."""
+        zones.append(zone)
+        return "12:00"
+    agent = agents.Agent("Clock", instructions="You tell the time.", model=responding, tools=[tell_time],
+                         model_settings=settings(tool_choice="required"))
+    result = agents.Runner.run_sync(agent, "What time is it in CET?", max_turns=6)
+    assert zones and result.final_output and result.raw_responses[-1].usage.total_tokens > 0
+
+
+def test_openai_agents_hand_over(responding):
+    """A handoff is a call of a function; the other agent answers, in a stream."""
+    expert = agents.Agent("Expert", instructions="You know rain.", model=responding, model_settings=settings())
+    desk = agents.Agent("Desk", instructions="Hand over.", model=responding, handoffs=[expert],
+                        model_settings=settings(tool_choice="required"))
+
+    async def run():
+        result = agents.Runner.run_streamed(desk, "What is rain?", max_turns=4)
+        kinds = [event.type async for event in result.stream_events()]
+        return result, kinds
+    result, kinds = asyncio.run(run())
+    assert result.last_agent.name == "Expert" and result.final_output
+    assert "agent_updated_stream_event" in kinds and "raw_response_event" in kinds
+
+
+# ==== 5. pydantic-ai ======================================================================
+
+
+@pytest.mark.parametrize("kind", ["responses", "messages"])
+def test_pydantic_ai_answers_streams_and_types(url, kind):
+    """Its `openai:` models ask for Responses, its `anthropic:` models for Messages."""
+    model = OpenAIResponsesModel(MODEL, provider=OpenAIProvider(base_url=f"{url}/v1", api_key="unused")) \
+        if kind == "responses" else AnthropicModel(
+            MODEL, provider=AnthropicProvider(base_url=url, api_key="unused"))
+    options = {"temperature": 0, "max_tokens": 80, "parallel_tool_calls": False}
+    agent = pydantic_ai.Agent(model, instructions="Be brief.", model_settings=options)
+    first = agent.run_sync("Hi")
+    assert first.output and first.usage.total_tokens > 0
+    second = agent.run_sync("Why?", message_history=first.all_messages())
+    assert second.output and second.usage.input_tokens > first.usage.input_tokens
+
+    async def stream() -> str:
+        async with agent.run_stream("Hi") as result:
+            return "".join([text async for text in result.stream_text(delta=True)])
+    assert asyncio.run(stream())
+    typed = pydantic_ai.Agent(model, output_type=Mood, model_settings=options)
+    assert isinstance(typed.run_sync("I won the lottery!").output, Mood)
