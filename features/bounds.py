@@ -37,9 +37,6 @@ def limit_numbers(schema: dict, at: str) -> None:
         elif isinstance(bounds.get(key), bool):
             del bounds[key]
     bounds = {key: value for key, value in bounds.items() if abs(value) < MAX_BOUND}
-    for key, value in bounds.items():
-        if isinstance(value, int) and abs(value) > MAX_EXACT and int(float(value)) != value:
-            raise Unholdable(f"{at}.{key}: {value} cannot be held to exactly; the limit is 2**53")
     types = schema.get("type", [kind for kind in TYPES if kind != "integer"])
     types = types if isinstance(types, list) else [types]
     others = [kind for kind in types if kind not in ("number", "integer")]

@@ -158,14 +158,15 @@ class Form:
             if "error" not in tried:
                 break
             schema, part, at, said = self._blame(tried["error"])
-            if n == MAX_MENDED or time.monotonic() > until or not schema.mend(part, at, said):
-                raise _with_place(at, said)
+            if n == MAX_MENDED or time.monotonic() > until or said.startswith(TOO_MUCH) \
+                    or not schema.mend(part, at, said):
+                raise _with_place(part, at, said)
         lark, vocabulary = tried["lark"], Vocabulary.of(model)
         limits = library().LLParserLimits(**LIMITS)
         matcher = library().LLMatcher(vocabulary.tokenizer, lark, log_level=0, limits=limits)
         matcher.compute_bitmask()  # the first is the slowest, and does not yet hold up others
         if matcher.is_error():
-            raise _with_place(*self._blame(matcher.get_error())[2:])
+            raise _with_place(*self._blame(matcher.get_error())[1:])
         return lambda: Reply(vocabulary, matcher.deep_copy(), self.triggers, must_trigger)
 
     @property
@@ -195,15 +196,18 @@ class Form:
         it. Raises SchemaError if none makes it alone."""
         until, error = time.monotonic() + BLAME_SECONDS, _words(error)
         keys = causes_of(error)
-        for schema in self.schemas:
+        if error.startswith(TOO_MUCH) and len(self.schemas) == 1:  # no part of it is the cause
+            schema = self.schemas[0]
+            return schema, schema.root, schema.at, error
+        for schema in self.schemas if keys else ():
             for part, at in schema.all_parts():  # those that have the keyword which may be meant
-                if keys & part.keys() and time.monotonic() < until:
-                    if (found := self._refusal(schema, part, at, keys)) == error:
-                        return schema, part, at, found
+                if keys & part.keys() and time.monotonic() < until \
+                        and self._refusal(schema, part, at, keys) == error:
+                    return schema, part, at, error
         for schema in self.schemas:  # the innermost that makes the error
             waiting: list[tuple[object, str]] = [(schema.root, schema.at)]
             blamed, seen = None, set()
-            while waiting and time.monotonic() < until + BLAME_SECONDS:
+            while waiting and (blamed is None or time.monotonic() < until):
                 part, at = waiting.pop(0)
                 found = self._refusal(schema, part, at) if id(part) not in seen else None
                 seen.add(id(part))
@@ -226,11 +230,8 @@ class Form:
         return error and _words(error)
 
 
+TOO_MUCH = "Parser Error"  # what a token may take
 BLAME_SECONDS = 0.5  # for the place of an error; each subschema takes about a millisecond
-KEYS = {  # what llguidance says: where that is, and in other words
-    "oneOf constraints": (".oneOf", OVERLAP),
-    "regex": (".pattern", ""), "lookarounds": (".pattern", ""),
-    "min/maxProperties": (".minProperties", "")}
 
 
 def _is_cause(found: str, place: str, said: str) -> bool:
@@ -247,9 +248,10 @@ def _words(error: str) -> str:
     return " ".join(error.split())[:300]
 
 
-def _with_place(at: str, error: str) -> SchemaError:
-    key, words = next((found for said, found in KEYS.items() if said in error), ("", ""))
-    return SchemaError(f"{at}{key}: {words or error}")
+def _with_place(part, at: str, error: str) -> SchemaError:
+    """What is wrong with a part of a schema that stands at `at`."""
+    key = next((f".{key}" for key in causes_of(error) if isinstance(part, dict) and key in part), "")
+    return SchemaError(f"{at}{key}: {OVERLAP if key == '.oneOf' else error}")
 
 
 def _read_gbnf_item(match: re.Match) -> str:

@@ -71,3 +71,21 @@ def _as_in_ecmascript(match: re.Match) -> str:
     inner = re.sub(r"\\.|[\[&~]|--", lambda part: part[0] if part[0][0] == "\\" else
                    "".join("\\" + char for char in part[0]), match[0][1:])
     return "[" + inner
+
+
+def in_json(pattern: str) -> str:
+    """A regular expression for what a JSON string says. subtle: derivre, where it quotes, takes a
+    class that has all control characters for one that has `"` and `\\`, too. So one that has not
+    loses the last of them, which nobody writes."""
+    return ESCAPED_OR_CLASS.sub(_without_last_control, pattern)
+
+
+def _without_last_control(match: re.Match) -> str:
+    if match[0][0] != "[":
+        return match[0]
+    try:
+        chars = re.compile(match[0])
+    except re.error:  # Rust's own escapes
+        return f"[{match[0]}--\\x1f]"
+    is_taken_for_more = chars.match("\x1f") and not (chars.match('"') and chars.match("\\"))
+    return f"[{match[0]}--\\x1f]" if is_taken_for_more else match[0]

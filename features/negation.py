@@ -134,7 +134,8 @@ class Negation:
             then, otherwise = schema.get("then", True), schema.get("else", True)
             return [{"allOf": [value, self.negated(then)]},
                     {"allOf": [self.negated(value), self.negated(otherwise)]}]
-        if key in ("then", "else") or value is True or value == {} or value in VOID.get(key, ()) \
+        if key in ("then", "else") or any(value == void for void in VOID.get(key, ())) \
+                or key in ("items", "additionalProperties") and value in (True, {}) \
                 or key == "format" and value not in FORMATS and value not in KNOWN_FORMATS:
             return []  # says nothing by itself
         if key == "dependentRequired":
@@ -261,7 +262,7 @@ def other_than(words: list[str]) -> str:
     for word in words:
         if word:
             following.setdefault(word[0], []).append(word[1:])
-    letters = "".join(rf"\x{{{ord(letter):x}}}" for letter in following)
+    letters = "".join(rf"\U{ord(letter):08x}" for letter in following)
     ways = [rf"[^{letters}](?s:.)*" if letters else "(?s:.)+"]
     ways += [re.escape(letter) + other_than(rest) for letter, rest in following.items()]
     return f"(?:{'|'.join(ways)})" + ("" if "" in words else "?")

@@ -26,10 +26,10 @@ import urllib.parse
 from collections.abc import Iterator, Set
 from decimal import Decimal
 
-from features.bounds import exact, limit_numbers
+from features.bounds import MAX_BOUND, exact, limit_numbers
 from features.keywords import (
     BOUNDS, COUNTS, FORMATS, KNOWN, KNOWN_FORMATS, LISTS, MAPS, REFUSED, REPLACED, TYPES, VOID,
-    SchemaError, Unholdable, in_ecmascript)
+    SchemaError, Unholdable, in_ecmascript, in_json)
 from features.negation import Negation, at_least_one
 
 MAX_FORM = 2**18  # bytes of a schema; a quarter of it for a grammar
@@ -249,7 +249,7 @@ class Schema:
         """A regular expression."""
         if len(self._is(str, pattern, at)) > MAX_PATTERN:
             raise Unholdable(f"{at}: has {len(pattern)} characters, the limit is {MAX_PATTERN}")
-        return in_ecmascript(pattern)
+        return in_json(in_ecmascript(pattern))
 
     def _take(self, made: dict, key: str, value, at: str) -> None:
         """Copy a keyword without subschemas; one that is unknown is an annotation."""
@@ -273,6 +273,8 @@ class Schema:
             is_old = key.startswith("exclusive") and isinstance(value, bool)  # as draft 4 has it
             if not isinstance(value, (int, float)) or isinstance(value, bool) and not is_old:
                 raise SchemaError(f"{at}: must be a number, got {value!r:.60}")
+            if key in BOUNDS and abs(value) < MAX_BOUND:
+                exact(value, at)
             digits = Decimal(repr(value)).as_tuple().digits if key == "multipleOf" else ()
             if int("".join(map(str, digits)) or 0) > MAX_DIVISOR:
                 raise Unholdable(f"{at}: {value!r} has too many digits; the limit is "

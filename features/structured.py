@@ -27,9 +27,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import server
-from features.forms import (  # noqa: F401 (what makes forms elsewhere says structured.Form)
-    GBNF_ITEM, Form, Reply, Vocabulary, library, literal, trial)
-from features.schemas import SchemaError, arguments_of  # noqa: F401
+from features.forms import GBNF_ITEM, Form, Reply, literal  # noqa: F401 (calls.py says literal)
+from features.schemas import SchemaError, arguments_of  # noqa: F401 (as above)
 
 # ==== 1. Fields ==========================================================================
 
