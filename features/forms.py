@@ -250,7 +250,8 @@ def _words(error: str) -> str:
 
 def _with_place(part, at: str, error: str) -> SchemaError:
     """What is wrong with a part of a schema that stands at `at`."""
-    key = next((f".{key}" for key in causes_of(error) if isinstance(part, dict) and key in part), "")
+    keys = causes_of(error) & part.keys() if isinstance(part, dict) else ()
+    key = next((f".{key}" for key in sorted(keys)), "")
     return SchemaError(f"{at}{key}: {OVERLAP if key == '.oneOf' else error}")
 
 

@@ -46,7 +46,7 @@ class Negation:
             return [self._of_names(value)]
         if key == "if":
             then, otherwise = schema.get("then", True), schema.get("else", True)
-            if then is True or otherwise is True:  # without `if` in one way, which has no need of it
+            if then is True or otherwise is True:  # one way is open: the other needs no `if`
                 return [{"anyOf": [value, otherwise] if then is True
                          else [then, self.negated(value)]}]
             return [{"anyOf": [{"allOf": [value, then]},

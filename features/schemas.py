@@ -92,8 +92,8 @@ class Schema:
         """Say a part that llguidance refused, which stands at `at`, in other words; unless the
         schema is strict, leave out of it what is refused. False: there is nothing to mend."""
         keys = causes_of(error)
-        if not isinstance(part, dict) or UNSATISFIABLE in error and not (
-                part is self.root and "incompatible types" in error):  # arguments that are no object
+        is_no_object = part is self.root and "incompatible types" in error  # but arguments are
+        if not isinstance(part, dict) or UNSATISFIABLE in error and not is_no_object:
             return False
         for key in EXPANDABLE & keys & part.keys():
             if (id(part), key) not in self._expanded:
@@ -182,7 +182,8 @@ class Schema:
         else:
             self._take(made, key, value, place)
             if (id(schema), key) in self._expanded and value == 1:
-                more.append(self._visit(at_least_one(made.pop(key), schema), place, depth, document))
+                part = at_least_one(made.pop(key), schema)
+                more.append(self._visit(part, place, depth + 1, document))
 
     def _in_other_words(self, key: str, schema: dict, place: str, depth: int, document) -> list:
         """What a keyword of REPLACED says, in subschemas. Raises Unholdable."""

@@ -28,7 +28,9 @@ from typing import Any, Literal
 
 import server
 from features.forms import GBNF_ITEM, Form, Reply, literal  # noqa: F401 (calls.py says literal)
-from features.schemas import SchemaError, arguments_of  # noqa: F401 (as above)
+from features.schemas import MAX_FORM, SchemaError, arguments_of  # noqa: F401 (as above)
+
+NO_TAGS = "forms inside of tags are not supported; send tools, or a grammar"
 
 # ==== 1. Fields ==========================================================================
 
@@ -63,7 +65,7 @@ class StructuredOutputs:
     choice: list[str] | None = server.option(min_length=1)
     grammar: str | None = None
     json_object: bool | None = None
-    structural_tag: Any = None
+    structural_tag: Any = server.option(refused=NO_TAGS, harmless=())
     whitespace_pattern: str | None = None
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
@@ -83,7 +85,7 @@ class GenerationFields:
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
     guided_decoding_backend: str | None = server.option(no_effect=True)  # there is one
-    structural_tag: Any = None
+    structural_tag: Any = server.option(refused=NO_TAGS, harmless=())
     regex: str | None = None
     ebnf: str | None = None
 
@@ -165,7 +167,7 @@ def spaces_of(body) -> tuple[str, str] | None:
 def read_asked(kind: str, sent, at: str) -> Asked:
     """What was sent as one of HELD, or as "gbnf". Raises ApiError."""
     if kind == "structural_tag":
-        raise server.invalid(at, f"{at}: is not supported; send tools, or a grammar")
+        raise server.invalid(at, f"{at}: {NO_TAGS}", "unsupported_parameter")
     if kind == "json_object":
         return Asked("schema", {"type": "object"}, at)
     if kind == "json":
@@ -182,6 +184,8 @@ def schema_in(sent, at: str):
     """A JSON Schema that was sent as it is or as text. Raises ApiError."""
     if not isinstance(sent, str):
         return sent  # schemas.py refuses what is none
+    if len(sent) > MAX_FORM:
+        raise server.invalid(at, f"{at}: has {len(sent)} characters, the limit is {MAX_FORM}")
     try:
         return json.loads(sent)
     except (ValueError, RecursionError) as error:

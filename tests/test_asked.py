@@ -93,6 +93,8 @@ REFUSED = [  # fields, the param, words
     ({"structured_outputs": {"json_schema": ANIMAL}}, "structured_outputs", "holds none"),
     ({"structured_outputs": {"json": ANIMAL, "regex": "a"}}, "structured_outputs", "only one"),
     ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "no JSON"),
+    ({"structured_outputs": {"json": "[" * 300_000}}, "structured_outputs.json", "300000"),
+    ({"structured_outputs": {"json": "[" * 200_000}}, "structured_outputs.json", "no JSON"),
     ({"structured_outputs": {"json": "[]"}}, "structured_outputs.json", "object"),
     ({"structured_outputs": {"json": 5}}, "structured_outputs.json", "a string or an object"),
     ({"structured_outputs": {"json": {"type": "array", "uniqueItems": True}}}, "structured_outputs.json.uniqueItems", "held"),
