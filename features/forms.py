@@ -31,7 +31,7 @@ from features.schemas import (
 from features.trial import FREELY, LIMITS, library, trial
 
 MAX_NESTING = 100  # brackets of a grammar, one inside the other
-MAX_MENDED = 32  # parts of schemas that one form may have to say in other words, or leave out
+MAX_MENDED = 16  # times that what llguidance refuses is said in other words, or left out
 MEND_SECONDS = 2.0  # for all of them
 
 
@@ -157,16 +157,17 @@ class Form:
                 raise SchemaError(f"{self._at}: {tried['limit']}")
             if "error" not in tried:
                 break
-            schema, part, at, said = self._blame(tried["error"])
+            blamed = self._blame(tried["error"])
+            schema, part, at, said = blamed[0]
             if n == MAX_MENDED or time.monotonic() > until or said.startswith(TOO_MUCH) \
-                    or not schema.mend(part, at, said):
+                    or not any([each[0].mend(*each[1:]) for each in blamed]):
                 raise _with_place(part, at, said)
         lark, vocabulary = tried["lark"], Vocabulary.of(model)
         limits = library().LLParserLimits(**LIMITS)
         matcher = library().LLMatcher(vocabulary.tokenizer, lark, log_level=0, limits=limits)
         matcher.compute_bitmask()  # the first is the slowest, and does not yet hold up others
         if matcher.is_error():
-            raise _with_place(*self._blame(matcher.get_error())[1:])
+            raise _with_place(*self._blame(matcher.get_error())[0][1:])
         return lambda: Reply(vocabulary, matcher.deep_copy(), self.triggers, must_trigger)
 
     @property
@@ -191,19 +192,22 @@ class Form:
         made = schema.compiled(part, at)
         return json.dumps({**made, "x-guidance": {**made["x-guidance"], **self._options}})
 
-    def _blame(self, error: str) -> tuple[Schema, object, str, str]:
-        """The subschema that makes an error: its schema, itself, its place, and what is wrong with
-        it. Raises SchemaError if none makes it alone."""
+    def _blame(self, error: str) -> list[tuple[Schema, object, str, str]]:
+        """The subschemas that make an error, at least one: their schema, themselves, their places,
+        and what is wrong with them. Raises SchemaError if none makes it alone."""
         until, error = time.monotonic() + BLAME_SECONDS, _words(error)
-        keys = causes_of(error)
+        keys, found = causes_of(error), []
         if error.startswith(TOO_MUCH) and len(self.schemas) == 1:  # no part of it is the cause
             schema = self.schemas[0]
-            return schema, schema.root, schema.at, error
+            return [(schema, schema.root, schema.at, error)]
         for schema in self.schemas if keys else ():
             for part, at in schema.all_parts():  # those that have the keyword which may be meant
-                if keys & part.keys() and time.monotonic() < until \
-                        and self._refusal(schema, part, at, keys) == error:
-                    return schema, part, at, error
+                if keys & part.keys() and time.monotonic() < until:
+                    said = self._refusal(schema, part, at, keys)
+                    if said and causes_of(said) == keys:
+                        found.append((schema, part, at, said))
+        if found:
+            return found
         for schema in self.schemas:  # the innermost that makes the error
             waiting: list[tuple[object, str]] = [(schema.root, schema.at)]
             blamed, seen = None, set()
@@ -214,7 +218,7 @@ class Form:
                 if found and (blamed is None or _is_cause(found, at, blamed[3])):
                     blamed, waiting = (schema, part, at, found), [*schema.parts(part, at)]
             if blamed:
-                return blamed
+                return [blamed]
         raise SchemaError(f"{self._at}: is refused: {error}")
 
     def _refusal(self, schema: Schema, part, at: str, keys: Set[str] = frozenset()) -> str | None:

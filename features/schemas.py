@@ -85,8 +85,7 @@ class Schema:
         """Leave out a keyword of the root; if the schema is strict, refuse it."""
         if self.is_strict:
             raise SchemaError(f"{self.at}.{key}: {why}")
-        self._dropped.add((id(self.root), key))
-        self.loosened[f"{self.at}.{key}"] = None
+        self._drop(self.root, self.at, {key})
 
     def mend(self, part, at: str, error: str) -> bool:
         """Say a part that llguidance refused, which stands at `at`, in other words; unless the
@@ -99,15 +98,23 @@ class Schema:
             if (id(part), key) not in self._expanded:
                 self._expanded.add((id(part), key))
                 return True
-        left = [key for key in part if key in KNOWN - {"type"}
-                and (id(part), key) not in self._dropped]
-        causes = [key for key in left if key in keys] or [key for key in left if key in REPLACED] \
-            or left
-        if self.is_strict or not causes:
+        if self.is_strict:
             return False
-        self._dropped |= {(id(part), key) for key in causes}
-        self.loosened |= {f"{at}.{key}": None for key in causes}
-        return True
+        if TOO_LARGE in error:  # other words take more room
+            took = [self._drop(inner, place, REPLACED.union(
+                key for key in EXPANDABLE if (id(inner), key) in self._expanded))
+                for inner, place in self.all_parts()]
+            if any(took):
+                return True
+        return self._drop(part, at, keys) or self._drop(part, at, REPLACED) \
+            or self._drop(part, at, KNOWN - {"type"})
+
+    def _drop(self, part: dict, at: str, keys: Set[str]) -> bool:
+        """Leave these keywords out of a part that stands at `at`; whether it had some."""
+        dropped = [key for key in part if key in keys and (id(part), key) not in self._dropped]
+        self._dropped |= {(id(part), key) for key in dropped}
+        self.loosened |= {f"{at}.{key}": None for key in dropped}
+        return bool(dropped)
 
     def _visit(self, schema, at: str, depth: int, document):
         """A subschema; document: the root, or the nearest subschema around with an $id."""
@@ -405,7 +412,7 @@ class Schema:
 
 
 OVERLAP = "the alternatives may overlap: write anyOf, or give each a type or a constant of its own"
-UNSATISFIABLE = "Unsatisfiable schema"
+UNSATISFIABLE, TOO_LARGE = "Unsatisfiable schema", "schema too large"
 EXPANDABLE = {"oneOf", "minProperties"}  # if llguidance does not take them as they are
 CAUSES = {  # what llguidance says, and the keywords that it may mean
     "oneOf constraints": ("oneOf",), "min/maxProperties": ("minProperties", "maxProperties"),
