@@ -26,8 +26,9 @@ from collections.abc import Callable, Set
 import numpy as np
 
 import engine
-from features.schemas import (
-    MAX_FORM, MAX_PATTERN, OVERLAP, UNSATISFIABLE, Schema, SchemaError, causes_of, in_ecmascript)
+from features.keywords import (
+    KNOWN, OVERLAP, UNSATISFIABLE, SchemaError, causes_of, in_ecmascript)
+from features.schemas import MAX_FORM, MAX_PATTERN, Schema
 from features.trial import FREELY, LIMITS, library, trial
 
 MAX_NESTING = 100  # brackets of a grammar, one inside the other
@@ -277,6 +278,26 @@ def _unescape(match: re.Match) -> str:
         return "\\" + char
     return special.get(char) or (char if char.isprintable() and char not in "^-/" else
                                  f"\\x{ord(char):02x}" if ord(char) < 128 else char)
+
+
+def arguments_of(schema: dict, at: str, is_strict: bool) -> Schema:
+    """The schema of a function's arguments: an object, whatever else its `parameters` say. JSON
+    Schema would allow members that it does not name; but a function takes what it declares, and a
+    model that may go on to invent arguments does. Raises SchemaError."""
+    kinds, whole = schema.get("type", "object"), {**schema, "type": "object"}
+    if isinstance(schema.get("properties"), dict) \
+            and schema.keys() & KNOWN <= {"type", "properties", "required"}:
+        whole["additionalProperties"] = False
+        if isinstance(required := schema.get("required"), list):  # some declare no more than that
+            whole["properties"] = {**schema["properties"], **{
+                name: True for name in required if isinstance(name, str)
+                and name not in schema["properties"]}}
+    arguments = Schema(whole, at, is_strict)
+    if kinds != "object" and not (isinstance(kinds, list) and "object" in kinds):
+        if is_strict:
+            raise SchemaError(f"{at}.type: must be 'object', got {kinds!r:.60}")
+        arguments.loosened[f"{at}.type"] = None
+    return arguments
 
 
 # ==== 2. A reply: token by token =========================================================

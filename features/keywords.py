@@ -55,6 +55,21 @@ KNOWN_FORMATS = ("duration", "email", "hostname", "ipv4", "uuid", "uri")  # ... 
 KNOWN = REFUSED.union(REPLACED, COUNTS, BOUNDS, LISTS, MAPS, (
     "$ref type const enum items additionalItems additionalProperties required pattern format "
     "multipleOf then else").split())
+
+OVERLAP = "the alternatives may overlap: write anyOf, or give each a type or a constant of its own"
+UNSATISFIABLE, TOO_LARGE = "Unsatisfiable schema", "schema too large"
+EXPANDABLE = {"oneOf", "minProperties"}  # if llguidance does not take them as they are
+CAUSES = {  # what llguidance says, and the keywords that it may mean
+    "oneOf constraints": ("oneOf",), "min/maxProperties": ("minProperties", "maxProperties"),
+    "regex": ("pattern", "patternProperties"), "lookarounds": ("pattern", "patternProperties"),
+    "patternProperties": ("patternProperties",)}
+
+
+def causes_of(error: str) -> set[str]:
+    """The keywords that llguidance may mean."""
+    return next((set(keys) for said, keys in CAUSES.items() if said in error), set())
+
+
 ESCAPED_OR_CLASS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 
 

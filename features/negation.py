@@ -11,6 +11,7 @@ is a part of schemas.py, no feature by itself. It costs about 10 us for each sub
 {'type': 'object', 'properties': {'a': False}}
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -57,6 +58,35 @@ class Negation:
                 {"allOf": [{"required": [name]}, needed]}
             parts.append({"anyOf": [{"properties": {name: False}}, {"type": "object", **own}]})
         return parts
+
+    def cases(self, parts: list[dict]) -> list[Part]:
+        """Subschemas for the cases (`is_case`) in an allOf: one way for each value of the member
+        that they ask for. (One by one they would be as many ways as there are mixtures.)"""
+        grouped: dict[str, list[dict]] = {}
+        for part in parts:
+            grouped.setdefault(_case(part)[0], []).append(part)
+        return [self._ways_of_cases(name, group) for name, group in grouped.items()]
+
+    def _ways_of_cases(self, name: str, group: list[dict]) -> Part:
+        cases = [_case(part) for part in group]
+        values = list({json.dumps(value): value for _, listed, _ in cases for value in listed}
+                      .values())
+
+        def way(are_true, more: dict) -> Part:
+            """A way in which these of the cases are true."""
+            parts = [part.get("then" if is_true else "else", True)
+                     for part, is_true in zip(group, are_true)]
+            return {**more, "allOf": parts}
+
+        has = {"type": "object", "required": [name]}
+        ways = [way((json.dumps(value) in map(json.dumps, listed) for _, listed, _ in cases),
+                    {**has, "properties": {name: {"enum": [value]}}}) for value in values]
+        other = self.negated({"enum": values})
+        ways += [way(itertools.repeat(False), {**has, "properties": {name: other}})]
+        ways += [way((not is_required for *_, is_required in cases),
+                     {"type": "object", "properties": {name: False}})]
+        return {"anyOf": [*ways, way(itertools.repeat(True), {"type": [
+            kind for kind in VALUES if kind != "object"]})]}
 
     def one_of(self, parts: list[Part]) -> list[Part]:
         """Alternatives of which no two overlap, for an anyOf in place of a oneOf. Raises
@@ -197,6 +227,29 @@ class Negation:
         if not isinstance(pattern, str):
             raise Unholdable("names can be held to one pattern, format, length or list of words")
         return {"patternProperties": {pattern: True}, "additionalProperties": False}
+
+
+def is_case(part) -> bool:
+    """Whether a schema is no more than an `if` about the values of one member."""
+    if not isinstance(part, dict) or not {"if"} < part.keys() & KNOWN <= {"if", "then", "else"}:
+        return False
+    asked = part["if"]
+    if not isinstance(asked, dict) or not asked.keys() & KNOWN <= {"properties", "required"}:
+        return False
+    members = asked.get("properties")
+    if not isinstance(members, dict) or len(members) != 1:
+        return False
+    [(name, member)] = members.items()
+    return asked.get("required", [name]) == [name] and isinstance(member, dict) \
+        and (member.keys() & KNOWN) in ({"const"}, {"enum"}) \
+        and isinstance(member.get("enum", []), list) and bool(values := values_of(member)) \
+        and max(map(len, values)) <= MAX_WORD
+
+
+def _case(part: dict) -> tuple[str, list, bool]:
+    """The member that a case asks for, its values, and whether it must be there."""
+    [(name, member)] = part["if"]["properties"].items()
+    return name, member.get("enum", [member.get("const")]), "required" in part["if"]
 
 
 def at_least_one(n: int, schema: dict) -> Part:

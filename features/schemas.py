@@ -28,9 +28,10 @@ from decimal import Decimal
 
 from features.bounds import MAX_BOUND, exact, limit_numbers
 from features.keywords import (
-    BOUNDS, COUNTS, FORMATS, KNOWN, KNOWN_FORMATS, LISTS, MAPS, REFUSED, REPLACED, TYPES, VOID,
-    SchemaError, Unholdable, in_ecmascript, in_json)
-from features.negation import Negation, at_least_one
+    BOUNDS, COUNTS, EXPANDABLE, FORMATS, KNOWN, KNOWN_FORMATS, LISTS, MAPS, OVERLAP, REFUSED,
+    REPLACED, TOO_LARGE, TYPES, UNSATISFIABLE, VOID, SchemaError, Unholdable, causes_of,
+    in_ecmascript, in_json)
+from features.negation import Negation, at_least_one, is_case
 
 MAX_FORM = 2**18  # bytes of a schema; a quarter of it for a grammar
 MAX_NODES, MAX_DEPTH = 4000, 48  # subschemas looked at; one inside the other
@@ -60,6 +61,7 @@ class Schema:
             raise SchemaError(f"{at}: the schema has {size} bytes, the limit is {MAX_FORM}")
         self.root, self.at, self.is_strict = root, at, is_strict
         self.loosened: dict[str, None] = {}  # places of what was left out
+        self._places: dict[int, str] = {}  # by ids of subschemas inside of other words for them
         self.alone: tuple[int, Set[str]] | None = None  # keywords only one subschema may have
         self._dropped: set[tuple[int, str]] = set()  # id of a subschema, and its keyword
         self._expanded: set[tuple[int, str]] = set()  # likewise, of what takes other words
@@ -130,6 +132,7 @@ class Schema:
         if not isinstance(schema, dict):
             raise SchemaError(f"{at}: a schema must be an object, got {schema!r:.60}")
         document = schema if self._id(schema) else document
+        at = self._places.get(id(schema), at)
         made: dict = {}
         more: list = []  # what takes other words
         for key, value in schema.items():
@@ -169,6 +172,13 @@ class Schema:
                 for name, part in self._is(dict, value, place).items()}
         elif key in LISTS or key == "items" and isinstance(value, list):
             parts = self._is(list, value, place)
+            if key == "allOf" and (cases := {i: part for i, part in enumerate(parts) if is_case(
+                    part) and not self._is_dropped(part, "if")}):
+                words = self._negation(place, document, "cases", list(cases.values()))
+                inner = [(part[name], f"{place}[{i}].{name}") for i, part in cases.items()
+                         for name in ("then", "else") if name in part]
+                more += self._visit_words(words, place, inner, depth, document)
+                parts = [True if i in cases else part for i, part in enumerate(parts)]
             if key == "anyOf" and not parts:
                 raise SchemaError(f"{place}: nothing satisfies it")
             if (id(schema), key) in self._expanded or self._is_dropped(schema, key):
@@ -196,8 +206,8 @@ class Schema:
         """What a keyword of REPLACED says, in subschemas. Raises Unholdable."""
         before, inner = dict(self.loosened), [(schema[key], place)]
         if key == "if":
-            inner += [(schema[name], place[:-2] + name) for name in ("then", "else")
-                      if name in schema]
+            inner = [(schema[name], place[:-2] + name) for name in ("if", "then", "else")
+                     if name in schema]
         if key.startswith("depend"):
             inner = [(part, f"{place}.{name}") for name, part in self._is(
                 dict, schema[key], place).items() if not isinstance(part, list)]
@@ -205,8 +215,29 @@ class Schema:
             with contextlib.suppress(Unholdable):
                 self._visit(part, at, depth + 1, document)
         self.loosened = before
-        return [self._visit(part, place, depth + 1, document)
-                for part in self._negation(place, document, "replaced", key, schema)]
+        return self._visit_words(self._negation(place, document, "replaced", key, schema), place,
+                                 inner, depth, document)
+
+    def _visit_words(self, words: list, place: str, inner: list[tuple[object, str]], depth: int,
+                     document) -> list:
+        """Other words for what stands at `place`; inner: subschemas that they hold as they are, and
+        their places. Of what is made for it, that place is named. Raises SchemaError."""
+        def named(at: str) -> str:
+            is_made = at.startswith((f"{place}.", f"{place}[")) and not any(
+                at.startswith(known) for _, known in inner if known != place)
+            return place if is_made else at
+
+        before, places = self.loosened, self._places
+        self.loosened = {}
+        self._places = places | {id(part): at for part, at in inner if isinstance(part, dict)}
+        try:
+            return [self._visit(part, place, depth + 1, document) for part in words]
+        except SchemaError as error:
+            at, _, said = str(error).partition(": ")
+            raise type(error)(f"{named(at)}: {said}") from None
+        finally:
+            self._places = places
+            self.loosened = {**before, **{named(at): None for at in self.loosened}}
 
     def _expand(self, schema: dict, place: str, depth: int, document) -> list:
         """The alternatives of a oneOf, so that none overlap. Raises Unholdable; if the schema is
@@ -411,38 +442,4 @@ class Schema:
         return made
 
 
-OVERLAP = "the alternatives may overlap: write anyOf, or give each a type or a constant of its own"
-UNSATISFIABLE, TOO_LARGE = "Unsatisfiable schema", "schema too large"
-EXPANDABLE = {"oneOf", "minProperties"}  # if llguidance does not take them as they are
-CAUSES = {  # what llguidance says, and the keywords that it may mean
-    "oneOf constraints": ("oneOf",), "min/maxProperties": ("minProperties", "maxProperties"),
-    "regex": ("pattern", "patternProperties"), "lookarounds": ("pattern", "patternProperties"),
-    "patternProperties": ("patternProperties",)}
-
-
-def causes_of(error: str) -> set[str]:
-    """The keywords that llguidance may mean."""
-    return next((set(keys) for said, keys in CAUSES.items() if said in error), set())
-
-
 MISSING = object()  # where a reference leads nowhere
-
-
-def arguments_of(schema: dict, at: str, is_strict: bool) -> Schema:
-    """The schema of a function's arguments: an object, whatever else its `parameters` say. JSON
-    Schema would allow members that it does not name; but a function takes what it declares, and a
-    model that may go on to invent arguments does. Raises SchemaError."""
-    kinds, whole = schema.get("type", "object"), {**schema, "type": "object"}
-    if isinstance(schema.get("properties"), dict) \
-            and schema.keys() & KNOWN <= {"type", "properties", "required"}:
-        whole["additionalProperties"] = False
-        if isinstance(required := schema.get("required"), list):  # some declare no more than that
-            whole["properties"] = {**schema["properties"], **{
-                name: True for name in required if isinstance(name, str)
-                and name not in schema["properties"]}}
-    arguments = Schema(whole, at, is_strict)
-    if kinds != "object" and not (isinstance(kinds, list) and "object" in kinds):
-        if is_strict:
-            raise SchemaError(f"{at}.type: must be 'object', got {kinds!r:.60}")
-        arguments.loosened[f"{at}.type"] = None
-    return arguments

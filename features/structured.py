@@ -27,8 +27,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import server
-from features.forms import GBNF_ITEM, Form, Reply, literal  # noqa: F401 (calls.py says literal)
-from features.schemas import MAX_FORM, SchemaError, arguments_of  # noqa: F401 (as above)
+from features.forms import (  # noqa: F401 (calls.py says structured.literal, ...)
+    GBNF_ITEM, Form, Reply, arguments_of, literal)
+from features.keywords import SchemaError
+from features.schemas import MAX_FORM
 
 NO_TAGS = "forms inside of tags are not supported; send tools, or a grammar"
 
