@@ -129,7 +129,7 @@ def main() -> None:
         counts["schemas"] += 1
         try:
             form = structured.Form()
-            form.root = form.add_part(schemas.arguments_of(row["schema"], "schema", False)) \
+            form.root = form.add_part(structured.arguments_of(row["schema"], "schema", False)) \
                 if options.tools else form.add_schema(row["schema"], "schema")
             new_reply = form.replies(model, must_trigger=True)
         except schemas.SchemaError as error:
