@@ -7,11 +7,10 @@ feature by itself.
 """
 
 import dataclasses
-import json
 import re
 
 from features import structured
-from features.schemas import KNOWN, Schema, SchemaError
+from features.keywords import KNOWN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,28 +65,22 @@ def is_text(schema) -> bool:
 NOT_A_CALL = r"/[^{](?s:.)*/"  # a reply where calls begin with a brace
 
 
-def add_arguments(reply: structured.Form, form: ToolFormat, schema: dict, at: str) -> str:
+def add_arguments(reply: structured.Form, form: ToolFormat, schema: dict, at: str,
+                  is_strict: bool = True) -> str:
     """The name of a rule for the arguments of a function with these `parameters`. XML
     parameters come in the schema's order, and those not required may be left out."""
-    if schema.get("type", "object") != "object":
-        raise SchemaError(f"{at}.type: must be 'object', got {schema['type']!r:.60}")
-    # JSON Schema would allow more members. But a function takes what it declares, and a model that
-    # may go on to invent arguments does.
-    if "properties" in schema and schema.keys() & KNOWN <= {"type", "properties", "required"}:
-        schema = {**schema, "additionalProperties": False}
+    whole, elements = structured.arguments_of(schema, at, is_strict), []
     if not form.xml:
-        return reply.add_schema({**schema, "type": "object"}, at)
-    whole, elements = Schema(schema, at), []
-    whole.compiled()  # refuses what is wrong anywhere
+        return reply.add_part(whole)
     reply.schemas.append(whole)
-    if other := schema.keys() & KNOWN - {"type", "properties", "required",
-                                         "additionalProperties"}:
-        raise SchemaError(f"{at}.{min(other)}: is not supported in this model's format of calls")
+    whole.compiled()  # refuses what is wrong anywhere
+    for key in schema.keys() & KNOWN - {"type", "properties", "required", "additionalProperties"}:
+        whole.give_up(key, "is not supported in this model's format of calls")
     for name, inner in schema.get("properties", {}).items():
         opening = structured.literal(PARAMETER + name + form.between)
         place = f"{at}.properties.{name}"
         if not is_text(inner):
-            value = reply.add(f": %json {json.dumps(whole.compiled(inner, place))}")
+            value = reply.add_part(whole, inner, place)
             element = f"{opening} {value} {structured.literal(PARAMETER_END)}"
         elif "enum" in inner:
             values = " | ".join(structured.literal(f"{choice}{PARAMETER_END}")

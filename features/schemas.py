@@ -5,8 +5,9 @@ JSON Schema, and refuses the rest; but some of what it takes, it takes otherwise
 and it trusts what it is given. `Schema` stands between: it
 
 - bounds the size of everything, in a walk of its own, before anything is compiled;
-- refuses by its place, such as `schema.properties.age.not`, what no reply can be held to token by
-  token, and what is no JSON Schema;
+- says in other words what has them (negation.py), and refuses by its place, such as
+  `schema.properties.age.contains`, what no reply can be held to token by token, and what is no JSON
+  Schema; or, if it is not strict, leaves out just that keyword, and notes its place;
 - leaves out unknown keywords and formats, which are annotations (JSON Schema 2020-12, 6.5 and 7.2),
   `x-guidance` among them, which would set llguidance's options;
 - follows `$ref` by JSON Pointer, `$anchor` and `$id`, and turns the dialects of drafts 4 to 7 into
@@ -16,13 +17,21 @@ and it trusts what it is given. `Schema` stands between: it
 It costs about 10 us for each subschema.
 """
 
+import collections
+import contextlib
 import functools
 import json
-import math
 import re
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from decimal import Decimal
+
+from features.bounds import MAX_BOUND, exact, limit_numbers
+from features.keywords import (
+    BOUNDS, COUNTS, EXPANDABLE, FORMATS, KNOWN, KNOWN_FORMATS, LISTS, MAPS, OVERLAP, REFUSED,
+    REPLACED, TOO_LARGE, TYPES, UNSATISFIABLE, VOID, SchemaError, Unholdable, causes_of,
+    in_ecmascript, in_json)
+from features.negation import Negation, at_least_one, is_case
 
 MAX_FORM = 2**18  # bytes of a schema; a quarter of it for a grammar
 MAX_NODES, MAX_DEPTH = 4000, 48  # subschemas looked at; one inside the other
@@ -30,60 +39,18 @@ MAX_PATTERN = 4000  # characters of a regular expression; 200,000 take 6 s and 2
 MAX_NAME_PATTERNS = 64  # in one patternProperties: each two of them are compared
 MAX_DIVISOR = 10_000  # multipleOf without its decimal point: so many states has its automaton
 MAX_COUNT = 2**31  # of items, characters, members
-# llguidance counts in doubles. Bounds from MAX_BOUND on, int64's own, are left out.
-MAX_EXACT, MAX_BOUND = 2**53, 2**63 - 1
 # Once where JSON may have white space, so that a model that likes blanks comes to an end.
 WHITE_SPACE = r"\r?\n[ \t]{0,40}|[ \t]{1,2}"
 OPTIONS = {"whitespace_pattern": WHITE_SPACE, "json_allow_general_unicode_escapes": True}
 
 
-class SchemaError(ValueError):
-    """A schema or grammar that cannot be honoured; the message starts with the place."""
-
-
-COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
-BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-LISTS, MAPS = ("allOf", "anyOf", "oneOf", "prefixItems"), ("properties", "patternProperties")
-TYPES = ("null", "boolean", "string", "array", "object", "integer", "number")
-REFUSED = frozenset(  # they bind, and llguidance cannot hold a reply to them token by token
-    "not if dependencies dependentRequired dependentSchemas propertyNames contains uniqueItems "
-    "unevaluatedItems unevaluatedProperties $dynamicRef $recursiveRef".split())
-VOID = {"uniqueItems": (False,), "propertyNames": (True, {}), "unevaluatedItems": (True, {}),
-        "unevaluatedProperties": (True, {}), "dependencies": ({},), "dependentRequired": ({},),
-        "dependentSchemas": ({},)}  # what says nothing there
-
-DATE = (r"([0-9]{4}-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)"
-        r"|02-(0[1-9]|1[0-9]|2[0-8]))|([0-9]{2}(0[48]|[2468][048]|[13579][26])"
-        r"|([02468][048]|[13579][26])00)-02-29)")  # the Gregorian leap years
-TIME = (r"(([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]+)?([zZ]|[+-]([01][0-9]|2[0-3]):"
-        r"[0-5][0-9])|23:59:60(\.[0-9]+)?[zZ])")
-BYTE = "(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
-IPV4, GROUP = rf"{BYTE}(\.{BYTE}){{3}}", "[0-9a-fA-F]{1,4}"
-
-
-def ipv6_pattern() -> str:
-    """The addresses of RFC 4291, 2.2: eight groups, of which `::` stands for one or more, and the
-    last two may be an IPv4 address."""
-    ways = [f"({GROUP}:){{7}}{GROUP}", f"({GROUP}:){{6}}{IPV4}"]
-    for n in range(8):  # groups before the ::
-        before = f"{GROUP}(:{GROUP}){{{n - 1}}}" if n else ""
-        ways.append(f"{before}::" + (f"({GROUP}(:{GROUP}){{0,{6 - n}}})?" if n < 7 else ""))
-        ways += [f"{before}::({GROUP}:){{0,{5 - n}}}{IPV4}"] if n < 6 else []
-    return "|".join(ways)
-
-
-FORMATS = {  # ours, where llguidance's take what is no date, or no IPv4 inside of IPv6; ...
-    "date": DATE, "time": TIME, "date-time": f"{DATE}[tT]{TIME}", "ipv6": ipv6_pattern()}
-KNOWN_FORMATS = ("duration", "email", "hostname", "ipv4", "uuid", "uri")  # ... and its own
-
-
 class Schema:
     """A JSON Schema as llguidance should read it: unknown keywords are left out, references lead
-    into `$defs`, numbers are within its means, and what it cannot honour is refused by its
-    place."""
+    into `$defs`, numbers are within its means, and what it cannot honour is refused by its place,
+    or left out."""
 
-    def __init__(self, root, at: str):
-        """at: where the schema was sent."""
+    def __init__(self, root, at: str, is_strict: bool = True):
+        """at: where the schema was sent. is_strict: what cannot be held to is refused."""
         try:
             size = len(json.dumps(root, allow_nan=False, ensure_ascii=False).encode())
         except RecursionError:
@@ -92,7 +59,12 @@ class Schema:
             raise SchemaError(f"{at}: is not JSON with valid Unicode: {error}") from None
         if size > MAX_FORM:
             raise SchemaError(f"{at}: the schema has {size} bytes, the limit is {MAX_FORM}")
-        self.root, self.at = root, at
+        self.root, self.at, self.is_strict = root, at, is_strict
+        self.loosened: dict[str, None] = {}  # places of what was left out
+        self._places: dict[int, str] = {}  # by ids of subschemas inside of other words for them
+        self.alone: tuple[int, Set[str]] | None = None  # keywords only one subschema may have
+        self._dropped: set[tuple[int, str]] = set()  # id of a subschema, and its keyword
+        self._expanded: set[tuple[int, str]] = set()  # likewise, of what takes other words
         draft = re.search(r"draft-0?(\d)/", str(root.get("$schema"))) if isinstance(root, dict) \
             else None
         self._ignores_beside_ref = draft is not None  # up to draft 7
@@ -111,50 +83,190 @@ class Schema:
         return {"x-guidance": OPTIONS, "$defs": definitions, "allOf": [whole]} \
             if definitions or isinstance(whole, bool) else {"x-guidance": OPTIONS, **whole}
 
+    def give_up(self, key: str, why: str) -> None:
+        """Leave out a keyword of the root; if the schema is strict, refuse it."""
+        if self.is_strict:
+            raise SchemaError(f"{self.at}.{key}: {why}")
+        self._drop(self.root, self.at, {key})
+
+    def mend(self, part, at: str, error: str) -> bool:
+        """Say a part that llguidance refused, which stands at `at`, in other words; unless the
+        schema is strict, leave out of it what is refused. False: there is nothing to mend."""
+        keys = causes_of(error)
+        is_no_object = part is self.root and "incompatible types" in error  # but arguments are
+        if not isinstance(part, dict) or UNSATISFIABLE in error and not is_no_object:
+            return False
+        for key in EXPANDABLE & keys & part.keys():
+            if (id(part), key) not in self._expanded:
+                self._expanded.add((id(part), key))
+                return True
+        if self.is_strict:
+            return False
+        if TOO_LARGE in error:  # other words take more room
+            took = [self._drop(inner, place, REPLACED.union(
+                key for key in EXPANDABLE if (id(inner), key) in self._expanded))
+                for inner, place in self.all_parts()]
+            if any(took):
+                return True
+        return self._drop(part, at, keys) or self._drop(part, at, REPLACED) \
+            or self._drop(part, at, KNOWN - {"type"})
+
+    def _drop(self, part: dict, at: str, keys: Set[str]) -> bool:
+        """Leave these keywords out of a part that stands at `at`; whether it had some."""
+        dropped = [key for key in part if key in keys and (id(part), key) not in self._dropped]
+        self._dropped |= {(id(part), key) for key in dropped}
+        self.loosened |= {f"{at}.{key}": None for key in dropped}
+        return bool(dropped)
+
     def _visit(self, schema, at: str, depth: int, document):
         """A subschema; document: the root, or the nearest subschema around with an $id."""
         self._n_nodes += 1
         if depth > MAX_DEPTH or self._n_nodes > MAX_NODES:
-            raise SchemaError(f"{at}: the schema is too large (limits: {MAX_NODES} subschemas, "
-                              f"{MAX_DEPTH} levels)")
+            if self.is_strict:
+                raise Unholdable(f"{at}: the schema is too large (limits: {MAX_NODES} subschemas, "
+                                 f"{MAX_DEPTH} levels)")
+            self.loosened[at] = None
+            return True
         if isinstance(schema, bool):
             return schema
         if not isinstance(schema, dict):
             raise SchemaError(f"{at}: a schema must be an object, got {schema!r:.60}")
         document = schema if self._id(schema) else document
-        if "$ref" in schema and self._ignores_beside_ref:
-            schema = {"$ref": schema["$ref"]}
+        at = self._places.get(id(schema), at)
         made: dict = {}
+        more: list = []  # what takes other words
         for key, value in schema.items():
-            place = f"{at}.{key}"
-            if key in REFUSED and not any(value == void for void in VOID.get(key, ())) \
-                    and not (key == "if" and not schema.keys() & {"then", "else"}):
-                raise SchemaError(f"{place}: a reply cannot be held to this keyword; leave it out")
-            if key in MAPS:
-                made[key] = {self._name(name, key, value, place): self._visit(
-                    part, f"{place}.{name}", depth + 1, document)
-                    for name, part in self._is(dict, value, place).items()}
-            elif key in LISTS or key == "items" and isinstance(value, list):
-                parts = self._is(list, value, place)
-                if key == "anyOf" and not parts:
-                    raise SchemaError(f"{place}: nothing satisfies it")
-                see = self._visit_inline if key == "oneOf" else self._visit
-                parts = [see(part, f"{place}[{i}]", depth + 1, document)
-                         for i, part in enumerate(parts)]
-                is_tagged = key == "oneOf" and "discriminator" in schema
-                made["anyOf" if is_tagged and "anyOf" not in schema else
-                     "prefixItems" if key == "items" else key] = parts
-            elif key in ("items", "additionalProperties"):
-                made[key] = self._visit(value, place, depth + 1, document)
-            elif key == "additionalItems" and isinstance(schema.get("items"), list):
-                made["items"] = self._visit(value, place, depth + 1, document)
-            elif key == "$ref":
-                made[key] = self._refer(*self._target(value, place, document))
-            else:
-                self._take(made, key, value, place)
+            if key != "oneOf" and self._is_dropped(schema, key) \
+                    or self._ignores_beside_ref and key != "$ref" and "$ref" in schema:
+                continue
+            try:
+                self._visit_keyword(made, more, key, schema, f"{at}.{key}", depth, document)
+            except Unholdable:
+                if self.is_strict:
+                    raise
+                self.loosened[f"{at}.{key}"] = None
+        if "patternProperties" in schema and "patternProperties" not in made:
+            made.pop("additionalProperties", None)  # it would bind more names than were meant
         if made.keys() & set(BOUNDS):
             limit_numbers(made, at)
-        return made
+        return {"allOf": [made, *more]} if more else made
+
+    def _is_dropped(self, schema: dict, key: str) -> bool:
+        """Whether a keyword is left out; a oneOf becomes an anyOf instead."""
+        return (id(schema), key) in self._dropped or self.alone is not None \
+            and key in self.alone[1] and id(schema) != self.alone[0]
+
+    def _visit_keyword(self, made: dict, more: list, key: str, schema: dict, place: str, depth: int,
+                       document) -> None:
+        """A keyword that stands at `place`, into `made` or `more`."""
+        value = schema[key]
+        if any(value == void for void in VOID.get(key, ())):
+            return
+        if key in REFUSED:
+            raise Unholdable(f"{place}: a reply cannot be held to this keyword; leave it out")
+        if key in REPLACED:
+            more += self._in_other_words(key, schema, place, depth, document)
+        elif key in MAPS:
+            made[key] = {self._name(name, key, value, place): self._visit(
+                part, f"{place}.{name}", depth + 1, document)
+                for name, part in self._is(dict, value, place).items()}
+        elif key in LISTS or key == "items" and isinstance(value, list):
+            parts = self._is(list, value, place)
+            if key == "allOf" and (cases := {i: part for i, part in enumerate(parts) if is_case(
+                    part) and not self._is_dropped(part, "if")}):
+                words = self._negation(place, document, "cases", list(cases.values()))
+                inner = [(part[name], f"{place}[{i}].{name}") for i, part in cases.items()
+                         for name in ("then", "else") if name in part]
+                more += self._visit_words(words, place, inner, depth, document)
+                parts = [True if i in cases else part for i, part in enumerate(parts)]
+            if key == "anyOf" and not parts:
+                raise SchemaError(f"{place}: nothing satisfies it")
+            if (id(schema), key) in self._expanded or self._is_dropped(schema, key):
+                more.append({"anyOf": self._expand(schema, place, depth, document)})
+                return
+            see = self._visit_inline if key == "oneOf" else self._visit
+            parts = [see(part, f"{place}[{i}]", depth + 1, document)
+                     for i, part in enumerate(parts)]
+            is_tagged = key == "oneOf" and "discriminator" in schema
+            made["anyOf" if is_tagged and "anyOf" not in schema else
+                 "prefixItems" if key == "items" else key] = parts
+        elif key in ("items", "additionalProperties"):
+            made[key] = self._visit(value, place, depth + 1, document)
+        elif key == "additionalItems" and isinstance(schema.get("items"), list):
+            made["items"] = self._visit(value, place, depth + 1, document)
+        elif key == "$ref":
+            made[key] = self._refer(*self._target(value, place, document))
+        else:
+            self._take(made, key, value, place)
+            if (id(schema), key) in self._expanded and value == 1:
+                part = at_least_one(made.pop(key), schema)
+                more.append(self._visit(part, place, depth + 1, document))
+
+    def _in_other_words(self, key: str, schema: dict, place: str, depth: int, document) -> list:
+        """What a keyword of REPLACED says, in subschemas. Raises Unholdable."""
+        before, inner = dict(self.loosened), [(schema[key], place)]
+        if key == "if":
+            inner = [(schema[name], place[:-2] + name) for name in ("if", "then", "else")
+                     if name in schema]
+        if key.startswith("depend"):
+            inner = [(part, f"{place}.{name}") for name, part in self._is(
+                dict, schema[key], place).items() if not isinstance(part, list)]
+        for part, at in inner:  # what is wrong in it is refused where it stands
+            with contextlib.suppress(Unholdable):
+                self._visit(part, at, depth + 1, document)
+        self.loosened = before
+        return self._visit_words(self._negation(place, document, "replaced", key, schema), place,
+                                 inner, depth, document)
+
+    def _visit_words(self, words: list, place: str, inner: list[tuple[object, str]], depth: int,
+                     document) -> list:
+        """Other words for what stands at `place`; inner: subschemas that they hold as they are, and
+        their places. Of what is made for it, that place is named. Raises SchemaError."""
+        def named(at: str) -> str:
+            is_made = at.startswith((f"{place}.", f"{place}[")) and not any(
+                at.startswith(known) for _, known in inner if known != place)
+            return place if is_made else at
+
+        before, places = self.loosened, self._places
+        self.loosened = {}
+        self._places = places | {id(part): at for part, at in inner if isinstance(part, dict)}
+        try:
+            return [self._visit(part, place, depth + 1, document) for part in words]
+        except SchemaError as error:
+            at, _, said = str(error).partition(": ")
+            raise type(error)(f"{named(at)}: {said}") from None
+        finally:
+            self._places = places
+            self.loosened = {**before, **{named(at): None for at in self.loosened}}
+
+    def _expand(self, schema: dict, place: str, depth: int, document) -> list:
+        """The alternatives of a oneOf, so that none overlap. Raises Unholdable; if the schema is
+        not strict, they may."""
+        try:
+            parts = self._negation(place, document, "one_of", schema["oneOf"]) \
+                if not self._is_dropped(schema, "oneOf") else schema["oneOf"]
+            return [self._visit(part, place, depth + 1, document) for part in parts]
+        except Unholdable:
+            if self.is_strict:
+                raise Unholdable(f"{place}: {OVERLAP}") from None
+            self.loosened[place] = None
+            return [self._visit(part, f"{place}[{i}]", depth + 1, document)
+                    for i, part in enumerate(schema["oneOf"])]
+
+    def _negation(self, place: str, document, method: str, *asked) -> list:
+        """Ask a Negation. Raises Unholdable."""
+        def follow(ref):
+            target, _, other = self._target(ref, place, document)
+            if other is not document:  # where its references would lead elsewhere
+                raise Unholdable("refers to another document")
+            return target
+        try:
+            return getattr(Negation(follow, self._ignores_beside_ref), method)(*asked)
+        except Unholdable as error:
+            raise Unholdable(f"{place}: a reply cannot be held to this keyword ({error}); leave it "
+                             "out") from None
+        except (AttributeError, KeyError, TypeError):  # it refers to what is no schema
+            raise Unholdable(f"{place}: is about what is no schema") from None
 
     def _is(self, kind: type, value, at: str):
         """The value, which must be of a kind."""
@@ -168,16 +280,15 @@ class Schema:
         if key == "properties":
             return name
         if len(siblings) > MAX_NAME_PATTERNS:
-            raise SchemaError(f"{at}: has {len(siblings)} patterns, the limit is "
+            raise Unholdable(f"{at}: has {len(siblings)} patterns, the limit is "
                               f"{MAX_NAME_PATTERNS}")
         return self._pattern(name, at)
 
     def _pattern(self, pattern: str, at: str) -> str:
-        """A regular expression. What Rust reads otherwise than ECMAScript means itself there: in a
-        class `[`, `&`, `~` and `--`, outside `\\<` and `\\>`."""
+        """A regular expression."""
         if len(self._is(str, pattern, at)) > MAX_PATTERN:
-            raise SchemaError(f"{at}: has {len(pattern)} characters, the limit is {MAX_PATTERN}")
-        return ESCAPED_OR_CLASS.sub(_as_in_ecmascript, pattern)
+            raise Unholdable(f"{at}: has {len(pattern)} characters, the limit is {MAX_PATTERN}")
+        return in_json(in_ecmascript(pattern))
 
     def _take(self, made: dict, key: str, value, at: str) -> None:
         """Copy a keyword without subschemas; one that is unknown is an annotation."""
@@ -201,10 +312,12 @@ class Schema:
             is_old = key.startswith("exclusive") and isinstance(value, bool)  # as draft 4 has it
             if not isinstance(value, (int, float)) or isinstance(value, bool) and not is_old:
                 raise SchemaError(f"{at}: must be a number, got {value!r:.60}")
+            if key in BOUNDS and abs(value) < MAX_BOUND:
+                exact(value, at)
             digits = Decimal(repr(value)).as_tuple().digits if key == "multipleOf" else ()
             if int("".join(map(str, digits)) or 0) > MAX_DIVISOR:
-                raise SchemaError(f"{at}: {value!r} has too many digits; the limit is "
-                                  f"{MAX_DIVISOR}")
+                raise Unholdable(f"{at}: {value!r} has too many digits; the limit is "
+                                 f"{MAX_DIVISOR}")
             made[key] = value
         elif key == "required":
             if not all(isinstance(name, str) for name in self._is(list, value, at)):
@@ -224,10 +337,23 @@ class Schema:
                 yield from ((part, f"{at}.{key}.{name}") for name, part in value.items())
             elif key in LISTS or key == "items" and isinstance(value, list):
                 yield from ((part, f"{at}.{key}[{i}]") for i, part in enumerate(value))
-            elif key in ("items", "additionalProperties", "additionalItems"):
+            elif key in ("items", "additionalProperties", "additionalItems", "then", "else"):
                 yield value, f"{at}.{key}"
             elif key == "$ref":
-                yield self._target(value, f"{at}.{key}", self.root)[:2]
+                with contextlib.suppress(SchemaError):  # it was left out
+                    yield self._target(value, f"{at}.{key}", self.root)[:2]
+
+    def all_parts(self) -> Iterator[tuple[dict, str]]:
+        """All subschemas that are objects, and their places, the outer ones first."""
+        waiting, seen = collections.deque([(self.root, self.at)]), {id(self.root)}
+        while waiting:
+            part, at = waiting.popleft()
+            if isinstance(part, dict):
+                yield part, at
+            for inner, place in self.parts(part, at):
+                if id(inner) not in seen:
+                    seen.add(id(inner))
+                    waiting.append((inner, place))
 
     # ---- references
 
@@ -269,7 +395,7 @@ class Schema:
             document = target if self._id(target) else document
             place += f".{key}"
         if target is MISSING:
-            raise SchemaError(f"{at}: {ref!r:.200} is not a place in this schema, such as "
+            raise Unholdable(f"{at}: {ref!r:.200} is not a place in this schema, such as "
                               "#/$defs/name")
         return target, self.at + place, document
 
@@ -317,102 +443,3 @@ class Schema:
 
 
 MISSING = object()  # where a reference leads nowhere
-KNOWN = REFUSED.union(COUNTS, BOUNDS, LISTS, MAPS, (
-    "$ref type const enum items additionalItems additionalProperties required pattern format "
-    "multipleOf then else").split())
-ESCAPED_OR_CLASS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
-
-
-def _as_in_ecmascript(match: re.Match) -> str:
-    """An escape or a class of a pattern, as Rust should read it."""
-    if match[0][0] == "\\":
-        return match[0].lstrip("\\") if match[0] in ("\\<", "\\>") else match[0]
-    inner = re.sub(r"\\.|[\[&~]|--", lambda part: part[0] if part[0][0] == "\\" else
-                   "".join("\\" + char for char in part[0]), match[0][1:])
-    return "[" + inner
-
-
-def exact(value, at: str):
-    """A value of an enum, as llguidance can write it: 1.0 is the number 1, and an integer that is
-    no double is refused, because it would become another one."""
-    if isinstance(value, dict):
-        return {key: exact(inner, at) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [exact(inner, at) for inner in value]
-    if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_EXACT:
-        return int(value)
-    if isinstance(value, int) and abs(value) > MAX_EXACT and int(float(value)) != value:
-        raise SchemaError(f"{at}: {value} cannot be held to exactly; the limit is 2**53")
-    return value
-
-
-def limit_numbers(schema: dict, at: str) -> None:
-    """Replace the bounds of a schema by ones that llguidance honours to the letter."""
-    bounds = {key: schema.pop(key) for key in BOUNDS if key in schema}
-    for key, other in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
-        if bounds.get(key) is True and other in bounds:  # as draft 4 has it
-            bounds[key] = bounds.pop(other)
-        elif isinstance(bounds.get(key), bool):
-            del bounds[key]
-    bounds = {key: value for key, value in bounds.items() if abs(value) < MAX_BOUND}
-    for key, value in bounds.items():
-        if isinstance(value, int) and abs(value) > MAX_EXACT and int(float(value)) != value:
-            raise SchemaError(f"{at}.{key}: {value} cannot be held to exactly; the limit is 2**53")
-    types = schema.get("type", [kind for kind in TYPES if kind != "integer"])
-    types = types if isinstance(types, list) else [types]
-    others = [kind for kind in types if kind not in ("number", "integer")]
-    if "number" not in types:
-        ways = [{"type": "integer", **bounds}] if "integer" in types else []
-    elif "multipleOf" in schema:
-        ways = [{"type": "number", **bounds}]
-    else:
-        ways = [{"type": "number", **way} for way in number_ranges(bounds)] if bounds else \
-            [{"type": "number"}]
-    ways += [{"type": others}] if others else []
-    if not ways:
-        raise SchemaError(f"{at}.{min(bounds)}: nothing satisfies it")
-    schema.setdefault("allOf", []).append({"anyOf": ways})
-
-
-N_DIGITS = 15  # of a number, that surely survive in a double
-MIRRORED = {"minimum": "maximum", "maximum": "minimum", "exclusiveMaximum": "exclusiveMinimum"}
-
-
-def number_ranges(bounds: dict) -> list[dict]:
-    """Bounds that cover, one or another, each number within `bounds`. subtle: alone, llguidance's
-    own miss some (2.5 below 2.53; -0.10 up to 0) or take one too much (0 above 0, up to 0.3)."""
-    low, above = bounds.get("minimum", -math.inf), bounds.get("exclusiveMinimum", -math.inf)
-    high, below = bounds.get("maximum", math.inf), bounds.get("exclusiveMaximum", math.inf)
-    low = _next(above) if above >= low and above > -math.inf else low
-    is_open = below <= high and below < math.inf
-    high = min(high, below)
-    if low > high or low == high and is_open:
-        return []
-    ways = _positive_ranges(max(low, 0), high, is_open) if high > 0 else \
-        [{"minimum": 0, "maximum": 0}] if high == 0 and not is_open else []
-    if low < 0:
-        least, top = max(-high, 0), -low  # seen from the other side
-        least = _next(least) if is_open or least == 0 else least
-        ways += [{MIRRORED[key]: -value for key, value in way.items()}
-                 for way in _positive_ranges(least, top, False)]
-    return ways
-
-
-def _positive_ranges(low: float, high: float, is_open: bool) -> list[dict]:
-    """As number_ranges, from `low` >= 0 to `high`."""
-    if high == math.inf or low >= high:
-        return [{"minimum": low, **({"maximum": low} if low == high else {})}] \
-            if low == high or low < high else []
-    ways = [{"minimum": low, "exclusiveMaximum" if is_open else "maximum": high}]
-    whole, _, decimals = f"{Decimal(repr(high)):f}".partition(".")
-    for n in range(1, len(decimals)):  # 2.5 and 2.53, where 2.534 is the end
-        value = float(f"{whole}.{decimals[:n]}")
-        ways += [{"minimum": value, "maximum": value}] if low <= value < high else []
-    return ways
-
-
-def _next(value: float) -> float:
-    """The next number above one, at N_DIGITS digits."""
-    exact_value = Decimal(repr(value))
-    n_before = exact_value.adjusted() + 1 if value else 0
-    return float(exact_value + Decimal(1).scaleb(n_before - N_DIGITS))

@@ -58,7 +58,7 @@ class Function:
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool = server.option(False, no_effect=True)  # the arguments always validate
+    strict: bool = False  # whether what a call cannot be held to is refused
 
 
 @dataclasses.dataclass
@@ -122,9 +122,10 @@ class ChatFields:
 
     def check(self, _at: str) -> None:
         """Refuse what fields together make impossible, before a model is loaded for it."""
-        if self.offer.allowed and self.grammar is not None:
-            raise server.invalid("grammar", f"grammar and {self.offer.where} were sent; the reply "
-                                            "can follow only one of them")
+        asked = structured.asked_of(self)
+        if self.offer.allowed and asked and asked.kind != "schema":
+            raise server.invalid(asked.field, f"{asked.at} and {self.offer.where} were sent; the "
+                                              "reply can follow only one of them")
 
     @functools.cached_property
     def offer(self) -> "Offer":
@@ -157,7 +158,8 @@ class ChatFields:
             if value is not None and key != "strict"}} for function in functions]
         is_named = mode == "required" and choice != "required" and len(allowed) == 1
         return Offer(tools if mode != "none" else [], allowed if mode != "none" else [],
-                     mode == "required", self.parallel_tool_calls and not is_named, where)
+                     mode == "required", self.parallel_tool_calls and not is_named, where,
+                     {function.name for function in functions if function.strict})
 
 
 FIELDS = {"ChatBody": ChatFields, "Message": MessageFields}
@@ -172,15 +174,17 @@ class Offer:
     is_required: bool
     is_parallel: bool  # several calls in one reply
     where: str  # "tools", or the deprecated "functions"
+    strict: set[str]  # names of those whose arguments satisfy every word of their parameters
 
-    def rules(self) -> Iterator[tuple[str, dict, str]]:
-        """Each allowed function's name and parameters, and where these stand in the request. No
-        parameters, as the OpenAI reference has it, are an empty list of them."""
+    def rules(self) -> Iterator[tuple[str, dict, str, bool]]:
+        """Each allowed function's name and parameters, where these stand in the request, and
+        whether they are strict. No parameters, as the OpenAI reference has it, are an empty list of
+        them."""
         for i, tool in enumerate(self.tools):
             name, inner = tool["function"]["name"], ".function" if self.where == "tools" else ""
             if name in self.allowed:
                 parameters = tool["function"].get("parameters") or {"additionalProperties": False}
-                yield name, parameters, f"{self.where}[{i}]{inner}.parameters"
+                yield name, parameters, f"{self.where}[{i}]{inner}.parameters", name in self.strict
 
 
 # ==== 2. Replies: text into calls ========================================================
@@ -389,7 +393,8 @@ def join(wanted: "server.Generation") -> None:
     wanted.options["tools"] = prepare_tools(offer.tools, form)
     if not offer.allowed:
         return
-    wanted.constrained_by = structured.field_of(wanted.body) or offer.where
+    asked = structured.asked_of(wanted.body)
+    wanted.constrained_by = asked.field if asked else offer.where
     wanted.constrain = functools.partial(constrain, wanted, offer, form)
     wanted.parse = lambda prompt: functools.partial(
         CallParser, form, offer.tools, offer.where == "functions", unclosed_reasoning(prompt),
@@ -402,10 +407,10 @@ def constrain(chat: "server.Chat", offer: Offer, format: ToolFormat, prompt: str
     ApiError."""
     form, after = structured.Form(), tuple(filter(None, [chat.lead(prompt)]))
     with structured.schema_errors():
-        schema = structured.schema_of(chat.body)
-        ways = [form.add_schema(*schema)] if schema else []
-        functions = [(name, add_arguments(form, format, parameters, at))
-                     for name, parameters, at in offer.rules()]
+        asked = structured.asked_of(chat.body)
+        ways = [structured.add_asked(form, asked)] if asked else []
+        functions = [(name, add_arguments(form, format, parameters, at, is_strict))
+                     for name, parameters, at, is_strict in offer.rules()]
         if not ways and not offer.is_required and not format.at_start:
             form.triggers = (*after, format.trigger)
             form.root = calls_of(format, functions, offer.is_parallel, True)
@@ -414,5 +419,6 @@ def constrain(chat: "server.Chat", offer: Offer, format: ToolFormat, prompt: str
             call = calls_of(format, functions, offer.is_parallel, False)
             ways = [call] if offer.is_required else [call, *(ways or [NOT_A_CALL])]
             form.root = structured.AFTER_REASONING * bool(after) + f"({' | '.join(ways)})"
-        must_trigger = offer.is_required or bool(schema)
-        return form.replies(chat.loaded.model, must_trigger)
+        replies = form.replies(chat.loaded.model, offer.is_required or asked is not None)
+        structured.tell_loosened(chat.handler, form)
+        return replies

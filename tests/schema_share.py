@@ -1,11 +1,13 @@
 """How many of some JSON Schemas are served, and whether what is served holds.
 
     python tests/schema_share.py FILE
+    python tests/schema_share.py --tools FILE
 
 FILE has a line of JSON for each schema, as {"schema": ..., "tests": [[is_valid, document], ...]},
-and may be gzipped. Prints the share that is served, of the valid documents of those the share that
-can be written (with their members in the schema's order), and how many invalid ones can be.
-With --names also each that is refused or wrong.
+and may be gzipped. Prints the share that is served strictly, or as the parameters of tools without
+`strict`; of the valid documents of those the share that can be written (with their members in the
+schema's order), and how many invalid ones can be. With --names also each that is refused, loosened
+or wrong.
 """
 
 import argparse
@@ -116,6 +118,7 @@ def can_be_written(model: engine.Model, new_reply, text: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
+    parser.add_argument("--tools", action="store_true", help="as parameters, without strict")
     parser.add_argument("--names", action="store_true", help="print each refused or wrong one")
     options = parser.parse_args()
     model = engine.Model(Path(downloads.fetch(None, ROOT / "models")))
@@ -126,14 +129,20 @@ def main() -> None:
         counts["schemas"] += 1
         try:
             form = structured.Form()
-            form.root = form.add_schema(row["schema"], "schema")
+            form.root = form.add_part(structured.arguments_of(row["schema"], "schema", False)) \
+                if options.tools else form.add_schema(row["schema"], "schema")
             new_reply = form.replies(model, must_trigger=True)
         except schemas.SchemaError as error:
             if options.names:
                 print(f"{row.get('id')}: refused: {error}")
             continue
         counts["served"] += 1
+        counts["loosened"] += bool(form.loosened)
+        if options.names and form.loosened:
+            print(f"{row.get('id')}: loosened: {', '.join(form.loosened)}")
         for is_valid, document in row["tests"]:
+            if options.tools and not isinstance(document, dict):
+                continue  # no arguments
             orders = Orders(row["schema"]).of(document) if is_valid else [document]
             written = any(can_be_written(model, new_reply, json.dumps(each, ensure_ascii=False))
                           for each in orders)
@@ -141,7 +150,8 @@ def main() -> None:
             if options.names and written != is_valid:
                 print(f"{row.get('id')}: {'not ' * is_valid}written: {json.dumps(document)[:300]}")
     n_valid = counts[True, True] + counts[True, False]
-    print(f"served strictly: {counts['served']} of {counts['schemas']} "
+    how = f"as tools, {counts['loosened']} of them loosened" if options.tools else "strictly"
+    print(f"served {how}: {counts['served']} of {counts['schemas']} "
           f"({counts['served'] / counts['schemas']:.1%})\n"
           f"valid documents that can be written: {counts[True, True]} of {n_valid} "
           f"({counts[True, True] / max(n_valid, 1):.2%})\n"

@@ -204,8 +204,8 @@ def test_json_cut_by_max_tokens_ends_in_length(http):
 
 
 @pytest.mark.parametrize("part, words", [
-    ({"not": {"type": "string"}}, ["when", "not"]),
-    ({"if": {"const": 1}, "then": {"const": 1}}, ["when", "if"]),
+    ({"not": {"type": "integer"}}, ["when", "not"]),
+    ({"if": {"type": "integer"}, "then": {"const": 1}}, ["when", "if"]),
     ({"$ref": "#/$defs/nowhere"}, ["when", "nowhere"]),
     ({"$ref": "https://example.com/schema.json"}, ["when", "example.com"]),
     ({"type": "strin"}, ["when", "strin"]),
@@ -402,7 +402,8 @@ def test_wrong_tools_are_refused_by_name(http, change, param):
 
 
 def test_a_tools_schema_that_cannot_be_honoured_names_tool_and_property(http):
-    bad = tool("book_flight", when={"not": {"const": "now"}})
+    bad = tool("book_flight", when={"not": {"type": "integer"}})
+    bad["function"]["strict"] = True
     message = refused(http, CHAT, {"messages": HI, "tools": [WEATHER, bad], "max_tokens": 4,
                                    "tool_choice": named("book_flight")}, "tools[1]")
     assert "when" in message and "not" in message
