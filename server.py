@@ -923,7 +923,7 @@ class LocalModel:
         return {**entry, "max_model_len": loaded.n_ctx, "meta": {
             "n_ctx": loaded.n_ctx, "n_ctx_train": model.n_ctx_train, "n_params": model.n_params,
             "size": model.size_bytes, "n_vocab": model.n_vocab, "n_embd": model.n_embd,
-            "architecture": model.architecture, "quantization": model.quantization,
+            **loaded.facts, "architecture": model.architecture, "quantization": model.quantization,
             "capabilities": [*["completion"] * model.generates, *loaded.capabilities]}}
 
 
@@ -1726,8 +1726,7 @@ def given(value, default):
 
 
 def merge(whole: dict, part: dict) -> dict:
-    """Fold a delta into what came before: text and lists grow, null changes nothing; items
-    with an index are deltas themselves."""
+    """Fold in a delta: text and lists grow, null changes nothing; indexed items are deltas too."""
     for name, value in part.items():
         old = whole.get(name)
         if isinstance(value, dict):
@@ -1886,7 +1885,8 @@ def prepare_messages(messages: list[dict], joined: set[tuple[str, str]]) -> list
         turn = {key: value for key, value in message.items()
                 if value is not None and key not in NOT_FOR_TEMPLATES}
         turn["role"] = NEW_ROLES.get(turn["role"], turn["role"])
-        turn["content"] = text_of(message.get("content") or message.get("refusal") or "")
+        turn["content"] = text_of(message["content"] or message.get("refusal") or "") \
+            if "content" in message else None  # as some templates want it beside calls
         if turns and (turns[-1]["role"], turn["role"]) in joined:
             turn["content"] = f"{turns.pop()['content']}\n\n{turn['content']}"
         turns.append(turn)
