@@ -26,6 +26,7 @@ NAMES, IDS = ("calleda", "calledb", "calledc"), ("callid0a1", "callid0b2", "call
 ARGUMENTS = {  # a value of each type, two strings in front and one at the end
     "keyb": "textb", "keya": "texta", "keyc": 4711, "keyd": 47.5, "keye": True, "keyf": None,
     "keyg": {"inner": ["innertext", 12]}, "keyh": ["itemtext", 13], "keyi": "texti"}
+WORDLESS = json.loads(json.dumps(TOOL).replace('"description": "A part."', '"title": "Part"'))
 KINDS = {"keyb": "string", "keyc": "integer", "keyd": "number", "keye": "boolean", "keyf": "null",
          "keyg": "object", "keyh": "array"}
 PROPERTIES = {key: {"type": KINDS.get(key, "string")} for key in ARGUMENTS}
@@ -93,7 +94,8 @@ class Way:
                 return dataclasses.replace(
                     form, takes_text=self.takes_text, takes_content=self.takes_content,
                     variables=tuple(self.variables), short_ids=self._written(1, "0") is None,
-                    takes_tools=TOOL["function"]["name"] in known)
+                    takes_tools=TOOL["function"]["name"] in known, wants_words=self.render.whole(
+                        prompt=True, **{**self.options, "tools": [WORDLESS]}) is None)
         raise Unlearnable(reason)
 
     def _compare(self, text: str, told: str, prompt: str, n_calls: int) -> CallForm:

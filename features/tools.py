@@ -200,9 +200,17 @@ TOOLS_TEXT = ("You can call these functions, described with JSON Schema:\n\n{}\n
 
 def prepare_tools(tools: list[dict] | None, form: CallForm) -> list[dict] | None:
     """The tools as a template takes them, with nothing left out; None where it takes none."""
+    if not tools or not form.takes_tools:
+        return None
     blank = {"name": "", "description": "", "parameters": {"type": "object", "properties": {}}}
-    return [{"type": "function", "function": {**blank, **tool["function"]}}
-            for tool in tools] if tools and form.takes_tools else None
+    whole = [{"type": "function", "function": {**blank, **tool["function"]}} for tool in tools]
+    for tool in whole if form.wants_words else ():
+        parameters = tool["function"]["parameters"]
+        properties = parameters.get("properties")  # a client's: it may be anything
+        tool["function"]["parameters"] = {**parameters, "properties": {
+            name: {"description": "", **schema} if isinstance(schema, dict) else schema
+            for name, schema in properties.items()} if isinstance(properties, dict) else {}}
+    return whole
 
 
 def variables_of(tools: list[dict], form: CallForm) -> dict[str, str]:
