@@ -109,6 +109,10 @@ class CallForm:
 
     def write(self, calls: list[tuple[str, str]]) -> str:
         """Calls (name, arguments as JSON text) as they are described to a model."""
+        if self.elements:
+            style = self.elements.styles["string"]
+            element = f"{self.elements.first}PARAMETER{style.middle}VALUE{style.after}"
+            calls = [(name, element.replace(KEY, "PARAMETER")) for name, _ in calls]
         texts = [f"{name}{self.between}{arguments or '{}'}{self.ending}".replace(NAME, name)
                  for name, arguments in calls]
         text = self.opening + self.separator.join(texts) + self.closing

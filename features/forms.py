@@ -88,7 +88,7 @@ class Way:
             if NAMES[n_calls - 1] in text:
                 try:
                     form = self._compare(text, told, prompt, n_calls)
-                except Unlearnable:
+                except (Unlearnable, ValueError, IndexError, StopIteration):  # any text may come
                     reason = UNKNOWN
                     continue
                 return dataclasses.replace(

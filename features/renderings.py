@@ -10,6 +10,7 @@ no feature by itself. A rendering takes about a millisecond; the same one is mad
 import functools
 import json
 import re
+import time
 from collections.abc import Iterable
 
 import engine
@@ -20,27 +21,32 @@ TOOL = {"type": "function", "function": {  # another name than those of calls: i
         "type": "object", "required": ["part"],
         "properties": {"part": {"type": "string", "description": "A part."}}}}}
 # Tags are not cut through when two texts are compared; other text is compared by characters.
-SEGMENT = re.compile(r"""</?[][\w:|｜▁=."/\ue000-\ue003-]+(?:[ ][^<>]*)?>  # \ue000: see calls.py
+SEGMENT = re.compile(r"""</?[][\w:|｜▁=."/\ue000-\ue003-]+(?:[ ][^<>]*)?> # \ue000: calls.py
                      |\[/?[A-Z_]+\]|.""", re.DOTALL | re.VERBOSE)
+MAX_SECONDS = 1.0  # for all of a model's renderings; a template that takes longer is slow or endless
 
 
 class Renderings:
     """What one model's template makes of conversations, from behind the question on."""
 
     def __init__(self, model: engine.Model):
-        self.model = model
+        self.model, self._seconds = model, 0.0  # that they have taken
         self._made: dict[str, str | None] = {}
 
     def whole(self, *turns: dict, prompt: bool = False, **options) -> str | None:
         """A question, then `turns`, as a text; None where the template refuses. prompt: with the
         beginning of a reply."""
         key = json.dumps([turns, prompt, options])
+        if key not in self._made and self._seconds > MAX_SECONDS:
+            return None
         if key not in self._made:
+            began = time.monotonic()
             messages = [{"role": "user", "content": QUESTION}, *turns]
             try:
                 self._made[key] = self.model.render_chat(messages, prompt, options)
             except engine.TemplateError:
                 self._made[key] = None
+            self._seconds += time.monotonic() - began
         return self._made[key]
 
     @functools.cached_property

@@ -363,7 +363,7 @@ def constrain(chat: "server.Chat", offer: Offer, form: CallForm, prompt: str
             reply.root = structured.AFTER_REASONING * bool(after) + f"({' | '.join(calls)})"
             if thinking.opening and not (after or ways or offer.is_required):
                 thought = reply.add_text_until(thinking.closing.strip())
-                opening = structured.literal(thinking.opening.strip())
+                opening = structured.literal(thinking.opening.rstrip())
                 reply.root = f"({opening} {thought} {structured.AFTER_REASONING})? {reply.root}"
         must_trigger = offer.is_required or bool(schema)
         return reply.replies(chat.loaded.model, must_trigger)

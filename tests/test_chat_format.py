@@ -147,6 +147,16 @@ def test_every_template_renders_calls_results_and_tools():
     for_each(NAMES, check)
 
 
+def test_no_template_refuses_a_call_that_was_cut_off():
+    cut = {**CALL, "function": {**CALL["function"], "arguments": '{"city": "Par'}}
+
+    def check(_name, source):
+        prompt = render(source, [USER, {**CALLING, "tool_calls": [cut]}, RESULT], TOOLS)
+        assert "Par" in prompt and "sunny" in prompt
+
+    for_each(NAMES, check)
+
+
 def test_a_user_turn_after_a_result_renders_or_is_the_templates_own_refusal():
     def check(name, source):
         try:
