@@ -12,6 +12,7 @@ itself.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -170,28 +171,21 @@ class Way:
 
     def _assemble(self, calls: list["Written"]) -> CallForm:
         """One form of several calls."""
-        before = [self.text[self.start:self.text.index(NAMES[0], self.start)]]
-        before[0] = self._behind_reasoning(before[0])
-        endings = []  # what follows a call's arguments, up to the next name or the end
-        for call, name, call_id in zip(calls, NAMES, IDS):
-            endings.append(call.after.replace(name, NAME))
-            call.between = call.between.replace(name, NAME)
-        for call_id in IDS:
-            before[0] = before[0].replace(call_id, ID)
-            endings = [ending.replace(call_id, ID) for ending in endings]
-            for call in calls:
-                call.between = call.between.replace(call_id, ID)
-        first, opening, between, ending = calls[0], before[0], calls[0].between, endings[-1]
-        separator, number = "", 0
+        opening = general(self._behind_reasoning(
+            self.text[self.start:self.text.index(NAMES[0], self.start)]))
+        # What follows a call's name, and its arguments, up to the next name or the end.
+        betweens = [general(call.between, name) for call, name in zip(calls, NAMES)]
+        endings = [general(call.after, name) for call, name in zip(calls, NAMES)]
+        first, between, ending, separator, number = calls[0], betweens[0], endings[-1], "", 0
         if len(calls) > 1:
-            between, number = numbered([call.between for call in calls])
+            between, number = numbered(betweens)
             separator, later = numbered(endings[:-1])
             if NUMBER in separator:
                 number = later - 1
-                behind = separator.rpartition(NUMBER)[2]
-                if not opening.endswith(f"{number}{behind}"):
+                behind = f"{number}{separator.rpartition(NUMBER)[2]}"
+                if not opening.endswith(behind):
                     raise Unlearnable(UNKNOWN)
-                opening = opening[:-len(f"{number}{behind}")] + NUMBER + behind
+                opening = opening.removesuffix(behind) + NUMBER + behind.removeprefix(str(number))
             ending = common_start([endings[-1], separator])
         if any(call.elements != first.elements for call in calls):
             raise Unlearnable(UNKNOWN)
@@ -245,6 +239,12 @@ class Written:
 
 
 TAGS = ("<", "[", "]")  # what a reply seldom begins with
+
+
+def general(text: str, name: str = "") -> str:
+    """A text with what stands for a call's own name and for any id."""
+    text = text.replace(name, NAME) if name else text
+    return functools.reduce(lambda text, call_id: text.replace(call_id, ID), IDS, text)
 
 
 def numbered(texts: list[str]) -> tuple[str, int]:

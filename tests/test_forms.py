@@ -132,6 +132,15 @@ def test_a_template_that_cannot_be_learned_has_the_generic_form_and_says_why(sou
     assert learned(source) == (calls.GENERIC, why)
 
 
+def test_a_form_that_fails_its_own_test_is_told_in_the_log(loaded, caplog):
+    chat_of(loaded, template("<call>{{ f.name }}_x {{ f.arguments | tojson }}</call>"))
+    assert caplog.text.count("tool calls have the generic form: what the chat template") == 1
+    assert loaded.facts["tool_calls"] == "generic"
+    caplog.clear()
+    chat_of(loaded, TEMPLATES["hermes"])
+    assert not caplog.text and loaded.facts["tool_calls"] == "native"
+
+
 def test_learning_costs_less_than_a_tenth_of_a_second():
     """It stands between a model and its first request; the largest of the published ones takes 0.1 s."""
     model, took = model_of(TEMPLATES["numbered"]), []
