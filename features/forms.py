@@ -55,12 +55,13 @@ def learn(model: engine.Model, thinking: Thinking) -> tuple[CallForm, str]:
             reasons.append(str(error))
         else:
             return form, "learned from the chat template"
-    return GENERIC, max(reasons, key=REASONS.index)
+    return GENERIC, TOO_SLOW if render.is_slow else max(reasons, key=REASONS.index)
 
 
 NO_TOOLS = "the chat template refuses tools"
 NO_CALLS = "the chat template writes no calls"
 UNKNOWN = "how the chat template writes calls is not understood"
+TOO_SLOW = "the chat template takes too long"
 MISREAD = "what the chat template writes is not read back"
 REASONS = [NO_TOOLS, NO_CALLS, UNKNOWN, MISREAD]  # the last tells most
 

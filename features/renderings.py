@@ -23,7 +23,7 @@ TOOL = {"type": "function", "function": {  # another name than those of calls: i
 # Tags are not cut through when two texts are compared; other text is compared by characters.
 SEGMENT = re.compile(r"""</?[][\w:|｜▁=."/\ue000-\ue003-]+(?:[ ][^<>]*)?> # \ue000: calls.py
                      |\[/?[A-Z_]+\]|.""", re.DOTALL | re.VERBOSE)
-MAX_SECONDS = 1.0  # for all of a model's renderings; a template that takes longer is slow or endless
+MAX_SECONDS = 2.0  # of the processor, for all of a model's renderings; the largest take 0.2
 
 
 class Renderings:
@@ -37,17 +37,22 @@ class Renderings:
         """A question, then `turns`, as a text; None where the template refuses. prompt: with the
         beginning of a reply."""
         key = json.dumps([turns, prompt, options])
-        if key not in self._made and self._seconds > MAX_SECONDS:
+        if key not in self._made and self.is_slow:
             return None
         if key not in self._made:
-            began = time.monotonic()
+            began = time.thread_time()
             messages = [{"role": "user", "content": QUESTION}, *turns]
             try:
                 self._made[key] = self.model.render_chat(messages, prompt, options)
             except engine.TemplateError:
                 self._made[key] = None
-            self._seconds += time.monotonic() - began
+            self._seconds += time.thread_time() - began
         return self._made[key]
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether the template has had its time; then nothing more is rendered."""
+        return self._seconds > MAX_SECONDS
 
     @functools.cached_property
     def turn_end(self) -> str:

@@ -318,7 +318,7 @@ def equip(loaded: engine.Engine, _settings) -> None:
     loaded.facts |= {"tool_calls": how, "tool_calls_why": why}
     if model.generates:
         loaded.capabilities.append("tools")
-    if why in (forms.UNKNOWN, forms.MISREAD):
+    if why in (forms.UNKNOWN, forms.MISREAD, forms.TOO_SLOW):
         log.warning("%s: tool calls have the generic form: %s", model.name, why)
 
 

@@ -127,7 +127,9 @@ def test_what_is_learned_is_what_stands_between_the_words():
     (template("{{ f.name }} {{ f.arguments | length }} <end>", "<calls>"), forms.UNKNOWN),
     # What stands behind the name ends with what a name may go on with.
     (template("<call>{{ f.name }}_x {{ f.arguments | tojson }}</call>"), forms.MISREAD),
-    ("{{ messages[0].content }}", forms.NO_TOOLS)])
+    ("{{ messages[0].content }}", forms.NO_TOOLS),
+    ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+     + TEMPLATES["hermes"], forms.TOO_SLOW)])
 def test_a_template_that_cannot_be_learned_has_the_generic_form_and_says_why(source, why):
     assert learned(source) == (calls.GENERIC, why)
 
