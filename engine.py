@@ -1113,7 +1113,7 @@ class Engine:
         that may wait for a slot. The context becomes the engine's own; the model does not."""
         self.model, self.context, self.n_ctx = model, context, context.n_ctx
         self._prefill_chunk, self._max_queue = prefill_chunk, max_queue
-        self.capabilities: list[str] = []  # what features add to what the model can do
+        self.capabilities, self.facts = list[str](), dict[str, str]()  # that features tell of it
         self._slots = [Slot(i, context.n_ctx) for i in range(context.parallel)]
         self.drafter = Drafter()  # a feature's `equip` may replace it, before there are requests
         self._counts = Stats()

@@ -703,7 +703,7 @@ class LocalModel:
         meta = {key: getattr(loaded.model, key) for key in (
             "n_ctx_train", "n_params", "n_vocab", "n_embd", "architecture", "quantization")}
         return {**entry, "max_model_len": loaded.n_ctx, "meta": {
-            "n_ctx": loaded.n_ctx, **meta, "size": loaded.model.size_bytes,
+            "n_ctx": loaded.n_ctx, **meta, "size": loaded.model.size_bytes, **loaded.facts,
             "capabilities": [*["completion"] * loaded.model.generates, *loaded.capabilities]}}
 
 
@@ -1100,8 +1100,7 @@ def given(value, default):
 
 
 def merge(whole: dict, part: dict) -> dict:
-    """Fold a delta into what came before: text and lists grow, null changes nothing; items
-    with an index are deltas themselves."""
+    """Fold in a delta: text and lists grow, null changes nothing; indexed items are deltas too."""
     for name, value in part.items():
         old = whole.get(name)
         if isinstance(value, dict):
@@ -1253,7 +1252,8 @@ def prepare_messages(messages: list[dict], joined: set[tuple[str, str]]) -> list
         turn = {key: value for key, value in message.items()
                 if value is not None and key not in NOT_FOR_TEMPLATES}
         turn["role"] = NEW_ROLES.get(turn["role"], turn["role"])
-        turn["content"] = text_of(message.get("content") or message.get("refusal") or "")
+        turn["content"] = text_of(message["content"] or message.get("refusal") or "") \
+            if "content" in message else None  # as some templates want it beside calls
         if turns and (turns[-1]["role"], turn["role"]) in joined:
             turn["content"] = f"{turns.pop()['content']}\n\n{turn['content']}"
         turns.append(turn)

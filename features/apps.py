@@ -76,8 +76,8 @@ class AppBody:
         """The same as the body of a streamed chat completion."""
         asked = self.config or AppOptions()
         if asked.maxTokens == 0:
-            raise server.invalid("config.maxTokens", "config.maxTokens must be at least 1, or -1 for "
-                                                     "no limit, got 0")
+            raise server.invalid("config.maxTokens", "config.maxTokens must be at least 1, or -1 "
+                                                     "for no limit, got 0")
         if asked.maxTokens == -1:
             asked = dataclasses.replace(asked, maxTokens=server.INT32_MAX)
         options = {field.metadata["openai"]: getattr(asked, field.name)

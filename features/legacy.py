@@ -44,7 +44,7 @@ class CompletionFields:
             raise server.invalid("best_of", f"best_of: {best_of} was sent; it must be at least n "
                                             f"({self.n}), and equal to n in a stream")
         if self.suffix and not isinstance(self.prompt, str):
-            raise server.invalid("suffix", "suffix: the prompt must be one string, which is not empty")
+            raise server.invalid("suffix", "suffix: the prompt must be one string, and not empty")
 
 
 FIELDS = {"CompletionBody": CompletionFields}
@@ -168,7 +168,7 @@ def token_name(model: engine.Model, token: int) -> str:
 
 
 def beginning(model: engine.Model) -> list[int]:
-    """The token that a document begins with: the one for that, or else the one that ends another."""
+    """The token that a document begins with: the one for that, or else the one that ends one."""
     marks = [mark(model.vocab) for mark in (lib.llama_vocab_bos, lib.llama_vocab_eos)]
     return [mark for mark in marks if mark >= 0][:1]
 

@@ -92,6 +92,11 @@ class Form:
             raise SchemaError(f"{at}: is refused: {_words(error)}")
         self._options = {"whitespace_pattern": pattern}
 
+    def set_separators(self, item: str, key: str) -> None:
+        """Have JSON written with just these between items, and between key and value."""
+        self._options = {"whitespace_pattern": None, "whitespace_flexible": False,
+                         "item_separator": item, "key_separator": key}
+
     def add_pattern(self, pattern: str, at: str) -> str:
         """The name of a rule for a text that a regular expression matches from end to end."""
         if len(pattern) > MAX_PATTERN:
@@ -191,7 +196,9 @@ class Form:
     def _json(self, schema: Schema, part, at: str) -> str:
         """A schema, or a part of it, for llguidance. Raises SchemaError."""
         made = schema.compiled(part, at)
-        return json.dumps({**made, "x-guidance": {**made["x-guidance"], **self._options}})
+        options = {name: value for name, value in {**made["x-guidance"], **self._options}.items()
+                   if value is not None}
+        return json.dumps({**made, "x-guidance": options})
 
     def _blame(self, error: str) -> list[tuple[Schema, object, str, str]]:
         """The subschemas that make an error, at least one: their schema, themselves, their places,

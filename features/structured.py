@@ -6,7 +6,7 @@ write never becomes another one because the grammar is narrower than the schema:
 be had, it is wider.
 
 How it works: whatever a request calls it, what it asks for is one thing, `Asked`, of which a form
-is made (replies.py) that every token of the reply must follow. schemas.py reads JSON Schemas for it.
+is made (replies.py) that every token of the reply must follow. schemas.py reads JSON Schemas.
 A field that asks for a form that cannot be had is a 400, never only ignored.
 
 What it costs: what the form costs (replies.py): milliseconds for each request, 10 us for a token.

@@ -83,8 +83,8 @@ def get_tokenizer(handler) -> None:
         handler.send_json({
             "tokenizer_class": "llama.cpp", "model_max_length": handler.loaded.n_ctx,
             "vocab_size": model.n_vocab, "chat_template": model.template_source, **{
-                name: None if token < 0 else model.piece(token, special=True).decode("utf-8", "replace")
-                for name, token in ids.items()}})
+                name: model.piece(token, special=True).decode("utf-8", "replace") if token >= 0
+                else None for name, token in ids.items()}})
 
 
 def post_template(handler, body: server.ChatBody) -> None:

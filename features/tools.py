@@ -1,31 +1,35 @@
 """Tools: functions that a model may call.
 
 What for: agents. How it works: the model's chat template decides how it is told of tools and how it
-writes calls; calls.py holds the literals around them, by which a reply is taken apart while it
-arrives, and by which a form is made that a call must follow, so that its arguments always validate.
-For a template without tools the system message describes them. It costs what the form costs
+writes calls; what it writes around a call is learned when the model is loaded (forms.py). By that
+form a reply is taken apart while it arrives, and a grammar is made that a call must follow, so that
+its arguments always validate (calls.py). For a template without tools the system message describes
+them, and for one without calls, calls have a generic form. It costs what the grammar costs
 (structured.py). It reads the fields `tools`, `tool_choice`, `parallel_tool_calls`, the deprecated
-`functions` and `function_call`, and the calls and results in messages; it sends `tool_calls`.
+`functions` and `function_call`, and the calls and results in messages; it sends `tool_calls`, and
+tells in the list of models which form they have, and why.
 """
 
 import dataclasses
+import datetime
 import functools
 import hashlib
+import importlib.util
 import json
+import logging
 import re
-import secrets
-import string
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import engine
 import server
-from features import structured
-from features.calls import (
-    NOT_A_CALL, PARAMETER, PARAMETER_END, TOOL_FORMATS, ToolFormat, add_arguments, calls_of,
-    is_text, tool_format_of)
-from features.reasoning import ReplyParser, unclosed_reasoning
+from features import forms, structured
+from features.calls import ID_LENGTH, CallForm, CallParser
+from features.grammars import add_arguments, calls_of, other_than_calls
+from features.reasoning import show_control_tokens, thinking_of, within_budget
+
+log = logging.getLogger("tools")
 
 NEEDS = ("structured", "reasoning")
 TOOL_NAME = "[a-zA-Z0-9_-]{1,64}"
@@ -58,7 +62,7 @@ class Function:
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool = False  # whether what a call cannot be held to is refused
+    strict: bool = False  # nothing in `parameters` may be left out
 
 
 @dataclasses.dataclass
@@ -116,7 +120,7 @@ class ChatFields:
 
     tools: list[Tool] | None = server.option(max_length=128)
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
-    parallel_tool_calls: bool = True
+    parallel_tool_calls: bool | None = None  # None: as the form of calls has it
     functions: list[Function] | None = server.option(max_length=128)
     function_call: Literal["none", "auto"] | Function | None = None
 
@@ -124,8 +128,8 @@ class ChatFields:
         """Refuse what fields together make impossible, before a model is loaded for it."""
         asked = structured.asked_of(self)
         if self.offer.allowed and asked and asked.kind != "schema":
-            raise server.invalid(asked.field, f"{asked.at} and {self.offer.where} were sent; the "
-                                              "reply can follow only one of them")
+            raise server.invalid(asked.field, f"{asked.field} and {self.offer.where} were sent; "
+                                              "the reply can follow only one of them")
 
     @functools.cached_property
     def offer(self) -> "Offer":
@@ -158,7 +162,7 @@ class ChatFields:
             if value is not None and key != "strict"}} for function in functions]
         is_named = mode == "required" and choice != "required" and len(allowed) == 1
         return Offer(tools if mode != "none" else [], allowed if mode != "none" else [],
-                     mode == "required", self.parallel_tool_calls and not is_named, where,
+                     mode == "required", False if is_named else self.parallel_tool_calls, where,
                      {function.name for function in functions if function.strict})
 
 
@@ -172,9 +176,14 @@ class Offer:
     tools: list[dict]  # all of them, for the template
     allowed: list[str]  # names of those that may be called
     is_required: bool
-    is_parallel: bool  # several calls in one reply
+    parallel: bool | None  # several calls in one reply; None: not said
     where: str  # "tools", or the deprecated "functions"
     strict: set[str]  # names of those whose arguments satisfy every word of their parameters
+
+    def is_parallel(self, form: CallForm) -> bool:
+        """Whether a reply may have several calls. Where that is not said, a call that must come in
+        a form that the model was not trained on is the only one: little models repeat it."""
+        return server.given(self.parallel, form.takes_calls or not self.is_required)
 
     def rules(self) -> Iterator[tuple[str, dict, str, bool]]:
         """Each allowed function's name and parameters, where these stand in the request, and
@@ -187,155 +196,80 @@ class Offer:
                 yield name, parameters, f"{self.where}[{i}]{inner}.parameters", name in self.strict
 
 
-# ==== 2. Replies: text into calls ========================================================
-
-
-class CallParser(ReplyParser):
-    """A ReplyParser that finds calls in the answer, too."""
-
-    def __init__(self, form: ToolFormat, tools: list[dict], old_style: bool = False, *of_reply):
-        """tools: for the types of XML parameters. old_style: calls are told in the deprecated
-        `function_call`. of_reply: arguments of ReplyParser."""
-        super().__init__(*of_reply)
-        self.n_calls = self.n_whole = 0  # calls begun and ended
-        self._form, self._old_style = form, old_style
-        functions = [tool["function"] for tool in tools]
-        self._schemas = {each["name"]: each.get("parameters") or {} for each in functions}
-
-    def finish_reason(self, reason: str) -> str:
-        """As TextParser.finish_reason. A call cut off stays incomplete, and is none."""
-        if reason != "stop" or not 0 < self.n_calls == self.n_whole:
-            return reason
-        return "function_call" if self._old_style else "tool_calls"
-
-    def whole(self, message: dict) -> dict:
-        """As TextParser.whole: content beside calls may be null."""
-        if message.get("tool_calls") or message.get("function_call"):
-            message["content"] = message["content"] or None
-        return message
-
-    def _answer(self, strip: str) -> Generator:
-        form = self._form
-        if form.at_start and (yield from self._choose(form.trigger)):
-            yield from self._calls(form)
-        trigger = "" if form.at_start else form.trigger
-        say = functools.partial(self._say, "content")
-        while (yield from self._until(trigger, say, strip)) is not None:
-            yield from self._calls(form)
-            strip = "both"
-
-    def _calls(self, form: ToolFormat) -> Generator:
-        more = (yield from self._choose(form.opening)) is not None
-        while more and (name := (yield from self._until(form.between))):
-            self.n_calls += 1
-            self._add_arguments("", id=new_call_id(form), type="function", function={"name": name})
-            read = self._parameters(name, form) if form.xml else self._object(form)
-            self.n_whole += bool((yield from read))
-            ends = filter(None, (form.separator, form.closing))
-            more = (yield from self._choose(*ends)) == form.separator
-        if self._ended:
-            self._pending = ""  # part of one of the literals
-
-    def _object(self, form: ToolFormat) -> Generator:
-        """A JSON object, passed on as it comes, up to the brace that closes its first and the
-        ending behind it; whether both came."""
-        depth, in_string, escaped = 0, False, False
-        while not self._ended:
-            end = 0  # of what is read in this piece
-            for end, char in enumerate(self._pending, start=1):
-                if in_string:
-                    in_string, escaped = escaped or char != '"', char == "\\" and not escaped
-                else:
-                    in_string = char == '"'
-                    depth += (char in "{[") - (char in "]}")
-                    if depth == 0:
-                        break
-            text, self._pending = self._pending[:end], self._pending[end:]
-            self._add_arguments(text)
-            if text and depth == 0:
-                return (yield from self._choose(form.ending)) is not None
-            yield
-
-    def _parameters(self, function: str, form: ToolFormat) -> Generator:
-        """XML parameters, passed on as a JSON object, up to the ending; whether that came."""
-        properties, before = self._schemas.get(function, {}).get("properties", {}), "{"
-        start, end = PARAMETER, PARAMETER_END
-        while (found := (yield from self._choose(start, form.ending))) == start:
-            if not (name := (yield from self._until(form.between))):
-                return False
-            quote, convert = ('"', quoted) if is_text(properties.get(name)) else ("", str)
-            self._add_arguments(f'{before}"{quoted(name)}": {quote}')
-            add = functools.partial(self._add_converted, convert)
-            if (yield from self._until(end, add)) is not None:
-                self._add_arguments(quote)
-            before = ", "
-        if found:
-            self._add_arguments("{}" if before == "{" else "}")
-        return bool(found)
-
-    def _add_converted(self, convert: Callable[[str], str], text: str) -> None:
-        self._add_arguments(convert(text))
-
-    def _add_arguments(self, text: str, **head) -> None:
-        """A fragment of the last call's arguments; with a `head` also its beginning."""
-        if not text and not head:
-            return
-        part = {"function": {**head.pop("function", {}), "arguments": text}}
-        if self._old_style:
-            self._say("function_call", part["function"])
-        else:
-            self._say("tool_calls", [{"index": self.n_calls - 1, **head, **part}])
-
-
-def quoted(text: str) -> str:
-    """Text as it stands inside a JSON string."""
-    return json.dumps(text, ensure_ascii=False)[1:-1]
-
-
-def new_call_id(form: ToolFormat) -> str:
-    """A random id in the shape that the API, or the model's template, asks for."""
-    letters = secrets.SystemRandom().choices(string.ascii_letters + string.digits, k=24)
-    return "".join(letters[:9]) if form.short_ids else "call_" + "".join(letters)
-
-
-# ==== 3. Prompts: tools, calls and results as templates take them ========================
+# ==== 2. Prompts: tools, calls and results as templates take them ========================
 
 TOOLS_TEXT = ("You can call these functions, described with JSON Schema:\n\n{}\n\nTo call one, "
               "write its name and arguments in exactly this form:\n{}\nIf none helps, just answer.")
 
 
-def prepare_tools(tools: list[dict] | None, form: ToolFormat) -> list[dict] | None:
+def prepare_tools(tools: list[dict] | None, form: CallForm) -> list[dict] | None:
     """The tools as a template takes them, with nothing left out; None where it takes none."""
+    if not tools or not form.takes_tools:
+        return None
     blank = {"name": "", "description": "", "parameters": {"type": "object", "properties": {}}}
-    return [{"type": "function", "function": {**blank, **tool["function"]}}
-            for tool in tools] if tools and form.native else None
+    whole = [{"type": "function", "function": {**blank, **tool["function"]}} for tool in tools]
+    for tool in whole if form.wants_words else ():
+        parameters = tool["function"]["parameters"]
+        properties = parameters.get("properties")  # a client's: it may be anything
+        tool["function"]["parameters"] = {**parameters, "properties": {
+            name: {"description": "", **schema} if isinstance(schema, dict) else schema
+            for name, schema in properties.items()} if isinstance(properties, dict) else {}}
+    return whole
 
 
-def prepare_messages(messages: list[dict], tools: list[dict], form: ToolFormat) -> list[dict]:
-    """Messages with calls and results as a template takes them. Where that is not native, they
-    become text, results the beginning of what the user says next, and the system message describes
-    the tools."""
+def variables_of(tools: list[dict], form: CallForm) -> dict[str, str]:
+    """What else a template must be told."""
+    known = {"functions": json.dumps([tool["function"] for tool in tools], ensure_ascii=False),
+             "datetime": datetime.datetime.now().strftime("%Y-%m-%d %H:%M")}
+    return {name: known[name] for name in form.variables}
+
+
+def prepare_messages(messages: list[dict], tools: list[dict], form: CallForm) -> list[dict]:
+    """Messages with calls and results as a template takes them. Where it takes none, they become
+    text, results the beginning of what the user says next; where it takes no tools, the system
+    message describes them."""
     turns, was_result = [], False
-    for message in messages:
+    for message in in_turns(messages, form):
         turn, is_result = _prepare(message, form), message["role"] in ("tool", "function")
-        if not form.native and was_result and turn["role"] == "user":
+        if not form.takes_calls and was_result and turn["role"] == "user":
             text = server.text_of(turn["content"])
             turn["content"] = f"{turns.pop()['content']}\n\n{text}"
         turns.append(turn)
         was_result = is_result
-    if tools and not form.native:
+    if tools and not form.takes_tools:
         lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
-        text = TOOLS_TEXT.format(lines, _write_calls(form, [("NAME", "{...}")]))
+        text = TOOLS_TEXT.format(lines, form.write([("NAME", "{...}")]))
         has_system = bool(turns) and turns[0]["role"] in ("system", "developer")
         turns.insert(has_system, {"role": "system", "content": text})
     return turns
 
 
-def _prepare(message: dict, form: ToolFormat) -> dict:
+def in_turns(messages: list[dict], form: CallForm) -> Iterator[dict]:
+    """Messages, of which each has what a template takes in one: where that is one call, each call
+    of several has a message of its own, followed by its result."""
+    waiting = list(messages)
+    while waiting:
+        message = waiting.pop(0)
+        calls = message.get("tool_calls") or []
+        if calls and form.takes_calls and not form.takes_content and message.get("content"):
+            yield {**message, "tool_calls": None}
+            message = {**message, "content": None}
+        if not form.takes_calls or form.separator or len(calls) < 2:
+            yield message
+            continue
+        for i, call in enumerate(calls):
+            yield {**message, "content": message["content"] if i == 0 else None,
+                   "tool_calls": [call]}
+            results = [each for each in waiting if each.get("tool_call_id") == call["id"]]
+            yield from results[:1]
+            waiting = [each for each in waiting if not any(each is told for told in results[:1])]
+
+
+def _prepare(message: dict, form: CallForm) -> dict:
     """One message. The old function_call and role function have no ids: the name serves."""
     def new_id(call_id: str) -> str:
-        fits = not form.short_ids or re.fullmatch("[A-Za-z0-9]{9}", call_id)
-        return call_id if fits else hashlib.sha256(call_id.encode()).hexdigest()[:9]
+        fits = not form.short_ids or re.fullmatch(f"[A-Za-z0-9]{{{ID_LENGTH}}}", call_id)
+        return call_id if fits else hashlib.sha256(call_id.encode()).hexdigest()[:ID_LENGTH]
 
     content = server.text_of(message.get("content") or message.get("refusal") or "")
     turn = {key: value for key, value in message.items()
@@ -345,80 +279,97 @@ def _prepare(message: dict, form: ToolFormat) -> dict:
     calls = message.get("tool_calls") or ([{"id": old["name"], "function": old}] if old else [])
     if turn["role"] == "tool":
         turn["tool_call_id"] = new_id(message.get("tool_call_id") or message.get("name") or "")
-        if not form.native:
+        if not form.takes_calls:
             turn = {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
-    elif calls and form.native:
+    elif calls and form.takes_calls:
         turn["tool_calls"] = [{"id": new_id(call["id"]), "type": "function", "function": {
-            **call["function"], "arguments": _read_object(call["function"]["arguments"])}}
+            **call["function"], "arguments": read_arguments(call["function"]["arguments"], form)}}
             for call in calls]
+        if not form.takes_content:
+            del turn["content"]
     elif calls:
         texts = [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
-        turn["content"] = f"{content}\n{_write_calls(form, texts)}".lstrip("\n")
+        turn["content"] = f"{content}\n{form.write(texts)}".lstrip("\n")
     return turn
 
 
-def _read_object(text: str) -> dict | str:
-    """Arguments as templates take them, by Hugging Face's convention; no object stays text."""
+def read_arguments(text: str, form: CallForm) -> dict | str:
+    """Arguments as templates take them: an object, by Hugging Face's convention, or text. What is
+    no JSON object (a call was cut off, or a model made a mistake) is shown inside one."""
     try:
         value = json.loads(text or "{}")
     except (ValueError, RecursionError):
-        return text
-    return value if isinstance(value, dict) else text
+        value = text
+    value = value if isinstance(value, dict) else {"arguments": text}
+    return json.dumps(value, ensure_ascii=False) if form.takes_text else value
 
 
-def _write_calls(form: ToolFormat, calls: list[tuple[str, str]]) -> str:
-    """Calls (name, arguments as JSON) as their model would have written them."""
-    texts = [name + form.between + (arguments or "{}") + form.ending for name, arguments in calls]
-    return form.trigger + form.opening + form.separator.join(texts) + form.closing
+# ==== 3. Plugging in =====================================================================
 
-
-forms: "weakref.WeakKeyDictionary[engine.Engine, ToolFormat]" = weakref.WeakKeyDictionary()
+_forms: "weakref.WeakKeyDictionary[engine.Engine, CallForm]" = weakref.WeakKeyDictionary()
 
 
 def equip(loaded: engine.Engine, _settings) -> None:
     """Learn how the model's template makes it write calls."""
-    forms[loaded] = tool_format_of(loaded.model.template_source)
-    loaded.model.show(text for form in TOOL_FORMATS.values()
-                      for text in (form.trigger, form.between, form.ending))
-    if loaded.model.generates:
+    model = loaded.model
+    form, why = forms.learn(model, thinking_of(loaded))
+    _forms[loaded] = form
+    show_control_tokens(model, *form.literals)
+    has_library = importlib.util.find_spec("llguidance") is not None
+    why = why if has_library else "the llguidance library is not installed"
+    how = "none" if not (model.generates and has_library) else \
+        "native" if form.takes_calls else "generic"
+    loaded.facts |= {"tool_calls": how, "tool_calls_why": why}
+    if model.generates:
         loaded.capabilities.append("tools")
+    if why in (forms.UNKNOWN, forms.MISREAD, forms.TOO_SLOW):
+        log.warning("%s: tool calls have the generic form: %s", model.name, why)
 
 
 def join(wanted: "server.Generation") -> None:
     """Tell the model of its tools, and find its calls."""
     if not isinstance(wanted, server.Chat):
         return
-    offer, form = wanted.body.offer, forms[wanted.loaded]
+    offer, form = wanted.body.offer, _forms[wanted.loaded]
     wanted.messages = prepare_messages(wanted.messages, offer.tools, form)
     wanted.options["tools"] = prepare_tools(offer.tools, form)
+    wanted.options |= variables_of(offer.tools, form)
     if not offer.allowed:
         return
     asked = structured.asked_of(wanted.body)
     wanted.constrained_by = asked.field if asked else offer.where
-    wanted.constrain = functools.partial(constrain, wanted, offer, form)
+    wanted.constrain = within_budget(wanted, functools.partial(constrain, wanted, offer, form))
+    thinking = thinking_of(wanted.loaded)
     wanted.parse = lambda prompt: functools.partial(
-        CallParser, form, offer.tools, offer.where == "functions", unclosed_reasoning(prompt),
-        wanted.config.split_reasoning)
+        CallParser, form, offer.tools, offer.where == "functions", thinking.unclosed(prompt),
+        wanted.config.split_reasoning, thinking)
 
 
-def constrain(chat: "server.Chat", offer: Offer, format: ToolFormat, prompt: str
+def constrain(chat: "server.Chat", offer: Offer, form: CallForm, prompt: str
               ) -> Callable[[], engine.Constraint]:
     """What makes the Constraint of each choice: a call, or what else the reply may be. Raises
     ApiError."""
-    form, after = structured.Form(), tuple(filter(None, [chat.lead(prompt)]))
+    reply, after = structured.Form(), tuple(filter(None, [chat.lead(prompt)]))
+    thinking, parallel = thinking_of(chat.loaded), offer.is_parallel(form)
     with structured.schema_errors():
         asked = structured.asked_of(chat.body)
-        ways = [structured.add_asked(form, asked)] if asked else []
-        functions = [(name, add_arguments(form, format, parameters, at, is_strict))
+        ways = [structured.add_asked(reply, asked)] if asked else []
+        functions = [(name, add_arguments(reply, form, parameters, at, is_strict))
                      for name, parameters, at, is_strict in offer.rules()]
-        if not ways and not offer.is_required and not format.at_start:
-            form.triggers = (*after, format.trigger)
-            form.root = calls_of(format, functions, offer.is_parallel, True)
+        if not ways and not offer.is_required and not form.at_start:
+            reply.triggers = (*after, form.trigger)
+            reply.root = calls_of(form, functions, parallel, True)
         else:
-            form.triggers = after
-            call = calls_of(format, functions, offer.is_parallel, False)
-            ways = [call] if offer.is_required else [call, *(ways or [NOT_A_CALL])]
-            form.root = structured.AFTER_REASONING * bool(after) + f"({' | '.join(ways)})"
-        replies = form.replies(chat.loaded.model, offer.is_required or asked is not None)
-        structured.tell_loosened(chat.handler, form)
+            reply.triggers = after
+            calls = [calls_of(form, functions, parallel, False)]
+            if not offer.is_required:
+                calls += [calls_of(each, functions, False, False) for each in form.variants]
+                calls += ways or [other_than_calls(form, thinking.head)]
+            reply.root = structured.AFTER_REASONING * bool(after) + f"({' | '.join(calls)})"
+            if thinking.opening and not (after or ways or offer.is_required):
+                thought = reply.add_text_until(thinking.closing.strip())
+                opening = structured.literal(thinking.opening.rstrip())
+                reply.root = f"({opening} {thought} {structured.AFTER_REASONING})? {reply.root}"
+        replies = reply.replies(chat.loaded.model, offer.is_required or asked is not None)
+        structured.tell_loosened(chat.handler, reply)
         return replies

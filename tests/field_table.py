@@ -51,11 +51,12 @@ NOTES = {
     "prediction.content": "a string or text parts",
     "tools": "functions; see [Tools](#tools)",
     "tool_choice": "or a named function, or `allowed_tools`",
-    "parallel_tool_calls": "false: one call at most; default: true",
+    "parallel_tool_calls": "false: one call at most; where it is not sent, see [Tools](#tools)",
     "functions": "the deprecated form of `tools`",
     "function_call": "or a named function; the deprecated form of `tool_choice`",
     "reasoning_effort": "given to the template; `none` and `minimal` also set `enable_thinking: "
-                        "false`, the others true",
+                        "false` and end the reasoning, the others set true",
+    "reasoning_budget": f"{LOCAL}: tokens; -1: no bound; see [Reasoning](#reasoning)",
     "chat_template_kwargs": f"{LOCAL}: variables for the chat template",
     "add_generation_prompt": f"{LOCAL}: false ends the prompt after the last message",
     "continue_final_message": f"{LOCAL}: the reply goes on where the content of the last, "

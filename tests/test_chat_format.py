@@ -12,14 +12,12 @@ the real templates too; without it each of those tests passes having looked at n
 """
 
 import json
-import os
 import re
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -27,11 +25,11 @@ sys.path.insert(0, str(ROOT))
 import conftest  # noqa: E402
 import engine  # noqa: E402
 import server  # noqa: E402
-from features import calls as forms
-from features import families, reasoning, structured, tools  # noqa: E402
+from features import calls, families, forms, grammars, reasoning, structured, tools  # noqa: E402
+from small_templates import (  # noqa: E402
+    FORMS, NAMES, PUBLISHED, TEMPLATES, learned, model_of)
 
-TEMPLATES = Path(os.environ.get("LLAMA_CPP_TEMPLATES") or "no/such/folder")
-NAMES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+GENERIC = calls.GENERIC
 TOOLS = [
     {"type": "function", "function": {
         "name": "get_weather", "description": "The weather in a city.",
@@ -56,14 +54,13 @@ def turns_of(messages, offered, source, form) -> list[dict]:
 
 def render(source: str, messages, offered=None, **options) -> str:
     """What the server does, with a Model that has a template and no weights."""
-    model, form = object.__new__(engine.Model), forms.tool_format_of(source)
-    model._template = Jinja2ChatFormatter(template=source, eos_token="</s>", bos_token="<s>")
-    return model.render_chat(turns_of(messages, offered, source, form),
-                             options={"tools": tools.prepare_tools(offered, form), **options})
+    form = learned(source)[0]
+    options |= {"tools": tools.prepare_tools(offered, form), **tools.variables_of(offered or [], form)}
+    return model_of(source).render_chat(turns_of(messages, offered, source, form), options=options)
 
 
 def source_of(name: str) -> str:
-    return (TEMPLATES / f"{name}.jinja").read_text()
+    return (PUBLISHED / f"{name}.jinja").read_text()
 
 
 # ==== 1. Families =========================================================================
@@ -118,22 +115,8 @@ def test_the_family_is_seen_from_the_architecture_then_the_file_name(
 
 # ==== 2. The real templates ===============================================================
 
-NATIVE = {
-    "hermes": {"Bielik-11B-v3.0-Instruct", "MiMo-VL", "Qwen-QwQ-32B", "Qwen-Qwen2.5-7B-Instruct",
-               "NousResearch-Hermes-2-Pro-Llama-3-8B-tool_use", "Qwen-Qwen3-0.6B", "Reka-Edge",
-               "NousResearch-Hermes-3-Llama-3.1-8B-tool_use", "ibm-granite-granite-4.0",
-               "ibm-granite-granite-4.1"},
-    "qwen3-coder": {"NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", "Qwen3-Coder", "Qwen3.5-4B",
-                    "StepFun3.5-Flash"},
-    "llama3": {"meta-llama-Llama-3.1-8B-Instruct", "meta-llama-Llama-3.2-3B-Instruct",
-               "meta-llama-Llama-3.3-70B-Instruct"},
-    "mistral": {"Mistral-Small-3.2-24B-Instruct-2506", "unsloth-mistral-Devstral-Small-2507",
-                "mistralai-Ministral-3-14B-Reasoning-2512"},
-    "mistral-nemo": {"mistralai-Mistral-Nemo-Instruct-2407"},
-}
-ALTERNATE = NATIVE["mistral-nemo"] | NATIVE["mistral"] - {"unsloth-mistral-Devstral-Small-2507"}
-OWN_ARGUMENTS = {"fireworks-ai-llama-3-firefunction-v2"}  # wants variables that only it knows
-WORKING = [name for name in NAMES if name not in OWN_ARGUMENTS]
+ALTERNATE = {"Mistral-Small-3.2-24B-Instruct-2506", "mistralai-Ministral-3-14B-Reasoning-2512",
+             "mistralai-Mistral-Nemo-Instruct-2407"}
 
 
 def for_each(names, check) -> None:
@@ -154,28 +137,24 @@ def test_gemmas_own_template_agrees_with_ours():
     for_each(["google-gemma-2-2b-it"], check)
 
 
-def test_a_templates_source_tells_its_tool_format():
-    def check(name, source):
-        expected = next((key for key, names in NATIVE.items() if name in names), None)
-        form = forms.TOOL_FORMATS[expected] if expected else forms.GENERIC
-        assert forms.tool_format_of(source) is form
-
-    for_each(NAMES, check)
-
-
 def test_every_template_renders_calls_results_and_tools():
     def check(_name, source):
         prompt = render(source, [SYSTEM, USER, CALLING, RESULT, ANSWER, MORE], TOOLS)
         for text in ("Rain?", "get_weather", "Paris", "sunny", "get_time", "Sure?"):
             assert text in prompt
         assert "Be brief." in render(source, [SYSTEM, USER, ANSWER, MORE])
-        form = forms.tool_format_of(source)
-        if not form.xml and "[CALL_ID]" not in source:  # the history looks like our calls
-            call = json.dumps({"city": "Paris", "days": 2})
-            written = f"{form.trigger}{form.opening}get_weather{form.between}{call}"
-            assert written in re.sub(r"(?<=\d\})</?s>", "", prompt)
 
-    for_each(WORKING, check)
+    for_each(NAMES, check)
+
+
+def test_no_template_refuses_a_call_that_was_cut_off():
+    cut = {**CALL, "function": {**CALL["function"], "arguments": '{"city": "Par'}}
+
+    def check(_name, source):
+        prompt = render(source, [USER, {**CALLING, "tool_calls": [cut]}, RESULT], TOOLS)
+        assert "Par" in prompt and "sunny" in prompt
+
+    for_each(NAMES, check)
 
 
 def test_a_user_turn_after_a_result_renders_or_is_the_templates_own_refusal():
@@ -187,16 +166,7 @@ def test_a_user_turn_after_a_result_renders_or_is_the_templates_own_refusal():
         else:
             assert "sunny" in prompt and "Sure?" in prompt and name not in ALTERNATE
 
-    for_each(WORKING, check)
-
-
-def test_the_xml_history_looks_like_our_calls():
-    def check(_name, source):
-        prompt = render(source, [SYSTEM, USER, CALLING, RESULT], TOOLS)
-        assert ("<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
-                "<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>") in prompt
-
-    for_each(NATIVE["qwen3-coder"], check)
+    for_each(NAMES, check)
 
 
 # ==== 3. Messages =========================================================================
@@ -208,12 +178,12 @@ def test_messages_of_every_kind_reach_the_template_in_its_words():
            {"role": "assistant", "content": None, "reasoning_content": "Hm.",
             "function_call": {"name": "f", "arguments": "[1"}},
            {"role": "function", "name": "f", "content": "r"}]
-    system, call, result = turns_of(old, None, None, forms.TOOL_FORMATS["hermes"])
+    system, call, result = turns_of(old, None, None, FORMS["hermes"])
     assert system == {"role": "system", "content": "a\nb"}
     assert call == {"role": "assistant", "content": "", "reasoning_content": "Hm.", "tool_calls": [
-        {"id": "f", "type": "function", "function": {"name": "f", "arguments": "[1"}}]}
+        {"id": "f", "type": "function", "function": {"name": "f", "arguments": {"arguments": "[1"}}}]}
     assert result == {"role": "tool", "tool_call_id": "f", "content": "r"}
-    _, call, result = turns_of(old, None, None, forms.TOOL_FORMATS["mistral"])
+    _, call, result = turns_of(old, None, None, FORMS["mistral"])
     assert call["tool_calls"][0]["id"] == result["tool_call_id"]
     assert re.fullmatch("[a-zA-Z0-9]{9}", result["tool_call_id"])
 
@@ -221,7 +191,7 @@ def test_messages_of_every_kind_reach_the_template_in_its_words():
 def test_generic_calls_and_results_become_text_and_nothing_sent_is_changed():
     messages = [SYSTEM, USER, CALLING, RESULT, {**RESULT, "content": "warm"}, MORE]
     before = json.dumps(messages)
-    turns = turns_of(messages, TOOLS, None, forms.GENERIC)
+    turns = turns_of(messages, TOOLS, None, GENERIC)
     assert json.dumps(messages) == before
     assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user"]
     assert turns[0]["content"].startswith("Be brief.\n\n") and "get_time" in turns[0]["content"]
@@ -234,10 +204,11 @@ def test_generic_calls_and_results_become_text_and_nothing_sent_is_changed():
 # ==== 4. Replies ==========================================================================
 
 
-def new_parser(form=None, offered=(), unclosed: str = "", split_reasoning: bool = True):
+def new_parser(form=None, offered=(), unclosed: str = "", split_reasoning: bool = True,
+               thinking=reasoning.Thinking()):
     if form is None:
-        return reasoning.ReplyParser(unclosed, split_reasoning)
-    return tools.CallParser(form, list(offered), False, unclosed, split_reasoning)
+        return reasoning.ReplyParser(unclosed, split_reasoning, thinking)
+    return tools.CallParser(form, list(offered), False, unclosed, split_reasoning, thinking)
 
 
 def read(text: str, step: int = 1, **options) -> dict:
@@ -269,8 +240,9 @@ JSON_CALLS = {
     "hermes": '<tool_call>\n{"name": "f", "arguments": %s}\n</tool_call>\n<tool_call>\n'
               '{"name": "g", "arguments": %s}\n</tool_call>',
     "llama3": '{"name": "f", "parameters": %s}',
-    "mistral": "[TOOL_CALLS]f[ARGS]%s[TOOL_CALLS]g[ARGS]%s",
-    "mistral-nemo": '[TOOL_CALLS][{"name": "f", "arguments": %s}, {"name": "g", "arguments": %s}]',
+    "mistral": "[TOOL_CALLS]f[CALL_ID]abcdefgh1[ARGS]%s[TOOL_CALLS]g[CALL_ID]abcdefgh2[ARGS]%s",
+    "mistral-nemo": '[TOOL_CALLS][{"name": "f", "arguments": %s, "id": "abcdefgh1"}, '
+                    '{"name": "g", "arguments": %s, "id": "abcdefgh2"}]',
 }
 
 
@@ -280,10 +252,10 @@ JSON_CALLS = {
 def test_calls_are_read_however_the_text_is_cut(name, arguments, step):
     text = JSON_CALLS[name]
     n_calls = text.count("%s")
-    reply = read(text % ((arguments,) * n_calls), step, form=forms.TOOL_FORMATS[name])
+    reply = read(text % ((arguments,) * n_calls), step, form=FORMS[name])
     assert [call[1:] for call in reply["calls"]] == [["f", arguments], ["g", arguments]][:n_calls]
     assert reply["content"] == ""
-    pattern = "[a-zA-Z0-9]{9}" if "mistral" in name else "call_[a-zA-Z0-9]{24}"
+    pattern = "abcdefgh[12]" if name == "mistral" else "call_[a-zA-Z0-9]{24}"
     assert all(re.fullmatch(pattern, call[0]) for call in reply["calls"])
 
 
@@ -293,7 +265,7 @@ def test_xml_parameters_become_a_json_object(step):
             "</parameter>\n<parameter=days>\n[1, 2]\n</parameter>\n<parameter=unit>\nC\n"
             "</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=get_time>\n"
             "</function>\n</tool_call>")
-    reply = read(text, step, form=forms.TOOL_FORMATS["qwen3-coder"], offered=TOOLS)
+    reply = read(text, step, form=FORMS["qwen3-coder"], offered=TOOLS)
     assert reply["content"] == "Let me look."
     assert [call[1] for call in reply["calls"]] == ["get_weather", "get_time"]
     assert json.loads(reply["calls"][0][2]) == {"city": 'São "P"\n', "days": [1, 2], "unit": "C"}
@@ -305,9 +277,6 @@ def test_xml_parameters_become_a_json_object(step):
     ("<think>\nHm.\n</think>\n\nYes. ", "Hm.", "Yes. "),
     ("<think>\n\n</think>\n\nYes", "", "Yes"),
     ("[THINK]a <b> [/THIN[/THINK]c", "a <b> [/THIN", "c"),
-    ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b",
-     "a", "b"),
-    ("<|channel|>final<|message|>b", "", "b"),
     ("<think>cut off</thi", "cut off</thi", ""),
     (" \n<thin air> </think>", "", " \n<thin air> </think>"),
     ("Tags <think>later</think>", "", "Tags <think>later</think>"),
@@ -319,26 +288,39 @@ def test_reasoning_is_told_from_content(text, reasoning, content, step):
     assert (reply["reasoning_content"], reply["content"]) == (reasoning, content)
 
 
+CHANNELS = reasoning.Thinking(  # as they are learned from gpt-oss's template
+    "<|channel|>analysis<|message|>", "<|end|><|start|>assistant", "<|channel|>final<|message|>")
+
+
+@STEPS
+@pytest.mark.parametrize("text, thought", [
+    ("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b", "a"),
+    ("<|channel|>final<|message|>b", "")])
+def test_what_stands_before_every_answer_is_no_part_of_it(text, thought, step):
+    reply = read(text, step, thinking=CHANNELS)
+    assert (reply["reasoning_content"], reply["content"]) == (thought, "b")
+
+
 @STEPS
 def test_reasoning_that_the_prompt_opened(step):
-    close = reasoning.unclosed_reasoning("<|Assistant|><think>\n")
+    close = reasoning.Thinking().unclosed("<|Assistant|><think>\n")
     reply = read("So.\n</think>\n\n<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>",
-                 step, unclosed=close, form=forms.GENERIC)
+                 step, unclosed=close, form=GENERIC)
     assert reply["reasoning_content"] == "So." and reply["calls"][0][1:] == ["f", "{}"]
-    assert reasoning.unclosed_reasoning("<think>\n\n</think>\n\n") == ""
+    assert reasoning.Thinking().unclosed("<think>\n\n</think>\n\n") == ""
     assert read("<think>x</think>", step, split_reasoning=False)["content"] == "<think>x</think>"
 
 
 @STEPS
 def test_a_partial_tag_never_leaks_and_is_released_at_the_end(step):
     for text in ("a <tool_cal", "a <tool_calls> b \n\n", "<tool", "a\n", "<<tool_call"):
-        assert read(text, step, form=forms.GENERIC)["content"] == text
+        assert read(text, step, form=GENERIC)["content"] == text
 
 
 @STEPS
 def test_a_llama_call_stands_only_at_the_start(step):
     text = 'Write {"name": "x", "parameters": {}}'
-    assert read(text, step, form=forms.TOOL_FORMATS["llama3"])["content"] == text
+    assert read(text, step, form=FORMS["llama3"])["content"] == text
 
 
 @pytest.mark.parametrize("name", JSON_CALLS)
@@ -347,7 +329,7 @@ def test_a_call_cut_anywhere_yields_what_was_complete(name, step):
     whole = JSON_CALLS[name].replace("%s", '{"a": "b"}')
     before = []
     for end in range(len(whole)):
-        reply = read(whole[:end], step, form=forms.TOOL_FORMATS[name])
+        reply = read(whole[:end], step, form=FORMS[name])
         assert reply["content"] == "" or reply["content"] == whole[:end]
         assert not (reply["content"] and reply["calls"])
         calls = "".join(name + arguments for _, name, arguments in reply["calls"])
@@ -362,7 +344,7 @@ def test_an_xml_call_cut_anywhere_yields_what_was_complete(step):
              "<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>")
     arguments = '{"city": "A", "days": 2}'
     for end in range(len("<tool_call>"), len(whole) + 1):
-        reply = read(whole[:end], step, form=forms.TOOL_FORMATS["qwen3-coder"], offered=TOOLS)
+        reply = read(whole[:end], step, form=FORMS["qwen3-coder"], offered=TOOLS)
         assert reply["content"] == ""
         assert all(call[1] == "get_weather" and arguments.startswith(call[2])
                    for call in reply["calls"]), whole[:end]
@@ -370,7 +352,7 @@ def test_an_xml_call_cut_anywhere_yields_what_was_complete(step):
 
 
 def test_work_does_not_grow_with_the_text():
-    parser = new_parser(forms.GENERIC)
+    parser = new_parser(GENERIC)
     for _ in range(50_000):
         parser.feed(" <")
         assert len(parser._pending) <= reasoning.MAX_HELD + 2
@@ -395,22 +377,22 @@ def follows(model, form: structured.Form, text: str) -> bool:
 
 
 CALL_TEXTS = {name: text.replace("%s", "{}").replace('"f"', '"get_time"').replace('"g"', '"get_time"')
-              .replace("f[", "get_time[").replace("g[", "get_time[")
+              .replace("]f[", "]get_time[").replace("]g[", "]get_time[")
               for name, text in JSON_CALLS.items()} | {"qwen3-coder": "\n".join(
                   ["<tool_call>\n<function=get_time>\n</function>\n</tool_call>"] * 2)}
 
 
-@pytest.mark.parametrize("name", forms.TOOL_FORMATS)
+@pytest.mark.parametrize("name", CALL_TEXTS)
 @pytest.mark.parametrize("parallel", [True, False])
 @pytest.mark.parametrize("from_trigger", [True, False])
 def test_the_form_of_calls_takes_what_the_parser_reads(model, name, parallel, from_trigger):
     """It takes the calls of the parser's tests, two only if parallel, and neither half a call nor
     another function."""
-    form, reply_form = forms.TOOL_FORMATS[name], structured.Form()
-    functions = [(tool["function"]["name"], forms.add_arguments(
+    form, reply_form = FORMS[name], structured.Form()
+    functions = [(tool["function"]["name"], grammars.add_arguments(
         reply_form, form, tool["function"].get("parameters") or {}, f"tools[{i}].function.parameters"))
         for i, tool in enumerate(TOOLS)]
-    reply_form.root = forms.calls_of(form, functions, parallel, from_trigger)
+    reply_form.root = grammars.calls_of(form, functions, parallel, from_trigger)
     both = CALL_TEXTS[name]
     separator = next((each for each in ("\n<tool_call>", "[TOOL_CALLS]get", ', {"name"')
                       if each in both[5:]), None)
@@ -439,7 +421,7 @@ def test_a_call_has_the_arguments_that_its_function_declares(model):
             ({"type": "object"}, '{"p": 1}', True), ({}, '{"p": 1}', True),
             *[({**declared, **opener}, '{"a": 1, "p": 1}', True) for opener in OPENERS]]:
         form = structured.Form()
-        form.root = forms.add_arguments(form, forms.GENERIC, schema, "parameters")
+        form.root = grammars.add_arguments(form, GENERIC, schema, "parameters")
         assert follows(model, form, text) == may, (schema, text)
 
 
@@ -493,9 +475,9 @@ def test_the_template_files_own_words_reach_the_prompt(load):
     assert model.render_chat([{"role": "user", "content": "Hi"}]) == "<|im_start|><user>Hi<bot>"
     assert model.render_chat([{"role": "user", "content": "Hi"}], False, {"mood": "!", "tools": None}) == \
         "<|im_start|><user>Hi!"
-    assert forms.tool_format_of(model.template_source) is forms.GENERIC
-    other = load("[TOOL_CALLS][ARGS]")
-    assert forms.tool_format_of(other.template_source) is forms.TOOL_FORMATS["mistral"]
+    assert forms.learn(model, reasoning.learn(model))[0] is GENERIC
+    other = load(TEMPLATES["mistral"])
+    assert forms.learn(other, reasoning.learn(other))[0] == FORMS["mistral"]
 
 
 def test_a_template_that_cannot_be_used_is_a_model_error(tmp_path):

@@ -288,7 +288,8 @@ def test_required_may_call_several_tools(http):
     comes is a near tie for this model: a reply may alternate the two tools until its length. Then
     all calls but the one that was cut off are held to the same."""
     body = {"messages": [{"role": "user", "content": "What are the weather and the time?"}],
-            **TOOLS, "max_tokens": 400, "tool_choice": "required", "temperature": 1, "seed": 4, "n": 8}
+            **TOOLS, "max_tokens": 400, "tool_choice": "required", "parallel_tool_calls": True,
+            "temperature": 1, "seed": 4, "n": 8}
     choices = post(http, CHAT, body)["choices"]
     for choice in choices:
         calls, is_cut = choice["message"]["tool_calls"], choice["finish_reason"] == "length"

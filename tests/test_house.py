@@ -189,7 +189,7 @@ def test_a_field_of_a_feature_that_is_off_may_ask_for_nothing_only():
     """Null, empty, or what it would be anyway; false and 0 can ask for something."""
     house = server.load_features([])
     for cls, field, nothing, something in (
-            (server.ChatBody, "parallel_tool_calls", True, False), (server.ChatBody, "cache_prompt", True, False),
+            (server.ChatBody, "parallel_tool_calls", None, False), (server.ChatBody, "cache_prompt", True, False),
             (server.CompletionBody, "logprobs", None, 0), (server.CompletionBody, "echo", False, True),
             (server.ChatBody, "typical_p", 1.0, 0), (server.ChatBody, "tools", [], [{}])):
         body = {"prompt": "Hi"} if cls is server.CompletionBody else {

@@ -40,7 +40,8 @@ sys.path.insert(0, str(ROOT))
 
 import conftest  # noqa: E402
 import engine  # noqa: E402
-from features import calls, replies, schemas, structured  # noqa: E402
+import small_templates  # noqa: E402
+from features import calls, grammars, replies, schemas, structured  # noqa: E402
 from features.trial import Trial  # noqa: E402
 
 FORMATS = Draft202012Validator.FORMAT_CHECKER
@@ -574,7 +575,7 @@ def test_a_refusal_names_the_place(model, schema, place, words):
     assert words.lower() in said.lower()
 
 
-XML = calls.TOOL_FORMATS["qwen3-coder"]
+XML = small_templates.FORMS["qwen3-coder"]
 
 
 @pytest.mark.parametrize("form", [calls.GENERIC, XML], ids=["json", "xml"])
@@ -585,7 +586,7 @@ XML = calls.TOOL_FORMATS["qwen3-coder"]
 def test_arguments_that_cannot_be_honoured_are_refused(model, form, parameters):
     with pytest.raises(schemas.SchemaError, match=r"^here\b"):
         reply = structured.Form()
-        reply.root = calls.add_arguments(reply, form, parameters, "here")
+        reply.root = grammars.add_arguments(reply, form, parameters, "here")
         reply.replies(model, must_trigger=True)
 
 

@@ -73,7 +73,7 @@ TOOLS = [{"type": "function", "function": {"name": "quokka", "description": "Hop
 def test_no_message_around_a_tools_result_is_lost(bare, name):
     """A user who speaks behind a result, text beside a call."""
     loaded = load(bare, name)
-    if not turns.takes(loaded.model, frozenset(), "uctau") and tools.forms[loaded].native:
+    if not turns.takes(loaded.model, frozenset(), "uctau") and tools._forms[loaded].takes_calls:
         return  # calls of another shape, or none: the feature `tools` has to see to that first
     problems = {}
     for roles in WITH_TOOLS:
