@@ -184,7 +184,6 @@ def on_native_log(level: int, text: bytes, _user_data) -> None:
 # Tokens that a text may name: control, user defined, unknown (llama.h: enum llama_token_attr).
 SPECIAL_TOKEN = (lib.LLAMA_TOKEN_ATTR_CONTROL | lib.LLAMA_TOKEN_ATTR_USER_DEFINED
                  | lib.LLAMA_TOKEN_ATTR_UNKNOWN)
-NO_SYSTEM = "System role not supported"  # in the source of a template that takes no such message
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 MAX_METADATA = 256  # bytes of a value

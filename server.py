@@ -1134,9 +1134,6 @@ class Chat(Generation):
         self.adds_prompt = True  # the prompt ends with the opening of the reply's turn
         self.options: dict[str, Any] = {}  # what else the template may read
         self.tokenize = self.model.tokenize  # the text of the prompt, or a part of it
-        self.joined = {("system", "system")}  # roles of neighbours that become one message
-        if engine.NO_SYSTEM in self.model.template_source:
-            self.joined.add(("system", "user"))
         # Of the prompt: what makes the parser of each choice's text.
         self.parse: Callable[[str], Callable[[], TextParser]] = lambda prompt: TextParser
         # A prompt for people to read.
@@ -1153,8 +1150,8 @@ class Chat(Generation):
     def render(self) -> str:
         """The prompt, as the model's chat template writes it. Raises ApiError."""
         try:
-            return self.model.render_chat(prepare_messages(self.messages, self.joined),
-                                          self.adds_prompt, self.options)
+            return self.model.render_chat(prepare_messages(self.messages), self.adds_prompt,
+                                          self.options)
         except engine.TemplateError as error:
             raise invalid("messages", f"messages: the model's chat template refuses them: {error}",
                           "template_error") from None
@@ -1244,9 +1241,8 @@ NOT_FOR_TEMPLATES = ("name", "refusal", "audio")
 TEXTS = ("text", "refusal")  # types of parts
 
 
-def prepare_messages(messages: list[dict], joined: set[tuple[str, str]]) -> list[dict]:
-    """Messages for a chat template: content is text, what is not there is left out, and neighbours
-    whose roles are `joined` become one, with the second's role."""
+def prepare_messages(messages: list[dict]) -> list[dict]:
+    """Messages for a chat template: content is text, and what is not there is left out."""
     turns: list[dict] = []
     for message in messages:
         turn = {key: value for key, value in message.items()
@@ -1254,8 +1250,6 @@ def prepare_messages(messages: list[dict], joined: set[tuple[str, str]]) -> list
         turn["role"] = NEW_ROLES.get(turn["role"], turn["role"])
         turn["content"] = text_of(message["content"] or message.get("refusal") or "") \
             if "content" in message else None  # as some templates want it beside calls
-        if turns and (turns[-1]["role"], turn["role"]) in joined:
-            turn["content"] = f"{turns.pop()['content']}\n\n{turn['content']}"
         turns.append(turn)
     return turns
 
@@ -1310,13 +1304,13 @@ class Tally:
                 f"{''.join(f' {name}={value}' for name, value in notes.items())}")
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection, on its own thread: one request after the other, until a side closes it."""
+class Connection(http.server.BaseHTTPRequestHandler):
+    """One connection, on its own thread: one request after the other, until a side closes it. Bytes
+    become a head and a body; what answers them, `answer`, writes a response or a stream."""
 
     server: Server
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # a token must not wait for the next one
-    loaded: engine.Engine  # of the model asked for, within `lease`
 
     def setup(self) -> None:
         super().setup()
@@ -1370,36 +1364,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.server.answered[self.tally.route, self.tally.status] += 1
                 self.server.changed.notify_all()
             log.info("%s", self.tally.line(self.command, self.path))
-
-    def answer(self) -> None:
-        """Each check stands before what costs more. A large body is read last; who is refused
-        before that loses the connection: the body would be taken for the next request."""
-        house, limit = self.server.house, int(self.server.config.max_body_mb * 2**20)
-        self.dialect = house.dialects.get(self.path.rstrip("/"), OPENAI)
-        self.check_origin(self.check_host())
-        size, body = self.body_size(), None
-        if size <= min(SMALL_BODY, limit):
-            body = self.read_body(size, limit)
-        if self.server.connections.get(self.connection):
-            self.close_connection = True
-            raise unavailable(f"{self.server.config.max_connections} connections are open, which "
-                              "is the limit (max_connections)", "too_many_connections")
-        pattern, route, rest = find_route(house.routes, self.command, self.path)
-        self.tally.route = f"{self.command} {pattern}"
-        if self.command != "OPTIONS" and pattern not in self.server.public:
-            self.authorise()
-        if body is None:
-            body = self.read_body(size, limit if route.reads else SMALL_BODY)
-        if route.reads is None:
-            return route.answer(self, *rest)
-        sent = read_json(body)
-        if not route.needs_model:
-            return route.answer(self, self.read_fields(route.reads, sent))
-        name = sent.get("model")
-        target = self.server.models.find(name if isinstance(name, str) and name else None)
-        target.answer(self, route, sent, body)
-
-    # ---- the request -----------------------------------------------------------------------
 
     def await_request(self) -> bool:
         """Whether the first byte of a request comes."""
@@ -1471,72 +1435,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if len(body) < size:
             raise ConnectionError("the client hung up")
         return body
-
-    def check_host(self) -> bool:
-        """Refuse names that are not ours, on a loopback address or where allowed_hosts says which
-        are: a web page whose name has been pointed here (DNS rebinding, CVE-2024-28224) could read
-        everything. Return whether the name is surely ours."""
-        sent, config = self.headers.get("host"), self.server.config
-        match = HOST.fullmatch(sent or "")
-        if not match or sent is None and self.request_version != "HTTP/1.0":
-            raise ApiError(400, f"the Host header, {describe(sent)}, is malformed or missing")
-        name = match[1].strip("[]").lower().removesuffix(".")
-        known = {host.strip("[]").lower() for host in (config.host, *config.allowed_hosts)}
-        is_guarded = self.server.is_local or bool(config.allowed_hosts)
-        if sent and is_guarded and not (is_this_machine(name) or name in known):
-            raise ApiError(403, f"the Host {describe(name)} is not this server's; if it should be, "
-                                "add it to allowed_hosts", code="host_not_allowed")
-        return is_guarded or read_address(name) is not None  # no DNS server points an address here
-
-    def check_origin(self, knows_host: bool) -> None:
-        """Refuse web pages from elsewhere, and tell browsers which may read the answer
-        (https://fetch.spec.whatwg.org/#http-cors-protocol; never with credentials). knows_host: a
-        page whose origin is this Host comes from here."""
-        origin, allowed = self.headers.get("origin"), self.server.config.cors_origins
-        if origin is None:
-            return
-        is_ours = False
-        with contextlib.suppress(ValueError):
-            page = urllib.parse.urlsplit(origin)
-            is_ours = bool(page.netloc) and (
-                is_this_machine(page.hostname or "")
-                or knows_host and page.netloc == self.headers.get("host"))
-        if not (is_ours or origin in allowed or "*" in allowed):
-            raise ApiError(403, f"pages from {describe(origin)} may not use this server; if they "
-                                "should, add the origin to cors_origins", code="origin_not_allowed")
-        self.answer_headers |= {"Access-Control-Allow-Origin": "*" if "*" in allowed else origin,
-                                "Access-Control-Expose-Headers": "*", "Vary": "Origin"}
-
-    def authorise(self) -> None:
-        """Check the key and count the request, for the key or else the address. Raises 401, 429."""
-        known = self.server.key_digests
-        bearer = re.fullmatch("(?i)bearer +(.*)", self.headers.get("authorization", ""))
-        sent = [bearer[1] if bearer else "", self.headers.get("x-api-key", "")]
-        valid = [key for key in map(digest, sent)  # every key is compared, wherever it matches
-                 if any([hmac.compare_digest(key, one) for one in known])]
-        client = valid[0].hex() if valid else client_of(self.client_address[0])
-        if self.server.limiter:  # before the 401, so that guessing keys is limited too
-            self.answer_headers |= self.server.limiter.take(client)
-        if known and not valid:
-            what = "the API key is wrong" if any(sent) else "an API key is missing"
-            raise ApiError(401, f"{what}; send `Authorization: Bearer KEY`, or `x-api-key: KEY`",
-                           code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-
-    def read_fields(self, cls: type, sent: dict):
-        """A body as dataclass `cls`; fields that we do not know are named to the client and in the
-        log."""
-        if issubclass(cls, GenerationBody):
-            sent = {**sent, **{name: getattr(self.server.config, name) for name in DEFAULTED
-                               if sent.get(name) is None}}
-        reading = Reading(self.server.house)
-        request = read_object(reading.house.type_of(cls), sent, "", reading)
-        self.tally.ignored += reading.ignored
-        if reading.ignored:
-            log.warning("%s ignored unknown fields: %s", self.tally.id, self.tally.shown_ignored())
-        self.streams = bool(getattr(request, "stream", False))
-        return request
-
-    # ---- the answer --------------------------------------------------------------------------
 
     def write(self, data: bytes) -> None:
         """Write to the client. Raises ConnectionError when it is gone or does not read."""
@@ -1613,7 +1511,108 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers["Transfer-Encoding"] = "chunked"
         self.send_head(status, headers)
 
-    # ---- a model, and prompts within its context ---------------------------------------------
+    def check_connection(self) -> None:
+        """Raise ConnectionError when the client has closed its side."""
+        if self.hangup.poll(0):  # it says so even behind bytes that the client sent before
+            raise ConnectionError("the client hung up")
+
+
+class Handler(Connection):
+    """Answers requests: who may ask, what they ask for, and what all routes need of a model."""
+
+    loaded: engine.Engine  # of the model asked for, within `lease`
+
+    def answer(self) -> None:
+        """Each check stands before what costs more. A large body is read last; who is refused
+        before that loses the connection: the body would be taken for the next request."""
+        house, limit = self.server.house, int(self.server.config.max_body_mb * 2**20)
+        self.dialect = house.dialects.get(self.path.rstrip("/"), OPENAI)
+        self.check_origin(self.check_host())
+        size, body = self.body_size(), None
+        if size <= min(SMALL_BODY, limit):
+            body = self.read_body(size, limit)
+        if self.server.connections.get(self.connection):
+            self.close_connection = True
+            raise unavailable(f"{self.server.config.max_connections} connections are open, which "
+                              "is the limit (max_connections)", "too_many_connections")
+        pattern, route, rest = find_route(house.routes, self.command, self.path)
+        self.tally.route = f"{self.command} {pattern}"
+        if self.command != "OPTIONS" and pattern not in self.server.public:
+            self.authorise()
+        if body is None:
+            body = self.read_body(size, limit if route.reads else SMALL_BODY)
+        if route.reads is None:
+            return route.answer(self, *rest)
+        sent = read_json(body)
+        if not route.needs_model:
+            return route.answer(self, self.read_fields(route.reads, sent))
+        name = sent.get("model")
+        target = self.server.models.find(name if isinstance(name, str) and name else None)
+        target.answer(self, route, sent, body)
+
+    def check_host(self) -> bool:
+        """Refuse names that are not ours, on a loopback address or where allowed_hosts says which
+        are: a web page whose name has been pointed here (DNS rebinding, CVE-2024-28224) could read
+        everything. Return whether the name is surely ours."""
+        sent, config = self.headers.get("host"), self.server.config
+        match = HOST.fullmatch(sent or "")
+        if not match or sent is None and self.request_version != "HTTP/1.0":
+            raise ApiError(400, f"the Host header, {describe(sent)}, is malformed or missing")
+        name = match[1].strip("[]").lower().removesuffix(".")
+        known = {host.strip("[]").lower() for host in (config.host, *config.allowed_hosts)}
+        is_guarded = self.server.is_local or bool(config.allowed_hosts)
+        if sent and is_guarded and not (is_this_machine(name) or name in known):
+            raise ApiError(403, f"the Host {describe(name)} is not this server's; if it should be, "
+                                "add it to allowed_hosts", code="host_not_allowed")
+        return is_guarded or read_address(name) is not None  # no DNS server points an address here
+
+    def check_origin(self, knows_host: bool) -> None:
+        """Refuse web pages from elsewhere, and tell browsers which may read the answer
+        (https://fetch.spec.whatwg.org/#http-cors-protocol; never with credentials). knows_host: a
+        page whose origin is this Host comes from here."""
+        origin, allowed = self.headers.get("origin"), self.server.config.cors_origins
+        if origin is None:
+            return
+        is_ours = False
+        with contextlib.suppress(ValueError):
+            page = urllib.parse.urlsplit(origin)
+            is_ours = bool(page.netloc) and (
+                is_this_machine(page.hostname or "")
+                or knows_host and page.netloc == self.headers.get("host"))
+        if not (is_ours or origin in allowed or "*" in allowed):
+            raise ApiError(403, f"pages from {describe(origin)} may not use this server; if they "
+                                "should, add the origin to cors_origins", code="origin_not_allowed")
+        self.answer_headers |= {"Access-Control-Allow-Origin": "*" if "*" in allowed else origin,
+                                "Access-Control-Expose-Headers": "*", "Vary": "Origin"}
+
+    def authorise(self) -> None:
+        """Check the key and count the request, for the key or else the address. Raises 401, 429."""
+        known = self.server.key_digests
+        bearer = re.fullmatch("(?i)bearer +(.*)", self.headers.get("authorization", ""))
+        sent = [bearer[1] if bearer else "", self.headers.get("x-api-key", "")]
+        valid = [key for key in map(digest, sent)  # every key is compared, wherever it matches
+                 if any([hmac.compare_digest(key, one) for one in known])]
+        client = valid[0].hex() if valid else client_of(self.client_address[0])
+        if self.server.limiter:  # before the 401, so that guessing keys is limited too
+            self.answer_headers |= self.server.limiter.take(client)
+        if known and not valid:
+            what = "the API key is wrong" if any(sent) else "an API key is missing"
+            raise ApiError(401, f"{what}; send `Authorization: Bearer KEY`, or `x-api-key: KEY`",
+                           code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    def read_fields(self, cls: type, sent: dict):
+        """A body as dataclass `cls`; fields that we do not know are named to the client and in the
+        log."""
+        if issubclass(cls, GenerationBody):
+            sent = {**sent, **{name: getattr(self.server.config, name) for name in DEFAULTED
+                               if sent.get(name) is None}}
+        reading = Reading(self.server.house)
+        request = read_object(reading.house.type_of(cls), sent, "", reading)
+        self.tally.ignored += reading.ignored
+        if reading.ignored:
+            log.warning("%s ignored unknown fields: %s", self.tally.id, self.tally.shown_ignored())
+        self.streams = bool(getattr(request, "stream", False))
+        return request
 
     def receive(self, body, target) -> None:
         """Let features see a body before its model must be there; one that goes elsewhere is a
@@ -1650,13 +1649,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                  "n_ctx", "context_length_exceeded")
         if n_tokens == 0:
             raise invalid(param, f"{param}: the text is empty; send at least one token")
-
-    def check_connection(self) -> None:
-        """Raise ConnectionError when the client has closed its side."""
-        if self.hangup.poll(0):  # it says so even behind bytes that the client sent before
-            raise ConnectionError("the client hung up")
-
-    # ---- replies -----------------------------------------------------------------------------
 
     def join(self, kind: type[Generation], body: GenerationBody) -> Any:
         """What a body wants, after features have had their say. 400 for a model that makes no

@@ -182,7 +182,6 @@ def join(wanted: server.Generation) -> None:
     """Have a chat's messages merged when they are rendered, behind what other features do to
     them."""
     if isinstance(wanted, server.Chat):
-        wanted.joined = set()  # what is joined without a look at the template
         wanted.render = functools.partial(render, wanted, wanted.render)
 
 

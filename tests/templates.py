@@ -93,7 +93,7 @@ class Loaded:
     """An engine as features know it, of which nothing is asked but its model."""
 
     def __init__(self, model: engine.Model, *features):
-        self.model, self.n_ctx, self.capabilities = model, 2**20, []
+        self.model, self.n_ctx, self.capabilities, self.facts = model, 2**20, [], {}
         for feature in features:
             feature.equip(self, conftest.config())
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import conftest  # noqa: E402
 import engine  # noqa: E402
 import server  # noqa: E402
-from features import calls, families, forms, grammars, reasoning, structured, tools  # noqa: E402
+from features import calls, families, forms, grammars, reasoning, structured, tools, turns  # noqa: E402
 from small_templates import (  # noqa: E402
     FORMS, NAMES, PUBLISHED, TEMPLATES, learned, model_of)
 
@@ -47,9 +47,9 @@ CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 
 def turns_of(messages, offered, source, form) -> list[dict]:
     """Messages as a template gets them."""
-    joined = {("system", "system")} | (
-        {("system", "user")} if engine.NO_SYSTEM in (source or "") else set())
-    return server.prepare_messages(tools.prepare_messages(messages, offered, form), joined)
+    habits = turns.habits_of(model_of(source))[0] if source else frozenset()
+    return server.prepare_messages(turns.merged(
+        tools.prepare_messages(messages, offered, form), habits))
 
 
 def render(source: str, messages, offered=None, **options) -> str:
@@ -191,13 +191,13 @@ def test_messages_of_every_kind_reach_the_template_in_its_words():
 def test_generic_calls_and_results_become_text_and_nothing_sent_is_changed():
     messages = [SYSTEM, USER, CALLING, RESULT, {**RESULT, "content": "warm"}, MORE]
     before = json.dumps(messages)
-    turns = turns_of(messages, TOOLS, None, GENERIC)
+    given = turns_of(messages, TOOLS, None, GENERIC)
     assert json.dumps(messages) == before
-    assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user"]
-    assert turns[0]["content"].startswith("Be brief.\n\n") and "get_time" in turns[0]["content"]
-    assert turns[2]["content"] == ('<tool_call>\n{"name": "get_weather", "arguments": '
+    assert [turn["role"] for turn in given] == ["system", "user", "assistant", "user"]
+    assert given[0]["content"].startswith("Be brief.\n\n") and "get_time" in turns[0]["content"]
+    assert given[2]["content"] == ('<tool_call>\n{"name": "get_weather", "arguments": '
                                    '{"city": "Paris", "days": 2}}\n</tool_call>')
-    assert turns[3]["content"] == ("<tool_response>\nsunny\n</tool_response>\n\n<tool_response>\n"
+    assert given[3]["content"] == ("<tool_response>\nsunny\n</tool_response>\n\n<tool_response>\n"
                                    "warm\n</tool_response>\n\nSure?")
 
 
