@@ -341,6 +341,18 @@ def beside(server: Server, rng: random.Random, eos: list[int]) -> dict[str, floa
             "newcomer's ttft s": late.arrivals[0]}
 
 
+def short(server: Server, rng: random.Random, eos: list[int]) -> dict[str, float]:
+    """Short prompts, one after the other, while one of 6,000 words is being read."""
+    long = Stream(server.url, user("Summarize: " + text_of(6000, rng)), 4, eos)
+    late = [Stream(server.url, user(f"A {rng.choice(WORDS)}?"), 4, eos) for _ in range(3)]
+    with running([long], 0):
+        time.sleep(1)  # well under way
+        for stream in late:
+            stream.run()
+    return {"short prompt's ttft s": statistics.median(stream.arrivals[0] for stream in late),
+            "long prompt's ttft s": long.arrivals[0]}
+
+
 def take_turn(server: Server, messages: list[dict], rng: random.Random, eos: list[int],
               n_tokens: int) -> Stream:
     """Ask the next question of a conversation and add the reply to it."""
@@ -542,6 +554,7 @@ GROUPS = (
     Group((sixteen, growth), 16, 1024),
     Group((conversations,), 4, 1024),
     Group((context,), 1, 8192),
+    Group((short,), 4, 8192),
     Group((drafts,), 4, 1024, {
         "ours": {"": ["DRAFT=null"], "draft": ["DRAFT=null", "DRAFT_MODEL_PATH={model}"],
                  "poor draft": ["DRAFT=null", "DRAFT_MODEL_PATH={made}/degraded.gguf"]},
@@ -550,7 +563,7 @@ GROUPS = (
             "poor draft": [*LLAMA_DRAFT, "{made}/degraded.gguf"]}}, made="deep.gguf"),
 )
 SCENARIOS = {scenario.__name__: scenario for group in GROUPS for scenario in group.scenarios}
-HEAVY = (growth, conversations, context, drafts)  # a third of the rounds: minutes each
+HEAVY = (growth, conversations, context, short, drafts)  # a third of the rounds: minutes each
 HIGHER_IS_BETTER = ("tokens/s", "req/s")
 
 
@@ -648,6 +661,9 @@ ROWS = (
     Row("8 over a new shared prefix: time to first token, s", "shared", "ttft p50 s", 0.4),
     Row("beside a 1,000-word prompt: longest gap, s", "beside", "stream's longest gap s", 0.2),
     Row("that prompt's time to first token, s", "beside", "newcomer's ttft s"),
+    Row("a short prompt beside one of 6,000 words: time to first token, s", "short",
+        "short prompt's ttft s", 1.0),
+    Row("that long prompt's time to first token, s", "short", "long prompt's ttft s"),
     Row("conversation: time to first token, ms", "conversation", "turns 2-6 ttft p50 ms"),
     Row("12 conversations on 4 slots: the same, ms", "conversations", "turns 2-4 ttft p50 ms", 1.0),
     Row("after 7,900 words, ms/token", "context", "7900 tokens: ms/token"),

@@ -56,7 +56,7 @@ class Thinking:
     """Whether to think before the answer, and whether to show it."""
 
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
-    budget_tokens: int | None = server.option(low=0, no_effect=True)
+    budget_tokens: int | None = server.option(low=0)
     display: Literal["summarized", "omitted"] | None = None
 
 
@@ -141,6 +141,7 @@ def receive(handler: server.Handler, body, target) -> None:
     body.chat = protocols.read_chat(handler, {
         "model": body.model, "messages": turns.messages, "tools": tools or None,
         "reasoning_effort": EFFORTS.get(effort, effort),
+        "reasoning_budget": body.thinking.budget_tokens if kind == "enabled" else None,
         "response_format": {"type": "json_schema", "json_schema": {
             "name": "reply", "schema": wanted.format.schema}} if wanted.format else None,
         **(body.tool_choice.fields() if body.tool_choice else {}), **body.own_fields()},
@@ -286,6 +287,8 @@ def start(running: "server.Server") -> None:
 ROUTES = {
     ("POST", "/v1/messages"): server.Route(
         post_message, "conversations in the Anthropic API", MessagesBody, dialect=MESSAGES),
+    ("POST", "/messages"): server.Route(
+        post_message, "as /v1/messages", MessagesBody, dialect=MESSAGES),
     ("POST", "/v1/messages/count_tokens"): server.Route(
         post_count, "the tokens of such a conversation", CountBody, dialect=MESSAGES),
 }

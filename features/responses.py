@@ -23,7 +23,6 @@ import threading
 import time
 import urllib.parse
 import weakref
-from collections.abc import Callable
 from typing import Any, Literal
 
 import server
@@ -384,6 +383,8 @@ RESPONSES = Events()
 ROUTES = {
     ("POST", "/v1/responses"): server.Route(
         post_response, "conversations in OpenAI's newer API", ResponsesBody, dialect=RESPONSES),
+    ("POST", "/responses"): server.Route(
+        post_response, "as /v1/responses", ResponsesBody, dialect=RESPONSES),
     ("POST", "/v1/responses/input_tokens"): server.Route(
         post_input_tokens, "the tokens of such a conversation", InputBody),
     ("GET", "/v1/responses/{id}"): server.Route(get_response, "a response that is kept"),

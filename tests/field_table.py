@@ -71,6 +71,8 @@ NOTES = {
     "dimensions": "at most the model's; the vector's beginning, brought to length 1",
     "content": "the text",
     "add_special": "put the BOS in front, where the model has one; default: false",
+    "add_special_tokens": "the same beside `prompt`; default: true",
+    "tokenize prompt": "vLLM's name of the text",
     "parse_special": "special tokens written out become these tokens; default: true",
     "with_pieces": "also the text of each token; default: false",
     "tokens": "token ids",

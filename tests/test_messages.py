@@ -158,6 +158,7 @@ def test_thinking_is_asked_for_by_the_names_of_this_api(url):
     assert effort() is None and effort(output_config={"effort": "high"}) == "high"
     assert effort(thinking={"type": "disabled"}, output_config={"effort": "high"}) == "none"
     assert effort(thinking={"type": "enabled", "budget_tokens": 1024}) == "medium"
+    assert prompt_of.chat.reasoning_budget == 1024
     assert effort(thinking={"type": "adaptive"}, output_config={"effort": "max"}) == "xhigh"
     assert effort(thinking={"type": "adaptive"}) is None
 
