@@ -1395,7 +1395,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             raise ApiError(400, "the request line is not `METHOD TARGET HTTP/1.1`")
         if self.command not in METHODS:
             raise ApiError(501, f"unknown method {describe(self.command)}")
-        self.path = target_path(self.path)
+        self.path = target_path(self.command, self.path)
         if self.headers.defects or any("\n" in value for value in self.headers.values()):
             raise ApiError(400, "a line of the headers is malformed")
         if twice := [name for name in ONCE if len(self.headers.get_all(name, ())) > 1]:
@@ -1710,10 +1710,10 @@ class Handler(Connection):
             yield event
 
 
-def target_path(target: str) -> str:
+def target_path(method: str, target: str) -> str:
     """The path of a request line's target: without query, and without the address that a proxy's
     client puts first. Raises ApiError."""
-    if not re.match("(?i)/|https?://|[*]$", target):
+    if not re.match("(?i)/|https?://", target) and (method, target) != ("OPTIONS", "*"):
         raise ApiError(400, "the target of the request line is not a path")
     path = re.sub("(?i)^https?://[^/?]*", "", target)
     return urllib.parse.unquote(re.split("[?#]", path)[0] or "/")

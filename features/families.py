@@ -10,8 +10,8 @@ import re
 
 import engine
 
-NO_SYSTEM = ("{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
-             "{% endif %}")
+NO_SYSTEM = ("{% if messages[0].role == 'system' %}"
+             "{{ raise_exception('System role not supported') }}{% endif %}")
 FAMILIES = {  # name: (pattern, opening, each message `m`, the reply's beginning)
     "chatml": ("qwen|smollm|internlm2|chatml|dolphin|openorca|openhermes|hermes-?[23]", "",
                "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n", "<|im_start|>assistant\n"),

@@ -67,7 +67,7 @@ class LegacyReply:
     def read(self):
         """As Generation.read: with a suffix, the prompt for what stands before it."""
         if not self.body.suffix:
-            prompts = tokens.prompts_in(self.body.prompt or "")
+            prompts = tokens.prompts_in(server.given(self.body.prompt, ""))
             self.wanted.check_count(prompts)
             start = beginning(self.wanted.model)
             prompts = [start if prompt == "" else prompt for prompt in prompts]

@@ -194,7 +194,7 @@ def test_generic_calls_and_results_become_text_and_nothing_sent_is_changed():
     given = turns_of(messages, TOOLS, None, GENERIC)
     assert json.dumps(messages) == before
     assert [turn["role"] for turn in given] == ["system", "user", "assistant", "user"]
-    assert given[0]["content"].startswith("Be brief.\n\n") and "get_time" in turns[0]["content"]
+    assert given[0]["content"].startswith("Be brief.\n\n") and "get_time" in given[0]["content"]
     assert given[2]["content"] == ('<tool_call>\n{"name": "get_weather", "arguments": '
                                    '{"city": "Paris", "days": 2}}\n</tool_call>')
     assert given[3]["content"] == ("<tool_response>\nsunny\n</tool_response>\n\n<tool_response>\n"

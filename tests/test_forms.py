@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import conftest  # noqa: E402
 import engine  # noqa: E402
 import server  # noqa: E402
-from features import calls, forms, grammars, reasoning, structured, tools  # noqa: E402
+from features import calls, forms, grammars, reasoning, structured, tools, turns, verbatim  # noqa: E402
 from features.calls import ID, KEY, NAME, NUMBER  # noqa: E402
 from small_templates import (  # noqa: E402
     FORMS, NAMES, PUBLISHED, TEMPLATES, learned, model_of, template, thinking_of)
@@ -62,14 +62,14 @@ def chat_of(loaded: engine.Engine, source: str, **body) -> server.Chat:
     """A chat with a template, after features have had their say."""
     loaded.model.set_template(source)
     loaded.capabilities.clear()
-    reasoning.equip(loaded, None)
-    tools.equip(loaded, None)
     house, config = conftest.house(), conftest.config()
+    for feature in (reasoning, tools, turns, verbatim):
+        feature.equip(loaded, config)
     sent = {**{name: getattr(config, name) for name in server.DEFAULTED}, "max_tokens": 400,
             "messages": [{"role": "user", "content": ASKED}], "temperature": 0, **body}
     handler = types.SimpleNamespace(
         loaded=loaded, server=types.SimpleNamespace(config=config, house=house),
-        tokenize=lambda text, *_: loaded.model.tokenize(text))
+        tokenize=lambda text, param, n_reply=1, read=None: (read or loaded.model.tokenize)(text))
     chat = server.Chat(handler, server.read_object(
         house.type_of(server.ChatBody), sent, "", server.Reading(house)))
     for join in house.having("join"):

@@ -364,7 +364,7 @@ def test_a_prompt_that_does_not_fit_fails_where_its_client_looks(ask):
      "tools[1].parameters.properties.a.type", "strng"),
     ({"tool_choice": {"type": "web_search"}}, "tool_choice.type", "expected 'function'"),
     ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema", "is required"),
-    ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}}, "text.format.schema.not", "held"),
+    ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"uniqueItems": True}}}}, "text.format.schema.uniqueItems", "held"),
     ({"background": True}, "background", "is not supported"),
     ({"conversation": "conv_1"}, "conversation", "is not supported"),
     ({"prompt": {"id": "pmpt_1"}}, "prompt", "is not supported"),
