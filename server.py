@@ -2,21 +2,8 @@
 
 This file is all of HTTP. It knows of the model what engine.py lets it ask; engine.py knows nothing
 of HTTP. What not every server needs is a feature: a file in features/, which plugs in at part 4 if
-the settings name it. In the order of the file, which is the way of a request but for what must be
-known first:
-
-    1  settings     config.yaml, flags
-    2  errors       refusals in the OpenAI shape
-    3  validation   JSON into dataclasses, by their types
-    4  features     files that plug in: more settings, fields, paths
-    5  bodies       what a client may send
-    6  limits       deadlines, addresses, how often
-    7  models       which names there are
-    8  the server   connections, and what they share
-    9  replies      a body becomes a prompt, the engine's events become chunks
-    10 the handler  reads a request, finds what answers it, writes
-    11 routes       what answers which path
-    12 main         start, signals, drain
+the settings name it. The parts of the file have the order of a request's way, but for what must be
+known first.
 
 A chat's way: `Server.process_request` gives its connection a thread, `Handler.answer` reads and
 checks it, `Models.find` names who answers, `LocalModel.answer` makes a ChatBody of it, `Chat` a
@@ -379,9 +366,9 @@ def read_value(hint, value, at: str, limits: Mapping, reading: Reading):
                 raise invalid(at, f"{at} must be {bounds}, got {describe(value)}")
             return hint(value)
     if origin in UNIONS:  # the first that fits; else the one of the same JSON kind knows why not
-        for option in args:
+        for each in args:
             try:
-                return read_value(option, value, at, limits, reading)
+                return read_value(each, value, at, limits, reading)
             except ApiError as error:
                 if error.code != "invalid_type" or error.param != at:
                     reason = reason or error
@@ -715,6 +702,7 @@ class Models:
     def __init__(self, config: Config, house: House, stopping: threading.Event):
         """stopping: ends everything; set here where the model cannot be loaded."""
         self.config, self.house, self.stopping = config, house, stopping
+        # What has a name: it has an `entry` and an `answer` like LocalModel's.
         self.default: Any = LocalModel(model_name(config.model_path, house), config.model_path,
                                        config, house)
         self.named: dict[str, Any] = {self.default.name: self.default}  # what answers to a name
@@ -752,28 +740,25 @@ class Models:
                               "again soon", "loading")
 
     def state(self) -> tuple[str, dict]:
-        """What /health says: ok, loading, failed, stalled or draining, and more about it."""
-        try:
-            self.check()
-        except ApiError as error:
-            if error.code == "loading":
-                return "loading", {"progress": round(self.default.progress or 0.0, 2)}
-            return ("draining", {}) if error.code == "shutting_down" else (
-                "failed", {"error": error.message})
+        """What /health says: ok, loading, stalled or draining, and more about it."""
+        if self.stopping.is_set():
+            return "draining", {}
+        if self.is_starting:
+            return "loading", {"progress": round(self.default.progress or 0.0, 2)}
         limit = self.config.stall_seconds
         is_stalled = any(each.seconds_in_step() > limit for each in self.engines().values())
         return "stalled" if is_stalled else "ok", {}
 
     def names(self) -> dict[str, Any]:
         """Every name that is known, and what it stands for."""
-        return self.named
+        return {name: target for name, target in self.named.items() if name != ANY}
 
     def find(self, name: str | None) -> Any:
         """What a name stands for; for None the default. Raises ApiError."""
         if name is None:
             return self.default
         known = self.named if name in self.named else self.names()
-        target = known.get(name) or self.otherwise or known.get(ANY)
+        target = known.get(name) or self.otherwise or self.named.get(ANY)
         if not target:
             raise ApiError(404, f"the model {describe(name)} does not exist; this server has "
                                 f"{', '.join(known) or 'none'}; with `model_aliases: [\"{ANY}\"]` "
@@ -874,7 +859,7 @@ class Server(http.server.ThreadingHTTPServer):
                        or path == "/metrics" and config.public_metrics}
         self.limiter = RateLimiter(config.requests_per_minute) \
             if config.rate_limiting_enabled else None
-        # Guards the fields below, and is notified when a request has been answered.
+        # Guards the three below, and is notified when a request has been answered.
         self.changed = threading.Condition()
         self.in_flight = 0
         self.answered: collections.Counter[tuple[str, int]] = collections.Counter()
@@ -895,7 +880,7 @@ class Server(http.server.ThreadingHTTPServer):
     def server_bind(self) -> None:
         """Bind without the reverse DNS look-up of HTTPServer, which can take seconds."""
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.config.host, self.server_address[1]
+        self.server_port = self.server_address[1]
 
     def process_request(self, connection: socket.socket, client_address) -> None:
         """A thread for each connection. Some above the limit are told why they are refused."""
@@ -1306,7 +1291,7 @@ class Tally:
 
 class Connection(http.server.BaseHTTPRequestHandler):
     """One connection, on its own thread: one request after the other, until a side closes it. Bytes
-    become a head and a body; what answers them, `answer`, writes a response or a stream."""
+    become a head and a body; what answers them, Handler.answer, writes a response or a stream."""
 
     server: Server
     protocol_version = "HTTP/1.1"
@@ -1352,7 +1337,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         except ConnectionError:  # the client hung up, or does not read
             self.tally.status = STATUS_CLIENT_GONE
             self.close_connection = True
-        except RecursionError:  # while it is read; what is deeper than that ends in json.loads
+        except RecursionError:  # in what walks a body; what is deeper still ends in json.loads
             self.send_api_error(ApiError(400, "the request is nested too deeply",
                                          code="invalid_json"))
         except Exception as error:
@@ -1395,7 +1380,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
             raise ApiError(400, "the request line is not `METHOD TARGET HTTP/1.1`")
         if self.command not in METHODS:
             raise ApiError(501, f"unknown method {describe(self.command)}")
-        self.path = target_path(self.command, self.path)
+        if not re.match("(?i)/|https?://", self.path) and (self.command, self.path) != (
+                "OPTIONS", "*"):
+            raise ApiError(400, "the target of the request line is not a path")
+        # Without query, and without the address that a proxy's client puts first.
+        self.path = re.split("[?#]", re.sub("(?i)^https?://[^/?]*", "", self.path))[0] or "/"
+        self.path = urllib.parse.unquote(self.path)
         if self.headers.defects or any("\n" in value for value in self.headers.values()):
             raise ApiError(400, "a line of the headers is malformed")
         if twice := [name for name in ONCE if len(self.headers.get_all(name, ())) > 1]:
@@ -1419,7 +1409,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         return int(length.lstrip("0")[:18] or 0)  # what has more digits is too large, too
 
     def read_body(self, size: float, limit: int) -> bytes:
-        """The request body, also where the route ignores it: the next request starts behind it."""
+        """The request body, also where the route ignores it: the next request starts behind it.
+        From here on the request is under way."""
         with self.in_time("body"):
             body = self.receive_body(size, limit)
         self.has_arrived = True  # the end of the server waits for its answer
@@ -1655,7 +1646,7 @@ class Handler(Connection):
         text."""
         model = self.loaded.model
         if not model.generates:
-            raise invalid("model", f"{model.name} makes embeddings only; ask /v1/embeddings")
+            raise invalid("model", f"{model.name} makes embeddings, and no text")
         wanted = kind(self, body)
         for join in self.server.house.having("join"):
             join(wanted)
@@ -1708,15 +1699,6 @@ class Handler(Connection):
                 self.tally.first_token = time.monotonic() - self.tally.started
             unfinished -= event.finish_reason is not None
             yield event
-
-
-def target_path(method: str, target: str) -> str:
-    """The path of a request line's target: without query, and without the address that a proxy's
-    client puts first. Raises ApiError."""
-    if not re.match("(?i)/|https?://", target) and (method, target) != ("OPTIONS", "*"):
-        raise ApiError(400, "the target of the request line is not a path")
-    path = re.sub("(?i)^https?://[^/?]*", "", target)
-    return urllib.parse.unquote(re.split("[?#]", path)[0] or "/")
 
 
 def read_json(body: bytes) -> dict:
@@ -1780,7 +1762,7 @@ def post_completion(handler: Handler, body: CompletionBody) -> None:
 def get_models(handler: Handler) -> None:
     models = handler.server.models
     models.check()
-    data = [target.entry(name) for name, target in models.names().items() if name != ANY]
+    data = [target.entry(name) for name, target in models.names().items()]
     known = {entry["id"] for entry in data}
     if models.otherwise:
         data += [entry for entry in models.otherwise.entries(handler) if entry["id"] not in known]
@@ -1818,7 +1800,53 @@ def get_slots(handler: Handler) -> None:
 
 
 def get_metrics(handler: Handler) -> None:
-    handler.send_body(metrics(handler.server).encode(), "text/plain; version=0.0.4; charset=utf-8")
+    """The text that Prometheus reads:
+    https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format"""
+    server, models = handler.server, handler.server.models
+    stats, loaded = models.stats(), models.engines()
+    with server.changed:
+        answered, n_connections = dict(server.answered), len(server.connections)
+    requests = {f'{{route="{route}",status="{status}"}}': count
+                for (route, status), count in sorted(answered.items())}
+    lines = []
+    for name, about, samples in (
+            ("requests_total", "requests by route and status", requests),
+            ("prompt_tokens_total", "tokens of prompts", stats.n_prompt),
+            ("cached_tokens_total", "of these, tokens that the KV cache held", stats.n_cached),
+            ("generated_tokens_total", "tokens generated", stats.n_generated),
+            ("accepted_draft_tokens_total", "of these, tokens drafted", stats.n_accepted),
+            ("rejected_draft_tokens_total", "tokens drafted in vain", stats.n_rejected),
+            ("restored_prefixes_total", "prefixes back from host memory", stats.n_restored),
+            ("steps_total", "turns of the engine's loop", stats.n_steps),
+            ("decode_errors_total", "batches that llama_decode refused", stats.n_decode_errors),
+            ("waiting_requests", "choices that wait for a slot",
+             sum(each.n_waiting for each in loaded.values())),
+            ("model_loads_total", "models loaded", models.n_loads),
+            ("loaded_models", "models that are loaded now", len(loaded)),
+            ("waiting_for_model", "requests that wait for a model", models.n_waiting),
+            ("busy_slots", "slots with a request", stats.n_busy),
+            ("slots", "slots", len(stats.slots)),
+            ("connections", "open connections", n_connections),
+            ("batch_tokens", "tokens in each batch", stats.batch),
+            ("time_to_first_token_seconds", "from the queue to the first token",
+             stats.first_token),
+            ("inter_token_seconds", "from one token of a reply to the next", stats.inter_token)):
+        is_histogram = isinstance(samples, engine.Histogram)
+        kind = "histogram" if is_histogram else "counter" if name.endswith("_total") else "gauge"
+        lines += [f"# HELP {NAME}_{name} {about}", f"# TYPE {NAME}_{name} {kind}"]
+        samples = buckets(samples) if is_histogram else samples
+        samples = samples if isinstance(samples, dict) else {"": samples}
+        lines += [f"{NAME}_{name}{labels} {value}" for labels, value in samples.items()]
+    handler.send_body("\n".join([*lines, ""]).encode(),
+                      "text/plain; version=0.0.4; charset=utf-8")
+
+
+def buckets(values: engine.Histogram) -> dict[str, float]:
+    """The samples of a histogram, by what follows its name."""
+    sums = list(itertools.accumulate(values.counts))
+    bounds = [*map(str, values.bounds), "+Inf"]
+    return {**{f'_bucket{{le="{bound}"}}': count for bound, count in zip(bounds, sums)},
+            "_sum": values.total, "_count": sums[-1]}
 
 
 def options(handler: Handler, methods: str) -> None:
@@ -1869,78 +1897,28 @@ def find_route(routes: dict[tuple[str, str], Route], method: str, path: str
                    code="method_not_allowed", headers={"Allow": methods})
 
 
-def metrics(server: Server) -> str:
-    """The text that Prometheus reads:
-    https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format"""
-    models, stats, loaded = server.models, server.models.stats(), server.models.engines()
-    with server.changed:
-        answered, n_connections = dict(server.answered), len(server.connections)
-    requests = {f'{{route="{route}",status="{status}"}}': count
-                for (route, status), count in sorted(answered.items())}
-    lines = []
-    for name, about, samples in (
-            ("requests_total", "requests by route and status", requests),
-            ("prompt_tokens_total", "tokens of prompts", stats.n_prompt),
-            ("cached_tokens_total", "of these, tokens that the KV cache held", stats.n_cached),
-            ("generated_tokens_total", "tokens generated", stats.n_generated),
-            ("accepted_draft_tokens_total", "of these, tokens drafted", stats.n_accepted),
-            ("rejected_draft_tokens_total", "tokens drafted in vain", stats.n_rejected),
-            ("restored_prefixes_total", "prefixes back from host memory", stats.n_restored),
-            ("steps_total", "turns of the engine's loop", stats.n_steps),
-            ("decode_errors_total", "batches that llama_decode refused", stats.n_decode_errors),
-            ("waiting_requests", "choices that wait for a slot",
-             sum(each.n_waiting for each in loaded.values())),
-            ("model_loads_total", "models loaded", models.n_loads),
-            ("loaded_models", "models that are loaded now", len(loaded)),
-            ("waiting_for_model", "requests that wait for a model", models.n_waiting),
-            ("busy_slots", "slots with a request", stats.n_busy),
-            ("slots", "slots", len(stats.slots)),
-            ("connections", "open connections", n_connections),
-            ("batch_tokens", "tokens in each batch", stats.batch),
-            ("time_to_first_token_seconds", "from the queue to the first token",
-             stats.first_token),
-            ("inter_token_seconds", "from one token of a reply to the next", stats.inter_token)):
-        is_histogram = isinstance(samples, engine.Histogram)
-        kind = "histogram" if is_histogram else "counter" if name.endswith("_total") else "gauge"
-        lines += [f"# HELP {NAME}_{name} {about}", f"# TYPE {NAME}_{name} {kind}"]
-        samples = buckets(samples) if is_histogram else samples
-        samples = samples if isinstance(samples, dict) else {"": samples}
-        lines += [f"{NAME}_{name}{labels} {value}" for labels, value in samples.items()]
-    return "\n".join([*lines, ""])
-
-
-def buckets(values: engine.Histogram) -> dict[str, float]:
-    """The samples of a histogram, by what follows its name."""
-    sums = list(itertools.accumulate(values.counts))
-    bounds = [*map(str, values.bounds), "+Inf"]
-    return {**{f'_bucket{{le="{bound}"}}': count for bound, count in zip(bounds, sums)},
-            "_sum": values.total, "_count": sums[-1]}
-
-
 # ==== 12. Main: start, signals, drain ====================================================
 
 EXIT_OK, EXIT_UNUSABLE = 0, 2
 EXAMPLE_BODY = '{"messages": [{"role": "user", "content": "What is gravity?"}], "max_tokens": 64}'
 
 
-def catch_signals() -> socket.socket:
-    """Catch SIGINT and SIGTERM; return where a byte arrives for each. subtle: the kernel may give a
+def watch_signals(stopping: threading.Event) -> None:
+    """Stop at the first SIGINT or SIGTERM, end at the second one. subtle: the kernel may give a
     signal to any thread, while Python runs its handlers in the main thread only, when that wakes;
-    the byte is written at once, whichever thread it is."""
+    the byte for the waiting thread is written at once, whichever thread it is."""
+    def wait() -> None:
+        reader.recv(1)
+        stopping.set()
+        reader.recv(1)
+        os._exit(EXIT_OK)
+
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    return reader
-
-
-def watch_signals(stopping: threading.Event, signals: socket.socket) -> None:
-    """Stop at the first signal, end at the second one."""
-    signals.recv(1)
-    stopping.set()
-    signals.recv(1)
-    os._exit(EXIT_OK)
+    threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1954,8 +1932,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_UNUSABLE
 
-    threading.Thread(target=watch_signals, args=(server.stopping, catch_signals()), name="signals",
-                     daemon=True).start()
+    watch_signals(server.stopping)
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     print(f"{NAME} {VERSION} listens on {server.url}", flush=True)
     if not server.is_local and not server.key_digests:

@@ -134,7 +134,7 @@ class Scale(pydantic.BaseModel):
 def app(scale: Scale) -> serve.Application:
     """Replicas come and go so that each has about as many requests as slots. One that gets more
     has the next request at hand when a slot is free; the others wait in Ray, for any replica."""
-    config = server.load_config([], {**server.read_env_file(server.HERE / ".env"), **os.environ})
+    config = server.load_config([], os.environ)
     # Replicas that each took all processors of their machine would stand in each other's way.
     config = dataclasses.replace(config, n_threads=config.n_threads or 1)
     return Replica.options(

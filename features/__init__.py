@@ -152,8 +152,8 @@ def _check_kinds(module: types.ModuleType, known: set[str]) -> None:
         if target not in known:
             raise server.ConfigError(f"{said} it extends {target}, which there is not")
         if target in getattr(module, "METHODS", {}):
-            if not isinstance(extension, type):
-                raise server.ConfigError(f"{said} what METHODS adds to {target} must be a class")
+            if target != "Handler" or not isinstance(extension, type):
+                raise server.ConfigError(f"{said} METHODS must be a class for Handler")
         elif not (isinstance(extension, type) and dataclasses.is_dataclass(extension)):
             raise server.ConfigError(f"{said} what it adds to {target} must be a dataclass")
     for key, route in getattr(module, "ROUTES", {}).items():

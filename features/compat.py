@@ -28,7 +28,7 @@ def check_refused(sent, at: str) -> None:
         value, nothing = getattr(sent, field.name), (None, False, "", [], {})
         if "refused" in field.metadata and not any(  # 0 is not False
                 type(value) is type(no) and value == no
-                for no in nothing + field.metadata["harmless"]):
+                for no in nothing + field.metadata.get("harmless", ())):
             raise server.invalid(f"{at}{field.name}", f"{at}{field.name}: "
                                  f"{field.metadata['refused']}; got {server.describe(value)}, "
                                  "leave it out", "unsupported_parameter")

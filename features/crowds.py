@@ -74,18 +74,18 @@ class PatientHandler:
         self.room.register(self.connection, select.POLLOUT)
 
     def await_request(self) -> bool:
-        """As Handler.await_request."""
+        """As Connection.await_request."""
         crowds[self.server].note(self.connection, True)
         return super().await_request()
 
     def read_body(self, size: float, limit: int) -> bytes:
-        """As Handler.read_body."""
+        """As Connection.read_body."""
         body = super().read_body(size, limit)
         crowds[self.server].note(self.connection, False)
         return body
 
     def write(self, data: bytes) -> None:
-        """As Handler.write. A large answer, or one that the kernel has no room for, waits."""
+        """As Connection.write. A large answer, or one that the kernel has no room for, waits."""
         waits = len(data) > server.SMALL_BODY or not self.room.poll(0)
         if waits:
             crowds[self.server].note(self.connection, True)

@@ -1,8 +1,8 @@
 """Grammars of calls: what a reply may be that calls a function.
 
 Of a form's literals and the functions' JSON Schemas comes one grammar, part by part in Lark's
-syntax (structured.py): a call, or several, or, where calls begin with the reply, what else it may
-be. It is no feature by itself; tools.py asks it. It costs what structured.py says of grammars.
+syntax (replies.py): a call, or several, or, where calls begin with the reply, what else it may
+be. It is no feature by itself; tools.py asks it. It costs what replies.py says of grammars.
 """
 
 import re

@@ -10,8 +10,11 @@ import contextlib
 import socket
 import socketserver
 import threading
+import time
 
 import server
+
+ACCEPT_PAUSE_SECONDS = 0.1  # when the process has no file descriptor left for a connection
 
 
 class SecondSocket(socketserver.TCPServer):
@@ -26,9 +29,25 @@ class SecondSocket(socketserver.TCPServer):
         self.running = running
         super().__init__(("::1", running.server_address[1]), server.Handler)
 
+    def get_request(self):
+        """Accept a connection. A socket that cannot stays readable: a pause, or the loop spins."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(ACCEPT_PAUSE_SECONDS)
+            raise
+
     def process_request(self, connection: socket.socket, client_address) -> None:
         """As the server's."""
         self.running.process_request(connection, client_address)
+
+    def shutdown_request(self, connection: socket.socket) -> None:
+        """As the server's."""
+        self.running.shutdown_request(connection)
+
+    def handle_error(self, request, client_address) -> None:
+        """As the server's."""
+        self.running.handle_error(request, client_address)
 
 
 def start(running: server.Server) -> None:
@@ -40,6 +59,8 @@ def start(running: server.Server) -> None:
 
     def activate_both() -> None:
         activate()
+        if not running.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return  # a server of another kind, which listens nowhere
         with contextlib.suppress(OSError):
             second.append(SecondSocket(running))
             threading.Thread(target=second[0].serve_forever, name="accept ::1", daemon=True).start()

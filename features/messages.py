@@ -220,7 +220,7 @@ def read_input(arguments: str) -> dict:
     """What a call gives its function; {} where it was cut off."""
     try:
         return json.loads(arguments or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
 
 
@@ -261,7 +261,7 @@ def post_count(handler: server.Handler, body: CountBody) -> None:
 
 
 def get_models(handler: server.Handler, *name: str) -> None:
-    """The models, or one, as the client's API has them."""
+    """The models, or one, as the client's API has them. Errors are OpenAI's: the path is."""
     if "anthropic-version" not in handler.headers:
         return (server.get_model if name else server.get_models)(handler, *name)
     models = handler.server.models
@@ -274,7 +274,8 @@ def get_models(handler: server.Handler, *name: str) -> None:
              time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry["created"]))}
             for entry in entries]
     handler.send_json(data[0] if name else {
-        "data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]})
+        "data": data, "has_more": False, "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None})
 
 
 def start(running: "server.Server") -> None:

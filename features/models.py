@@ -154,7 +154,7 @@ class Pool(server.Models):
 
     def names(self) -> dict[str, Any]:
         """As Models.names."""
-        return {**self.local_models(), **self.named}
+        return {**self.local_models(), **super().names()}
 
     def find(self, name: str | None) -> Any:
         """As Models.find; for None, where the default was unloaded by hand, any that is loaded."""
@@ -298,8 +298,10 @@ class Pool(server.Models):
             return sum((engine.stats for engine in self.engines().values()), self.retired)
 
     def state(self) -> tuple[str, dict]:
-        """As Models.state, and which model is being loaded while others are served."""
+        """As Models.state, or failed; and which model is being loaded while others are served."""
         state, details = super().state()
+        if state == "loading" and self.default.error:
+            return "failed", {"error": self.default.error}
         coming = self._working_on
         if state == "ok" and coming and coming.progress is not None:
             details["loading"] = {"model": coming.name, "progress": round(coming.progress, 2)}

@@ -23,7 +23,7 @@ TOOL = {"type": "function", "function": {  # another name than those of calls: i
 # Tags are not cut through when two texts are compared; other text is compared by characters.
 SEGMENT = re.compile(r"""</?[][\w:|｜▁=."/\ue000-\ue003-]+(?:[ ][^<>]*)?> # \ue000: calls.py
                      |\[/?[A-Z_]+\]|.""", re.DOTALL | re.VERBOSE)
-MAX_SECONDS = 2.0  # of the processor, for all of a model's renderings; the largest take 0.2
+MAX_SECONDS = 2.0  # of the processor, for all that one of these renders; the largest take 0.2
 
 
 class Renderings:

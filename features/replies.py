@@ -1,9 +1,9 @@
 """Replies: what a reply may be, and a reply's way through it, token by token.
 
-structured.py and tools.py make forms. A form becomes one grammar in Lark's syntax, in which each
-JSON Schema is a `%json` part; llguidance (https://github.com/guidance-ai/llguidance) compiles it
-for the model's vocabulary. While the reply is written, the sampler draws a token freely and asks
-`Reply.take`; only when that token may not come does it ask for all those that may,
+structured.py, tools.py and grammars.py make forms. A form becomes one grammar in Lark's syntax, in
+which each JSON Schema is a `%json` part; llguidance (https://github.com/guidance-ai/llguidance)
+compiles it for the model's vocabulary. While the reply is written, the sampler draws a token freely
+and asks `Reply.take`; only when that token may not come does it ask for all those that may,
 `Reply.restrict`.
 
 Schemas come from strangers, and llguidance trusts them: some hang it, some end the process. So
@@ -21,7 +21,8 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
+from types import MappingProxyType
 
 import numpy as np
 
@@ -59,9 +60,9 @@ class Form:
         self._rules: dict[str, str] = {}
         self.schemas: list[Schema] = []
         self.at = ""  # where a whole grammar, a pattern or a choice was sent
-        self._parts: dict[str, tuple[Schema, object, str]] = {}  # of schemas, by their rules
+        self._parts: dict[str, tuple[Schema, object, str, dict]] = {}  # of schemas, by their rules
         self._whole: dict | None = None  # a grammar, as a question for the trial
-        self._options: dict = {}  # for llguidance, in place of those of schemas.py
+        self._options: dict = {}  # of parts yet to come, in place of those of schemas.py
 
     def add(self, rule: str) -> str:
         """The name of a new rule."""
@@ -80,11 +81,12 @@ class Form:
         if schema not in self.schemas:
             self.schemas.append(schema)
         name = self.add("")
-        self._parts[name] = schema, part, at
+        self._parts[name] = schema, part, at, self._options
         return name
 
     def set_white_space(self, pattern: str, at: str) -> None:
-        """Take a pattern for the white space of JSON, sent at `at`. Raises SchemaError."""
+        """Take a pattern for the white space of JSON that is added from now on, sent at `at`.
+        Raises SchemaError."""
         alone = Form()
         alone.root, alone.at = alone.add_pattern(pattern, at), at
         tried = trial.run({"lark": alone._lark()})
@@ -93,7 +95,8 @@ class Form:
         self._options = {"whitespace_pattern": pattern}
 
     def set_separators(self, item: str, key: str) -> None:
-        """Have JSON written with just these between items, and between key and value."""
+        """Have JSON that is added from now on written with just these between items, and between
+        key and value."""
         self._options = {"whitespace_pattern": None, "whitespace_flexible": False,
                          "item_separator": item, "key_separator": key}
 
@@ -188,15 +191,14 @@ class Form:
 
     def _lark(self) -> str:
         """The grammar. Raises SchemaError."""
-        made = {name: f": %json {self._json(schema, part, at)}"
-                for name, (schema, part, at) in self._parts.items()}
+        made = {name: f": %json {self._json(*part)}" for name, part in self._parts.items()}
         rules = "\n".join(f"{name}{rule}" for name, rule in {**self._rules, **made}.items())
         return f"{FREELY}start: {self.root}\n{rules}\n"
 
-    def _json(self, schema: Schema, part, at: str) -> str:
-        """A schema, or a part of it, for llguidance. Raises SchemaError."""
+    def _json(self, schema: Schema, part, at: str, own: Mapping = MappingProxyType({})) -> str:
+        """A schema, or a part of it, for llguidance; own: its options. Raises SchemaError."""
         made = schema.compiled(part, at)
-        options = {name: value for name, value in {**made["x-guidance"], **self._options}.items()
+        options = {name: value for name, value in {**made["x-guidance"], **own}.items()
                    if value is not None}
         return json.dumps({**made, "x-guidance": options})
 

@@ -234,15 +234,16 @@ class Store:
         """Keep a response; those kept longest go for it. What it shares with others counts for
         each."""
         size, name = len(server.to_json([kept.response, kept.items])), kept.response["id"]
+        if size > self.most_bytes:
+            server.log.warning("warning: %s is not kept: it has %d bytes with its conversation; "
+                               "the limit is max_responses_mib", name, size)
+            return
         with self.lock:
             self.kept[name] = kept, size
             self.holders |= {item["id"]: name for item in kept.response["output"]}
             self.n_bytes += size
             while len(self.kept) > self.most or self.n_bytes > self.most_bytes:
                 self._drop(next(iter(self.kept)))
-        if size > self.most_bytes:
-            server.log.warning("warning: %s is not kept: it has %d bytes with its conversation; "
-                               "the limit is max_responses_mib", name, size)
 
     def find(self, name: str, param: str | None = None) -> Kept:
         """A response. 404 for one that is not kept."""

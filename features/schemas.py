@@ -1,4 +1,4 @@
-"""JSON Schema as llguidance should read it: what structured.py compiles.
+"""JSON Schema as llguidance should read it: what replies.py compiles.
 
 llguidance (https://github.com/guidance-ai/llguidance) makes a grammar of a schema. It knows most of
 JSON Schema, and refuses the rest; but some of what it takes, it takes otherwise than it was meant,

@@ -12,7 +12,7 @@ A field that asks for a form that cannot be had is a 400, never only ignored.
 What it costs: what the form costs (replies.py): milliseconds for each request, 10 us for a token.
 
 It reads the fields of GenerationFields, and sends the header `x-loosened-schema` where a schema
-need not be held to by the letter and was not (tools.py).
+need not be held to by the letter and was not.
 
 What is not exact, for llguidance cannot: members come in the schema's order, and those that it does
 not name behind them, whose names may repeat; a number with bounds has no exponent; a bound of more
@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import server
-from features.replies import (  # noqa: F401 (calls.py says structured.literal, ...)
+from features.replies import (  # noqa: F401 (grammars.py says structured.literal, ...)
     GBNF_ITEM, Form, Reply, arguments_of, literal)
 from features.keywords import SchemaError
 from features.schemas import MAX_FORM
@@ -67,7 +67,7 @@ class StructuredOutputs:
     choice: list[str] | None = server.option(min_length=1)
     grammar: str | None = None
     json_object: bool | None = None
-    structural_tag: Any = server.option(refused=NO_TAGS, harmless=())
+    structural_tag: Any = server.option(refused=NO_TAGS)
     whitespace_pattern: str | None = None
     disable_any_whitespace: bool = False
     disable_additional_properties: bool = False
@@ -87,7 +87,7 @@ class GenerationFields:
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
     guided_decoding_backend: str | None = server.option(no_effect=True)  # there is one
-    structural_tag: Any = server.option(refused=NO_TAGS, harmless=())
+    structural_tag: Any = server.option(refused=NO_TAGS)
     regex: str | None = None
     ebnf: str | None = None
 

@@ -2,7 +2,7 @@
 
 Grammars come from strangers, and llguidance trusts them: some hang it, some end the process, some
 fill the memory. The child has limits of time, of address space and of stack; when it dies or does
-not answer, it is replaced, and the grammar is refused. It is no feature by itself: structured.py
+not answer, it is replaced, and the grammar is refused. It is no feature by itself: replies.py
 asks it. It costs 0.1 s once, and about a millisecond for each grammar.
 """
 

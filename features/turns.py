@@ -14,6 +14,7 @@ reads the messages of chats, and sends nothing; the log says once for each model
 import functools
 import itertools
 import logging
+import time
 import weakref
 from collections.abc import Callable
 
@@ -76,11 +77,17 @@ def takes(model: engine.Model, habits: frozenset[str], *trials: str) -> bool:
     return True
 
 
+MAX_SECONDS = 2.0  # of the processor, for the trials; the largest template takes a tenth of it
+
+
 def habits_of(model: engine.Model) -> tuple[frozenset[str], list[str]]:
     """What the template takes only as `merged` writes it, and what it does not take even so."""
     habits: frozenset[str] = frozenset()
     lost: list[str] = []
+    until = time.thread_time() + MAX_SECONDS
     for habit, (plain, *trials) in TRIALS.items():
+        if time.thread_time() > until:
+            return habits, [*lost, "what was not tried: it is too slow"]
         if takes(model, habits, *trials) or not takes(model, habits, plain):
             continue
         if takes(model, habits | {habit}, *trials):

@@ -28,7 +28,7 @@ class StrictReader:
     """What stands in front of Handler's methods; `super()` is that."""
 
     def await_request(self) -> bool:
-        """As Handler.await_request; old clients send an empty line behind a body."""
+        """As Connection.await_request; old clients send an empty line behind a body."""
         comes = super().await_request()
         if comes and self.rfile.peek(1)[:2] == b"\r\n":
             self.rfile.read(2)
@@ -67,7 +67,7 @@ class StrictReader:
         return ending(self.rfile.readline(limit + 1), limit, too_long)
 
     def body_size(self) -> float:
-        """As Handler.body_size; infinite for a chunked body, which tells its end itself. What is
+        """As Connection.body_size; infinite for a chunked body, which tells its end itself. What is
         compressed is refused: it could unpack to anything."""
         packed = self.headers.get("content-encoding", "identity")
         if packed.lower() != "identity":
@@ -86,7 +86,7 @@ class StrictReader:
         return math.inf
 
     def receive_body(self, size: float, limit: int) -> bytes:
-        """As Handler.receive_body. Only now is it sure that the body is wanted. Raises ApiError."""
+        """As Connection.receive_body. Only now is it sure that the body is wanted."""
         expects = self.headers.get("expect", "").lower() == "100-continue" \
             and self.request_version != "HTTP/1.0"
         if expects and (size <= limit or size == math.inf):

@@ -48,7 +48,19 @@ def blocks_of(language: str, files: list[Path] = DOCS) -> list[str]:
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="the long form of test_soak.py")
+    parser.addoption("--slow", action="store_true", help="also those tests that take very long")
     parser.addoption("--agents", metavar="FOLDER", help="where npm has installed what test_agents.py runs")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: runs with --slow only, as in .ci/run")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what takes very long, unless it is asked for."""
+    for item in items:
+        if "slow" in item.keywords and not (config.getoption("--slow") or config.getoption("--long")):
+            item.add_marker(pytest.mark.skip(reason="needs --slow"))
 
 
 def config(**settings):

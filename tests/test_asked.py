@@ -192,3 +192,17 @@ def test_json_by_another_name_may_stand_beside_tools(http):
         message = choice["message"]
         if not message.get("tool_calls") and choice["finish_reason"] == "stop":
             Draft202012Validator(ANIMAL).validate(json.loads(message["content"]))
+
+
+def test_the_white_space_of_one_part_is_not_that_of_another():
+    """A client's pattern holds for its own schema; a call has the separators of its template."""
+    from features import replies
+    form = replies.Form()
+    form.set_white_space(" {3}", "whitespace_pattern")
+    first = form.add_schema({"type": "object"}, "json")
+    form.set_separators(", ", ": ")
+    second = form.add_schema({"type": "object"}, "tools")
+    rules = dict(re.findall(rf"(?m)^({first}|{second}): %json (.*)$", form._lark()))
+    options = {name: json.loads(rule)["x-guidance"] for name, rule in rules.items()}
+    assert options[first]["whitespace_pattern"] == " {3}" and "item_separator" not in options[first]
+    assert "whitespace_pattern" not in options[second] and options[second]["item_separator"] == ", "

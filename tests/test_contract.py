@@ -283,6 +283,7 @@ def test_tool_choice_required_always_calls(http, seed):
     assert len(calls_of(choice, WEATHER, CLOCK)) == 1 and not choice["message"]["content"]
 
 
+@pytest.mark.slow
 def test_required_may_call_several_tools(http):
     """Whatever their number, each call has an id of its own and validates. Whether one more call
     comes is a near tie for this model: a reply may alternate the two tools until its length. Then

@@ -646,7 +646,7 @@ def config(**options) -> dict:
 BAD = [  # status, words of the detail, body
     *((400, name, config(**{name: value})) for name, values in (
         ("temperature", (-0.1, 2.1, "1", True, [])), ("topP", (-0.1, 1.1, "x")),
-        ("maxTokens", (0, -1, 1.5, "8")), ("presencePenalty", (-2.1, 2.1, {})),
+        ("maxTokens", (0, -2, 1.5, "8")), ("presencePenalty", (-2.1, 2.1, {})),
         ("frequencyPenalty", (-2.1, 2.1, False))) for value in values),
     *((400, "role", {"messages": [{"role": role, "content": "x"}]})
       for role in ("tool", "developer", "", None, 5)),

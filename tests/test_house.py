@@ -29,7 +29,7 @@ from test_models import running_process
 CORE = ("server.py", "engine.py")
 ALL = [*CORE, *(f"features/{file.name}" for file in sorted((ROOT / "features").glob("*.py")))]
 # Lines at most; what is larger than it should be is held where it is.
-LIMITS = {"server.py": 1986, "engine.py": 1500}
+LIMITS = {"server.py": 1963, "engine.py": 1500}
 MAX_FEATURE, MAX_CLASS, MAX_FUNCTION, MAX_COLUMNS = 450, 400, 60, 100
 
 
@@ -208,6 +208,8 @@ def test_a_field_of_a_feature_that_is_off_may_ask_for_nothing_only():
      "the setting x must be a server.setting"),
     ("Settings = None", "what it adds to Config must be a dataclass"),
     ("ROUTES = {('GET', '/x'): print}", "must be a server.Route"),
+    ("class A: pass\nMETHODS = {'Chat': A}", "METHODS must be a class for Handler"),
+    ("METHODS = {'Handler': 5}", "METHODS must be a class for Handler"),
     ("import sys; sys.exit(3)", "cannot be imported: SystemExit")])
 def test_a_feature_that_exports_something_else_is_one_sentence(text, words, monkeypatch, tmp_path):
     folder = tmp_path / "features"

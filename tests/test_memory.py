@@ -493,6 +493,7 @@ def test_six_conversations_on_two_slots_keep_their_prefixes(plain_turns):
         assert sum(n_cached for *_, n_cached in turns) > 1.5 * cached_without
 
 
+@pytest.mark.slow
 def test_a_small_store_stays_small_and_changes_no_reply(plain_turns):
     """Of six conversations of some MiB, three MiB hold one or two."""
     with listening({}, cache_ram_mib=3, **SMALL) as running:

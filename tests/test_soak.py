@@ -306,6 +306,7 @@ def conversation(case: int, max_tokens: int, **options) -> dict:
                 logprobs=True, **options)
 
 
+@pytest.mark.slow
 def test_a_soak_loses_no_slot_no_memory_and_not_one_token(tmp_path, long):
     """Twelve clients, four slots, conversations with common beginnings, and three in ten clients
     that hang up somewhere. Every reply that is waited for is whole, and token by token what the
@@ -410,6 +411,7 @@ def never_read(server: Running, body: dict) -> socket.socket:
     return client
 
 
+@pytest.mark.slow
 def test_slow_heads_slow_bodies_and_streams_that_nobody_reads_delay_nobody(tmp_path):
     """A hundred clients dawdle and three streams are never read: others have their first token
     about as soon as beside three streams that are read. Who dawdles is out after client_timeout;

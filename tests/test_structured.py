@@ -1166,6 +1166,7 @@ def random_schemas(n: int) -> list[dict]:
     return random.sample(found, n)
 
 
+@pytest.mark.slow
 def test_what_the_model_writes_at_temperature_1_validates(start_server):
     """75 of 75 whole replies to random schemas, many at a time. A reply cut by `length` says nothing:
     at temperature 1 digits may go on and on. Half of the schemas may make such."""

@@ -144,6 +144,7 @@ def test_the_little_model_is_small_and_made_for_smollm2():
     assert field.contents() == 576 and SEED != TEST_SEED
 
 
+@pytest.mark.slow
 def test_nine_of_ten_new_pictures_are_named_right(client):
     """PNG and JPEG, four at a time."""
     def look(number: int) -> str:
