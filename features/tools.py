@@ -5,9 +5,9 @@ writes calls; what it writes around a call is learned when the model is loaded (
 form a reply is taken apart while it arrives, and a grammar is made that a call must follow, so that
 its arguments always validate (grammars.py). For a template without tools the system message
 describes them, and for one without calls, calls have a generic form. It costs what the grammar
-costs (replies.py). It reads the fields `tools`, `tool_choice`, `parallel_tool_calls`, the deprecated
-`functions` and `function_call`, and the calls and results in messages; it sends `tool_calls`, and
-tells in the list of models which form they have, and why.
+costs (replies.py). It reads the fields `tools`, `tool_choice`, `parallel_tool_calls`, the
+deprecated `functions` and `function_call`, and the calls and results in messages; it sends
+`tool_calls`, and tells in the list of models which form they have, and why.
 """
 
 import dataclasses

@@ -19,7 +19,7 @@ GBNF, LARK = 'root ::= "a" | "b" [0-9]', 'start: "a" | "b" DIGIT\nDIGIT: /[0-9]/
 
 def post(http, path: str, **fields):
     start = {"messages": MESSAGES} if path == CHAT else {"prompt": "Once"}
-    return http.post(path, json={**start, "max_tokens": 200, "temperature": 1.5, **fields})
+    return http.post(path, json={**start, "max_tokens": 300, "temperature": 1, "seed": 1, **fields})
 
 
 def write(http, path: str, **fields) -> str:
