@@ -115,9 +115,6 @@ def test_the_family_is_seen_from_the_architecture_then_the_file_name(
 
 # ==== 2. The real templates ===============================================================
 
-ALTERNATE = {"Mistral-Small-3.2-24B-Instruct-2506", "mistralai-Ministral-3-14B-Reasoning-2512",
-             "mistralai-Mistral-Nemo-Instruct-2407"}
-
 
 def for_each(names, check) -> None:
     """Check every template of these that is there; report all that fail."""
@@ -157,14 +154,11 @@ def test_no_template_refuses_a_call_that_was_cut_off():
     for_each(NAMES, check)
 
 
-def test_a_user_turn_after_a_result_renders_or_is_the_templates_own_refusal():
-    def check(name, source):
-        try:
-            prompt = render(source, [SYSTEM, USER, CALLING, RESULT, MORE], TOOLS)
-        except engine.TemplateError as error:
-            assert name in ALTERNATE and "alternate" in str(error)
-        else:
-            assert "sunny" in prompt and "Sure?" in prompt and name not in ALTERNATE
+def test_a_user_turn_after_a_result_renders():
+    """Also where the template itself refuses it, such as Mistral's."""
+    def check(_name, source):
+        prompt = render(source, [SYSTEM, USER, CALLING, RESULT, MORE], TOOLS)
+        assert "sunny" in prompt and "Sure?" in prompt
 
     for_each(NAMES, check)
 

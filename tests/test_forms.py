@@ -291,7 +291,12 @@ def check_forced_call(loaded: engine.Engine, source: str) -> None:
                          **{"tools": [WEATHER], **tools.variables_of([WEATHER], form)}).prompt
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+N_ALWAYS = 8  # of the small templates; a reply of each takes seconds
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] if number >= N_ALWAYS else [])
+    for number, name in enumerate(TEMPLATES)])
 def test_a_forced_call_is_the_small_templates_own_text(loaded, name):
     check_forced_call(loaded, TEMPLATES[name])
 

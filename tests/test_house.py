@@ -307,6 +307,7 @@ def test_a_wrong_field_of_a_feature_is_refused_by_name(change, param, words):
 # ==== 4. Each ==============================================================================
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("feature", FEATURES)
 def test_the_core_runs_with_each_feature_alone(feature, tmp_path):
     """And what it needs. A chat is served; nothing is missing that only another has."""

@@ -236,6 +236,9 @@ class Letters:
     def __getattr__(self, name):
         return getattr(self.model, name)
 
+    def piece(self, token: int, special: bool = False) -> bytes:
+        return (self.texts[token - self.FIRST] if token >= self.FIRST else chr(token)).encode()
+
     def tokenize(self, text: str, bos: bool = True, special: bool = True) -> np.ndarray:
         parts = re.split(f"({self.pattern})", text) if special else [text]
         return np.array([token for place, part in enumerate(parts) for token in (
