@@ -18,6 +18,7 @@ import collections
 import contextlib
 import dataclasses
 import difflib
+import email.errors
 import functools
 import hashlib
 import hmac
@@ -344,8 +345,8 @@ def read_value(hint, value, at: str, limits: Mapping, reading: Reading):
         return [read_value(args[0], item, f"{at}[{i}]", limits, reading)
                 for i, item in enumerate(value)]
     if origin is dict and isinstance(value, dict):
-        return {key: read_value(args[1], item, f"{at}.{key}", limits, reading)
-                for key, item in value.items()}
+        return {read_value(str, key, at, {}, reading): read_value(
+            args[1], item, f"{at}.{key}", limits, reading) for key, item in value.items()}
     if hint is str and isinstance(value, str):
         try:
             value.encode()
@@ -1254,6 +1255,8 @@ def text_of(content: str | list[dict]) -> str:
 
 # ==== 10. The handler: reads a request, finds what answers it, writes =====================
 
+BAD_LINES = (email.errors.MissingHeaderBodySeparatorDefect,  # others are of bodies of e-mails
+             email.errors.FirstHeaderLineIsContinuationDefect)
 LINGER_SECONDS = 2.0  # how long a refused upload is still read, so that the refusal arrives
 STATUS_CLIENT_GONE = 499  # nginx's name for a client that hung up; only ever in the log
 
@@ -1386,10 +1389,13 @@ class Connection(http.server.BaseHTTPRequestHandler):
         # Without query, and without the address that a proxy's client puts first.
         self.path = re.split("[?#]", re.sub("(?i)^https?://[^/?]*", "", self.path))[0] or "/"
         self.path = urllib.parse.unquote(self.path)
-        if self.headers.defects or any("\n" in value for value in self.headers.values()):
+        if any(isinstance(defect, BAD_LINES) for defect in self.headers.defects) or any(
+                re.search("[\r\n\0]", value) for value in self.headers.values()):
             raise ApiError(400, "a line of the headers is malformed")
         if twice := [name for name in ONCE if len(self.headers.get_all(name, ())) > 1]:
             raise ApiError(400, f"the header {twice[0]} was sent twice")
+        if "close" in re.split("[ \t,]+", self.headers.get("connection", "").lower()):
+            self.close_connection = True
 
     def send_error(self, code: int, message=None, explain=None) -> None:
         """What http.server finds wrong with a head."""
@@ -1583,9 +1589,9 @@ class Handler(Connection):
         sent = [bearer[1] if bearer else "", self.headers.get("x-api-key", "")]
         valid = [key for key in map(digest, sent)  # every key is compared, wherever it matches
                  if any([hmac.compare_digest(key, one) for one in known])]
-        client = valid[0].hex() if valid else client_of(self.client_address[0])
+        self.client = valid[0].hex() if valid else client_of(self.client_address[0])
         if self.server.limiter:  # before the 401, so that guessing keys is limited too
-            self.answer_headers |= self.server.limiter.take(client)
+            self.answer_headers |= self.server.limiter.take(self.client)
         if known and not valid:
             what = "the API key is wrong" if any(sent) else "an API key is missing"
             raise ApiError(401, f"{what}; send `Authorization: Bearer KEY`, or `x-api-key: KEY`",

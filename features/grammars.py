@@ -10,7 +10,7 @@ import re
 from features import structured
 from features.calls import (
     ID, ID_LENGTH, KEY, NAME, NUMBER, VARIABLE, CallForm, choices_of, is_bare, style_of)
-from features.keywords import KNOWN
+from features.keywords import KNOWN, SchemaError
 from features.schemas import Schema
 
 LATER_NUMBER = "/[0-9]{1,2}/"  # of a call behind the first
@@ -44,6 +44,10 @@ def add_arguments(reply: structured.Form, form: CallForm, schema: dict, at: str,
     for key in schema.keys() & KNOWN - {"type", "properties", "required", "additionalProperties"}:
         whole.give_up(key, "is not supported in this model's format of calls")
     properties = schema.get("properties", {})
+    for key in properties:
+        if form.elements.middle in key:
+            raise SchemaError(f"{at}.properties.{key}: a name cannot have {form.elements.middle!r} "
+                              "in it: that ends names in this model's format of calls")
     keys = sorted(properties, key=str.lower) if form.elements.is_sorted else properties
     return _add_elements(reply, form, [
         (_element(reply, form, key, whole, properties[key], f"{at}.properties.{key}"),
@@ -83,7 +87,8 @@ def _bare_text(reply: structured.Form, schema: dict, marker: str, escapes: bool)
     if choices := choices_of(schema):
         return " | ".join(structured.literal((escaped(choice, marker[0]) if escapes else choice)
                                              + marker) for choice in choices)
-    least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+    least, most = int(schema.get("minLength", 0)), schema.get("maxLength", "")
+    most = most if most == "" else int(most)  # JSON's 4.0 is an integer
     if escapes:
         character = f"([^{regex(marker[0])}\\\\\\n]|\\\\[{regex(marker[0])}\\\\nrt])"
         return reply.add(f": /{character}{{{least},{most}}}{regex(marker)}/")

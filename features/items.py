@@ -136,7 +136,8 @@ def new_id(kind: str) -> str:
 
 def kind_of(item: dict):
     """The type of an item, which may be left out of messages and references."""
-    return item.get("type") or ("message" if "role" in item else REFERENCE)
+    kind = item.get("type")
+    return kind if kind is not None else "message" if "role" in item else REFERENCE
 
 
 def listed(sent: str | list[dict], find: Callable[[Any, str], dict]) -> list[tuple[dict, str]]:
@@ -145,10 +146,21 @@ def listed(sent: str | list[dict], find: Callable[[Any, str], dict]) -> list[tup
     if isinstance(sent, str):
         return [({"type": "message", "id": new_id("message"), "role": "user",
                   "content": [{"type": "input_text", "text": sent}]}, "input")]
-    return [(find(item.get("id"), f"input[{i}]") if kind_of(item) == REFERENCE else {
-        "id": new_id(str(kind_of(item))), "type": kind_of(item),
-        **{name: value for name, value in item.items() if value is not None}}, f"input[{i}]")
-        for i, item in enumerate(sent)]
+    items: list[tuple[dict, str]] = []
+    seen: set[str] = set()
+    for i, item in enumerate(sent):
+        at, kind = f"input[{i}]", kind_of(item)
+        if not isinstance(kind, str):
+            raise server.invalid(f"{at}.type", f"{at}.type: expected a string, got "
+                                 f"{server.describe(kind)}", "invalid_type")
+        if kind != REFERENCE:
+            item = {"id": new_id(kind), "type": kind, **{
+                name: value for name, value in item.items() if value is not None}}
+            if not isinstance(item["id"], str) or item["id"] in seen:  # a list goes on behind an id
+                item["id"] = new_id(kind)
+            seen.add(item["id"])
+        items.append((find(item.get("id"), at) if kind == REFERENCE else item, at))
+    return items
 
 
 # ==== 2. Tools ===========================================================================

@@ -6,6 +6,7 @@ place.
 """
 
 import re
+import urllib.parse
 
 
 class SchemaError(ValueError):
@@ -104,3 +105,11 @@ def _without_last_control(match: re.Match) -> str:
         return f"[{match[0]}--\\x1f]"
     is_taken_for_more = chars.match("\x1f") and not (chars.match('"') and chars.match("\\"))
     return f"[{match[0]}--\\x1f]" if is_taken_for_more else match[0]
+
+
+def joined(base: str, uri: str) -> str:
+    """A URI as it is meant beside another one; one that is none stands for itself."""
+    try:
+        return urllib.parse.urljoin(base, uri)
+    except ValueError:  # such as http://[
+        return uri

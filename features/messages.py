@@ -48,7 +48,8 @@ class Choice:
         """It as fields of a chat."""
         choice = {"type": "function", "function": {"name": self.name}} if self.type == "tool" \
             else {"any": "required"}.get(self.type, self.type)
-        return {"tool_choice": choice, "parallel_tool_calls": not self.disable_parallel_tool_use}
+        return {"tool_choice": choice,
+                "parallel_tool_calls": False if self.disable_parallel_tool_use else None}
 
 
 @dataclasses.dataclass

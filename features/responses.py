@@ -76,7 +76,7 @@ class TextFormat:
     def field(self) -> dict:
         """It as a field of a chat."""
         schema = {"name": self.name or "reply", "schema": self.schema}
-        return {"type": self.type, **({"json_schema": schema} if self.schema else {})}
+        return {"type": self.type, **({"json_schema": schema} if self.schema is not None else {})}
 
 
 @dataclasses.dataclass
@@ -123,7 +123,7 @@ class InputBody:
     previous_response_id: str | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | ToolSelection | None = None
-    parallel_tool_calls: bool = True
+    parallel_tool_calls: bool | None = None  # as a chat's
     reasoning: Reasoning | None = None
     text: TextConfig | None = None
     truncation: Literal["auto", "disabled"] | None = server.option(no_effect=True)
@@ -187,10 +187,11 @@ def receive(handler: server.Handler, body, target) -> None:
     if not isinstance(body, InputBody):
         return
     store, reading = stores[handler.server], server.Reading(handler.server.house)
-    before = store.find(body.previous_response_id, "previous_response_id").conversation() \
+    owner = owner_of(handler)
+    before = store.find(body.previous_response_id, "previous_response_id", owner).conversation() \
         if body.previous_response_id else []
     items = [*((item, "previous_response_id") for item in before),
-             *listed(body.input, store.find_item)]
+             *listed(body.input, functools.partial(store.find_item, owner=owner))]
     body.items, body.known = [item for item, _ in items], Tools(body.tools, reading)
     turns = read_turns(body.instructions, items, body.known, reading)
     handler.tally.ignored += reading.ignored
@@ -214,6 +215,7 @@ class Kept:
 
     response: dict
     items: list[dict]
+    owner: str = ""  # the digest of the key that it was made with; nobody else sees it
 
     def conversation(self) -> list[dict]:
         """Everything that was said."""
@@ -245,29 +247,29 @@ class Store:
             while len(self.kept) > self.most or self.n_bytes > self.most_bytes:
                 self._drop(next(iter(self.kept)))
 
-    def find(self, name: str, param: str | None = None) -> Kept:
-        """A response. 404 for one that is not kept."""
+    def find(self, name: str, param: str | None = None, owner: str = "") -> Kept:
+        """A response. 404 for one that is not kept, or is another's."""
         with self.lock:
-            if name not in self.kept:
+            if name not in self.kept or self.kept[name][0].owner != owner:
                 raise server.ApiError(
                     404, f"the response {server.describe(name)} is not kept: it was made with "
                          f"store: false, deleted, or is older than the {len(self.kept)} that are "
                          "(max_responses, max_responses_mib)", param, "response_not_found")
             return self.kept[name][0]
 
-    def find_item(self, name, at: str) -> dict:
-        """An item that was put out. 404 for one that is not kept."""
+    def find_item(self, name, at: str, owner: str = "") -> dict:
+        """An item that was put out. 404 for one that is not kept, or is another's."""
         with self.lock:
             found = self.kept.get(self.holders.get(name) if isinstance(name, str) else None)
-        for item in found[0].response["output"] if found else ():
+        for item in found[0].response["output"] if found and found[0].owner == owner else ():
             if item["id"] == name:
                 return item
         raise server.ApiError(404, f"{at}.id: the item {server.describe(name)} is not kept; send "
                                    "it whole", f"{at}.id", "item_not_found")
 
-    def remove(self, name: str) -> None:
-        """Forget a response. 404 for one that is not kept."""
-        self.find(name)
+    def remove(self, name: str, owner: str = "") -> None:
+        """Forget a response. 404 for one that is not kept, or is another's."""
+        self.find(name, owner=owner)
         with self.lock:
             self._drop(name)
 
@@ -307,7 +309,7 @@ def begun(body: ResponsesBody, model: str) -> dict:
         "incomplete_details": None, "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens, "max_tool_calls": body.max_tool_calls,
         "metadata": body.metadata or {}, "model": body.model or model, "output": [],
-        "parallel_tool_calls": body.parallel_tool_calls,
+        "parallel_tool_calls": server.given(body.parallel_tool_calls, True),
         "previous_response_id": body.previous_response_id,
         "prompt_cache_key": body.prompt_cache_key,
         "reasoning": {"effort": reasoning.effort,
@@ -324,7 +326,7 @@ def post_response(handler: server.Handler, body: ResponsesBody) -> None:
     """A response, streamed or not. Raises ApiError."""
     def keep(response: dict) -> None:
         if body.store:
-            stores[handler.server].add(Kept(response, body.items))
+            stores[handler.server].add(Kept(response, body.items, owner_of(handler)))
 
     reply = begun(body, handler.loaded.model.name)
     handler.dialect = Events(reply, keep)
@@ -345,23 +347,28 @@ def post_input_tokens(handler: server.Handler, body: InputBody) -> None:
         handler, body.chat, body.places)})
 
 
+def owner_of(handler: server.Handler) -> str:
+    """Whose responses a request may see: those made with its key."""
+    return handler.client if handler.server.key_digests else ""
+
+
 def get_response(handler: server.Handler, name: str) -> None:
     """A response that is kept. Raises ApiError."""
-    handler.send_json(stores[handler.server].find(name).response)
+    handler.send_json(stores[handler.server].find(name, owner=owner_of(handler)).response)
 
 
 def delete_response(handler: server.Handler, name: str) -> None:
     """Forget a response. Raises ApiError."""
-    stores[handler.server].remove(name)
+    stores[handler.server].remove(name, owner_of(handler))
     handler.send_json({"id": name, "object": "response", "deleted": True})
 
 
 def get_input_items(handler: server.Handler, name: str) -> None:
     """The items that a response replies to, newest first unless asked otherwise. Raises
     ApiError."""
-    items = stores[handler.server].find(name).items
+    items = stores[handler.server].find(name, owner=owner_of(handler)).items
     target = handler.raw_requestline.split()[1].decode("latin-1")
-    asked = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(target).query))
+    asked = dict(urllib.parse.parse_qsl(target.partition("?")[2].partition("#")[0]))
     order, limit, after = asked.get("order", "desc"), asked.get("limit", "20"), asked.get("after")
     if order not in ("asc", "desc"):
         raise server.invalid("order", f"order: expected asc or desc, got {server.describe(order)}")

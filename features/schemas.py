@@ -30,7 +30,7 @@ from features.bounds import MAX_BOUND, exact, limit_numbers
 from features.keywords import (
     BOUNDS, COUNTS, EXPANDABLE, FORMATS, KNOWN, KNOWN_FORMATS, LISTS, MAPS, OVERLAP, REFUSED,
     REPLACED, TOO_LARGE, TYPES, UNSATISFIABLE, VOID, SchemaError, Unholdable, causes_of,
-    in_ecmascript, in_json)
+    in_ecmascript, in_json, joined)
 from features.negation import Negation, at_least_one, is_case
 
 MAX_FORM = 2**18  # bytes of a schema; a quarter of it for a grammar
@@ -380,7 +380,7 @@ class Schema:
         uri, _, fragment = ref.partition("#")
         fragment, place = urllib.parse.unquote(fragment), ""
         if uri:
-            whole = urllib.parse.urljoin(self._uri, uri)
+            whole = joined(self._uri, uri)
             document = self._documents.get(whole, MISSING) if whole != self._uri else self.root
         target = document
         if fragment and not fragment.startswith("/"):
@@ -389,7 +389,8 @@ class Schema:
         for key in fragment.split("/")[1:] if fragment.startswith("/") else ():
             key = key.replace("~1", "/").replace("~0", "~")
             if isinstance(target, list):
-                target = target[int(key)] if key.isdecimal() and int(key) < len(target) else MISSING
+                is_place = re.fullmatch("0|[1-9][0-9]{0,8}", key) and int(key) < len(target)
+                target = target[int(key)] if is_place else MISSING
             else:
                 target = target.get(key, MISSING) if isinstance(target, dict) else MISSING
             document = target if self._id(target) else document
@@ -412,7 +413,7 @@ class Schema:
 
     @functools.cached_property
     def _documents(self) -> dict[str, dict]:
-        return {urllib.parse.urljoin(self._uri, uri): each for each in self._subschemas
+        return {joined(self._uri, uri): each for each in self._subschemas
                 if (uri := self._id(each))}
 
     @functools.cached_property

@@ -57,6 +57,16 @@ class ResponseFormat:
     schema: dict[str, Any] | None = None
     value: Any = None
 
+    def check(self, at: str) -> None:
+        """Refuse a second form, and one that the type does not take."""
+        takes = {"text": (), "json_object": ("schema", "value"),
+                 "json_schema": ("json_schema", "value")}.get(self.type, ("value",))
+        sent = [name for name in ("json_schema", "schema", "value")
+                if getattr(self, name) is not None]
+        if wrong := [name for name in sent if name not in takes] or sent[1:]:
+            raise server.invalid(f"{at}.{wrong[0]}", f"{at}.{wrong[0]}: type {self.type!r} takes "
+                                 f"{' or '.join(takes) or 'no form'}, and only one; leave it out")
+
 
 @dataclasses.dataclass
 class StructuredOutputs:

@@ -57,7 +57,7 @@ class StrictReader:
             if not match:
                 raise ApiError(400, f"line {n_lines} of the headers is malformed")
             self.headers[match[1]] = match[2].strip(" \t")
-        wish = self.headers.get("connection", "").lower()
+        wish = re.split("[ \t,]+", self.headers.get("connection", "").lower())
         self.close_connection = "close" in wish or (
             self.request_version == "HTTP/1.0" and "keep-alive" not in wish)
         return True

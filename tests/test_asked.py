@@ -206,3 +206,20 @@ def test_the_white_space_of_one_part_is_not_that_of_another():
     options = {name: json.loads(rule)["x-guidance"] for name, rule in rules.items()}
     assert options[first]["whitespace_pattern"] == " {3}" and "item_separator" not in options[first]
     assert "whitespace_pattern" not in options[second] and options[second]["item_separator"] == ", "
+
+
+@pytest.mark.parametrize("schema", [
+    {"$id": "http://[", "$defs": {"a": {"$id": "x"}}, "$ref": "y"},
+    {"anyOf": [{"type": "null"}], "$ref": "#/anyOf/" + "1" * 5000},
+    {"anyOf": [{"type": "null"}], "$ref": "#/anyOf/\u0663"}])
+def test_a_reference_that_no_parser_takes_is_400(http, schema):
+    assert refusal(http, json_schema=schema)["param"].startswith("json_schema")
+
+
+@pytest.mark.parametrize("form, at", [
+    ({"type": "json_object", "schema": {"type": "null"}, "value": {}}, "value"),
+    ({"type": "json_schema", "json_schema": {"name": "x", "schema": {}}, "value": {"schema": {}}}, "value"),
+    ({"type": "json", "json_schema": {"name": "x"}, "value": {}}, "json_schema"),
+    ({"type": "text", "value": {}}, "value"), ({"type": "regex", "schema": {}, "value": "a"}, "schema")])
+def test_a_second_form_in_one_format_is_never_only_ignored(http, form, at):
+    assert refusal(http, response_format=form)["param"] == f"response_format.{at}"

@@ -462,3 +462,15 @@ def test_a_template_of_one_call_gets_each_in_a_message_of_its_own():
     assert [turn["role"] for turn in turns] == ["assistant", "tool"] * 2
     assert [turn.get("content") for turn in turns] == ["Wait.", "1", None, "2"]
     assert tools.prepare_messages(messages, [], FORMS["hermes"])[0]["tool_calls"][1]["id"] == "b"
+
+
+def test_names_and_bounds_that_elements_cannot_have(loaded):
+    """A name that has in it what ends names is a 400; JSON's 4.0 is an integer."""
+    form = FORMS["glm"]
+    with pytest.raises(structured.SchemaError, match="ends names"):
+        grammars.add_arguments(structured.Form(), form, {
+            "properties": {f"a{form.elements.middle}b": {"type": "string"}}}, "parameters")
+    reply = structured.Form()
+    reply.root = grammars.add_arguments(reply, form, {
+        "properties": {"a": {"type": "string", "minLength": 2.0, "maxLength": 4.0}}}, "parameters")
+    assert "{2,4}" in reply._lark()

@@ -683,3 +683,28 @@ def test_a_model_that_is_harmed_while_it_loads_is_refused(tmp_path, harm, words)
     with pytest.raises(engine.BrokenModel, match=words):
         engine.load_engine(path, n_ctx=256, parallel=1, n_gpu_layers=0, prefill_chunk=96,
                            max_queue=4, on_progress=on_progress)
+
+
+@pytest.mark.parametrize("features", ["wire", ""])
+def test_close_is_a_word_among_others(features):
+    """In a list of options, but not as a part of another one."""
+    house = server.load_features([features] if features else [])
+    for wish, n_answers in ((b"foo, Close", 1), (b"notclose", 2)):
+        running = server.Server(house.Config(port=0, keep_alive_timeout=0.5))
+        threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
+        asked = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: %b\r\n\r\n" % wish
+        assert send_raw(running, asked * 2).count(b"HTTP/1.1 200") == n_answers, wish
+        running.drain()
+
+
+def test_the_two_files_reflect_no_line_and_mind_no_mails_body():
+    """http.server reads heads as those of e-mails: what concerns their bodies is nothing here."""
+    running = server.Server(server.Config(port=0))
+    threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
+    head = b"OPTIONS /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n%b\r\n\r\n"
+    page = b"Origin: http://localhost\r\nAccess-Control-Request-Method: POST\r\n"
+    for more, status in ((page + b"Access-Control-Request-Headers: a\r Set-Cookie: x=1", b"400"),
+                         (b"Content-Type: multipart/mixed; boundary=x", b"204"), (b"no colon", b"400")):
+        answer = send_raw(running, head % more)
+        assert answer.startswith(b"HTTP/1.1 " + status) and b"Set-Cookie" not in answer, more
+    running.drain()

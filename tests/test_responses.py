@@ -25,6 +25,7 @@ from conftest import ROOT, default_model, serve
 from responses_schemas import OTHERS, check_response, check_stream, validate
 from make_vision_model import COLORS, PRODUCT, SHAPES, pictures, png
 from test_messages import CLAUDE_CODE, REPLIES, story_of
+from test_limits import listening
 from test_models import running_process
 
 sys.path.insert(0, str(ROOT))
@@ -256,7 +257,7 @@ def test_many_threads_keep_within_the_limits():
 def chat_of(body: dict) -> server.ChatBody:
     """The chat that a body becomes; `ignored` is what was left out."""
     house = server.load_features(["responses", "vision"])
-    running = types.SimpleNamespace(house=house, config=house.Config())
+    running = types.SimpleNamespace(house=house, config=house.Config(), key_digests=[])
     Running = type("Running", (), {"__init__": lambda self: self.__dict__.update(vars(running))})
     handler = types.SimpleNamespace(server=Running(), tally=server.Tally(), receive=lambda *_: None)
     responses.start(handler.server)
@@ -349,7 +350,7 @@ def test_a_prompt_that_does_not_fit_fails_where_its_client_looks(ask):
 @pytest.mark.parametrize("body, param, words", [
     ({"input": 3}, "input", "expected a string or a list"),
     ({"input": []}, "input", "must have at least 1 items"),
-    ({"input": [{"type": 3}]}, "input[0].type", "is required"),
+    ({"input": [{"type": 3}]}, "input[0].type", "expected a string, got 3"),
     ({"input": [{"type": "message", "role": "user"}]}, "input[0].content", "is required"),
     ({"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]}, "input[0].content[0].type",
      "expected 'input_text'"),
@@ -552,3 +553,29 @@ def test_a_model_sees_what_both_protocols_show():
         reply = httpx.post(f"{address}/v1/messages", timeout=60, json={"max_tokens": 8, "messages": [
             {"role": "user", "content": [block, {"type": "text", "text": ask}]}]})
         assert "green" in said_by(messages_schemas.check_message(reply.json()))
+
+
+def test_nobody_sees_what_another_key_keeps():
+    """Not by its id, nor in a conversation; nor may they delete it."""
+    store = responses.Store(3, 1000)
+    store.add(responses.Kept({"id": "a", "output": [{"id": "msg_a"}]}, [], "one"))
+    assert store.find("a", owner="one") and store.find_item("msg_a", "", "one")
+    for call in (lambda: store.find("a", owner="two"), lambda: store.find("a"),
+                 lambda: store.find_item("msg_a", "input[0]", "two"), lambda: store.remove("a", "two")):
+        with pytest.raises(server.ApiError, match="is not kept"):
+            call()
+    with listening(api_keys=["aaaa", "bbbb"]) as running:
+        handler = types.SimpleNamespace(server=running, client="digest")
+        assert responses.owner_of(handler) == "digest"
+    with listening() as running:  # without keys an address is nobody's name
+        assert responses.owner_of(types.SimpleNamespace(server=running, client="127.0.0.1")) == ""
+
+
+def test_items_with_one_id_twice_are_told_apart(ask):
+    """Else a list that goes on behind an id would never end."""
+    [first, *others] = [item["id"] for item, _ in items.listed(
+        [{"role": "user", "content": text, "id": "z"} for text in "abc"], None)]
+    assert first == "z" and len({first, *others}) == 3
+    for kind in ({}, 5, []):
+        with pytest.raises(server.ApiError, match=r"input\[0\].type: expected a string"):
+            items.listed([{"type": kind, "content": "a"}], None)
