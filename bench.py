@@ -349,7 +349,7 @@ def short(server: Server, rng: random.Random, eos: list[int]) -> dict[str, float
         time.sleep(1)  # well under way
         for stream in late:
             stream.run()
-    return {"short prompt's ttft s": statistics.median(stream.arrivals[0] for stream in late),
+    return {"short prompt's ttft s": max(stream.arrivals[0] for stream in late),
             "long prompt's ttft s": long.arrivals[0]}
 
 
@@ -661,7 +661,7 @@ ROWS = (
     Row("8 over a new shared prefix: time to first token, s", "shared", "ttft p50 s", 0.4),
     Row("beside a 1,000-word prompt: longest gap, s", "beside", "stream's longest gap s", 0.2),
     Row("that prompt's time to first token, s", "beside", "newcomer's ttft s"),
-    Row("a short prompt beside one of 6,000 words: time to first token, s", "short",
+    Row("short prompts beside one of 6,000 words: longest time to first token, s", "short",
         "short prompt's ttft s", 1.0),
     Row("that long prompt's time to first token, s", "short", "long prompt's ttft s"),
     Row("conversation: time to first token, ms", "conversation", "turns 2-6 ttft p50 ms"),
