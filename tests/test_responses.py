@@ -579,3 +579,27 @@ def test_items_with_one_id_twice_are_told_apart(ask):
     for kind in ({}, 5, []):
         with pytest.raises(server.ApiError, match=r"input\[0\].type: expected a string"):
             items.listed([{"type": kind, "content": "a"}], None)
+
+
+def test_one_call_is_asked_for_unless_several_are():
+    """What is not said stays unsaid in the chat: else `required` would repeat itself in a generic form."""
+    for sent, passed in (({}, None), ({"parallel_tool_calls": True}, True), ({"parallel_tool_calls": False}, False)):
+        assert chat_of({"input": "a", **sent}).parallel_tool_calls is passed
+
+
+def test_an_empty_schema_is_one_and_half_a_character_is_no_key():
+    chat = chat_of({"input": "a", "text": {"format": {"type": "json_schema", "name": "x", "schema": {}}}})
+    assert chat.response_format.json_schema.schema == {}
+    with pytest.raises(server.ApiError, match="surrogate"):
+        chat_of({"input": "a", "metadata": {"\ud800": "x"}})
+
+
+def test_a_target_with_half_an_address_asks_for_its_query_only():
+    kept = responses.Kept({"id": "a", "output": []}, [{"id": "z"}])
+    with listening() as running:
+        responses.stores[running].add(kept)
+        sent: list[dict] = []
+        responses.get_input_items(types.SimpleNamespace(
+            server=running, raw_requestline=b"GET http://[/v1/responses/a/input_items?limit=1 HTTP/1.1\r\n",
+            send_json=sent.append), "a")
+    assert [item["id"] for item in sent[0]["data"]] == ["z"]
