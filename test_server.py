@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import openai
 import pytest
-import yaml
 
 import engine
 import server

@@ -161,3 +161,13 @@ def start_server():
         def start(**settings):
             return stack.enter_context(checking_client(stack.enter_context(serve(**settings))))
         yield start
+
+
+@pytest.fixture(scope="module")
+def bare():
+    """The default model without an engine, for its vocabulary and for templates of one's own."""
+    sys.path.insert(0, str(ROOT))
+    import engine  # not in the environments of other clients
+    model = engine.Model(default_model(), n_gpu_layers=0)
+    yield model
+    model.close()

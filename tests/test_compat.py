@@ -6,7 +6,6 @@ templates.py). The other fields of the feature are in test_contract.py.
 
 import pytest
 
-import conftest
 import engine
 import templates
 from features import reasoning, tools, turns, verbatim
@@ -15,14 +14,6 @@ OWN_VARIABLES = {"fireworks-ai-llama-3-firefunction-v2"}  # wants `functions` an
 NAMES = [*templates.SMALL, *sorted(templates.REAL.keys() - OWN_VARIABLES)]
 TAGS = {open: close for open, close in reasoning.REASONING_TAGS.items() if close}
 BEGUN = "Once upon a "
-
-
-@pytest.fixture(scope="module")
-def bare():
-    """The default model, for its vocabulary."""
-    model = engine.Model(conftest.default_model(), n_gpu_layers=0)
-    yield model
-    model.close()
 
 
 def load(model: engine.Model, source: str) -> templates.Loaded:

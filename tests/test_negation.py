@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from jsonschema.validators import validator_for
@@ -20,26 +20,8 @@ from jsonschema.validators import validator_for
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import conftest  # noqa: E402
-import engine  # noqa: E402
 from features import schemas, structured  # noqa: E402
-
-PROPERTY = settings(database=None, deadline=None, print_blob=True,
-                    suppress_health_check=list(HealthCheck))
-
-
-@pytest.fixture(scope="module")
-def model():
-    model = engine.Model(conftest.default_model())
-    yield model
-    model.close()
-
-
-def compiled(model, schema, is_strict: bool = True):
-    """What makes a Reply that is held to a schema."""
-    form = structured.Form()
-    form.root = form.add_schema(schema, "schema", is_strict)
-    return form.replies(model, must_trigger=True)
+from test_structured import PROPERTY, compiled, model  # noqa: E402, F401  model is a fixture
 
 
 def takes(model, new_reply, value) -> bool:

@@ -9,7 +9,6 @@ import logging
 
 import pytest
 
-import conftest
 import engine
 import templates
 from features import families, reasoning, tools, turns, verbatim
@@ -20,14 +19,6 @@ NAMES = [*templates.SMALL, *sorted(templates.REAL.keys() - OWN_VARIABLES)]
 CONVERSATIONS = ["u", "s", "su", "ssu", "usu", "us", "suasu", "suas", "sus", "uas", "uu", "suu", "uauu",
                  "uuauu", "uaau", "uaa", "aau", "au", "sau", "a", "sa", "sssa", "ssuuaasau", "susasusu"]
 WITH_TOOLS = ["uctau", "uctu", "suctsu", "subtau", "uabttu", "sssuctuuacta", "uctctu"]
-
-
-@pytest.fixture(scope="module")
-def bare():
-    """The default model, for its vocabulary."""
-    model = engine.Model(conftest.default_model(), n_gpu_layers=0)
-    yield model
-    model.close()
 
 
 def load(model: engine.Model, name: str) -> templates.Loaded:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from llama_cpp import llama_cpp as lib
 
-import conftest
 import engine
 import server
 import templates
@@ -24,14 +23,6 @@ from test_vision import PRODUCT, RED, user
 HARMLESS = "wombat"
 TEMPLATES = ("takes everything", "writes names of arguments into tags", "makes ASCII of tools and calls", "writes reasoning",
              "alternating but for tools")
-
-
-@pytest.fixture(scope="module")
-def bare():
-    """The default model, for its vocabulary."""
-    model = engine.Model(conftest.default_model(), n_gpu_layers=0)
-    yield model
-    model.close()
 
 
 def load(model: engine.Model, source: str) -> templates.Loaded:
