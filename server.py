@@ -704,8 +704,8 @@ class Models:
         """stopping: ends everything; set here where the model cannot be loaded."""
         self.config, self.house, self.stopping = config, house, stopping
         # What has a name: it has an `entry` and an `answer` like LocalModel's.
-        self.default: Any = LocalModel(model_name(config.model_path, house), config.model_path,
-                                       config, house)
+        self.default: Any = house.type_of(LocalModel)(
+            model_name(config.model_path, house), config.model_path, config, house)
         self.named: dict[str, Any] = {self.default.name: self.default}  # what answers to a name
         self.otherwise: Any = None  # what takes the names that are not known
         self.fatal_error: str | None = None
@@ -865,7 +865,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.in_flight = 0
         self.answered: collections.Counter[tuple[str, int]] = collections.Counter()
         self.connections: dict[socket.socket, bool] = {}  # whether above the limit: to be refused
-        self.models = Models(config, self.house, self.stopping)
+        self.models = self.house.type_of(Models)(config, self.house, self.stopping)
         for start in self.house.having("start"):
             start(self)
         self.models.settle()
@@ -1653,7 +1653,7 @@ class Handler(Connection):
         model = self.loaded.model
         if not model.generates:
             raise invalid("model", f"{model.name} makes embeddings, and no text")
-        wanted = kind(self, body)
+        wanted = self.server.house.type_of(kind)(self, body)
         for join in self.server.house.having("join"):
             join(wanted)
         return wanted

@@ -24,6 +24,7 @@ from features import environment
 
 FOLDER = Path(__file__).resolve().parent
 EXPORTS = ("Settings", "ROUTES", "FIELDS", "METHODS", "equip", "receive", "join", "start", "fetch")
+EXTENDED = ("Handler", "Models", "LocalModel", "Generation", "Chat", "Completion")  # by METHODS
 
 
 class House(server.House):
@@ -51,8 +52,8 @@ class House(server.House):
                      for extension in self.extensions.get(each.__name__, ())]
             new = type(cls.__name__, (*bases, cls), {
                 "house": self, "__doc__": cls.__doc__, "__module__": cls.__module__})
-            self._types[cls] = cls if not bases and cls is not server.Config else \
-                dataclasses.dataclass(new) if dataclasses.is_dataclass(cls) else new
+            has_fields = cls is server.Config or any(map(dataclasses.is_dataclass, bases))
+            self._types[cls] = dataclasses.dataclass(new) if has_fields else new if bases else cls
         return self._types[cls]
 
     def more_settings(self, environ: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
@@ -152,8 +153,9 @@ def _check_kinds(module: types.ModuleType, known: set[str]) -> None:
         if target not in known:
             raise server.ConfigError(f"{said} it extends {target}, which there is not")
         if target in getattr(module, "METHODS", {}):
-            if target != "Handler" or not isinstance(extension, type):
-                raise server.ConfigError(f"{said} METHODS must be a class for Handler")
+            if target not in EXTENDED or not isinstance(extension, type):
+                raise server.ConfigError(f"{said} METHODS must have classes for "
+                                         f"{', '.join(EXTENDED)}")
         elif not (isinstance(extension, type) and dataclasses.is_dataclass(extension)):
             raise server.ConfigError(f"{said} what it adds to {target} must be a dataclass")
     for key, route in getattr(module, "ROUTES", {}).items():

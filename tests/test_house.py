@@ -208,8 +208,8 @@ def test_a_field_of_a_feature_that_is_off_may_ask_for_nothing_only():
      "the setting x must be a server.setting"),
     ("Settings = None", "what it adds to Config must be a dataclass"),
     ("ROUTES = {('GET', '/x'): print}", "must be a server.Route"),
-    ("class A: pass\nMETHODS = {'Chat': A}", "METHODS must be a class for Handler"),
-    ("METHODS = {'Handler': 5}", "METHODS must be a class for Handler"),
+    ("class A: pass\nMETHODS = {'ChatBody': A}", "METHODS must have classes for Handler, "),
+    ("METHODS = {'Handler': 5}", "METHODS must have classes for Handler, "),
     ("import sys; sys.exit(3)", "cannot be imported: SystemExit")])
 def test_a_feature_that_exports_something_else_is_one_sentence(text, words, monkeypatch, tmp_path):
     folder = tmp_path / "features"
