@@ -9,8 +9,8 @@ A chat's way: `Server.process_request` gives its connection a thread, `Handler.a
 checks it, `Models.find` names who answers, `LocalModel.answer` makes a ChatBody of it, `Chat` a
 prompt; `Handler.generate` submits that, and writes what `Handler.events` and `Chat.chunks` yield.
 
-Threads: the main thread loads the model, then waits for the end; others wait for signals and for
-new connections; each connection has one that handles its requests, and each engine has its own.
+Threads: the main thread waits for the end; others load the model and wait for new connections; each
+connection has one that handles its requests, and each engine has its own.
 """
 
 import argparse
@@ -1799,44 +1799,12 @@ def find_route(routes: dict[tuple[str, str], Route], method: str, path: str
 # ==== 12. Main: start, signals, drain ====================================================
 
 EXIT_OK, EXIT_UNUSABLE = 0, 2
+WAKE_SECONDS = 1.0  # a signal that another thread got is handled when the main thread wakes
 EXAMPLE_BODY = '{"messages": [{"role": "user", "content": "What is gravity?"}], "max_tokens": 64}'
 
 
-def watch_signals(stopping: threading.Event) -> None:
-    """Stop at the first SIGINT or SIGTERM, end at the second one. subtle: the kernel may give a
-    signal to any thread, while Python runs its handlers in the main thread only, when that wakes;
-    the byte for the waiting thread is written at once, whichever thread it is."""
-    def wait() -> None:
-        reader.recv(1)
-        stopping.set()
-        reader.recv(1)
-        os._exit(EXIT_OK)
-
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    threading.Thread(target=wait, name="signals", daemon=True).start()
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Serve until a signal: the first SIGINT or SIGTERM drains, the second ends at once. Returns
-    the exit code: 0, or 2 for unusable settings or model."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a console may know ASCII only
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(message)s")
-    try:
-        server = Server(load_config(sys.argv[1:] if argv is None else argv, os.environ))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_UNUSABLE
-
-    watch_signals(server.stopping)
-    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
-    print(f"{NAME} {VERSION} listens on {server.url}", flush=True)
-    if not server.is_local and not server.keys:
-        log.warning("warning: %s can be reached from the network, and asks for no key; set "
-                    "api_keys", server.url)
+def load(server: Server) -> None:
+    """Load the model, and say how to use it."""
     server.models.start()
     for name, loaded in server.models.engines().items():
         url = server.url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
@@ -1845,15 +1813,45 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ready: {name} on {where}, {loaded.context.parallel} slots of "
               f"{loaded.n_ctx} tokens\ntry: curl {url}/v1/chat/completions "
               f"-H 'Content-Type: application/json'{key} -d '{EXAMPLE_BODY}'", flush=True)
-    server.stopping.wait()
+
+
+def serve(server: Server) -> int:
+    """Serve until something stops the server, then drain it. Returns the exit code."""
+    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
+    print(f"{NAME} {VERSION} listens on {server.url}", flush=True)
+    if not server.is_local and not server.keys:
+        log.warning("warning: %s can be reached from the network, and asks for no key; set "
+                    "api_keys", server.url)
+    loading = threading.Thread(target=load, args=(server,), name="load", daemon=True)
+    loading.start()
+    with contextlib.suppress(KeyboardInterrupt):
+        while not server.stopping.wait(WAKE_SECONDS):
+            pass
     if server.models.fatal_error:
         print(f"error: {server.models.fatal_error}", file=sys.stderr)
         return EXIT_UNUSABLE
     log.info("shutting down: running requests have %g seconds", server.config.drain_seconds)
-    if not server.drain():
+    server.stopping.set()  # interrupts the loading
+    loading.join(server.config.drain_seconds)
+    if loading.is_alive() or not server.drain():
         log.error("the engine is stuck in a step, or in loading: ending without it")
         os._exit(EXIT_OK)
     return EXIT_OK
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until a signal: the first SIGINT or SIGTERM drains, the second ends at once. Returns
+    the exit code: 0, or 2 for unusable settings or model."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a console may know ASCII only
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(message)s")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a KeyboardInterrupt, as SIGINT is
+    try:
+        return serve(Server(load_config(sys.argv[1:] if argv is None else argv, os.environ)))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_UNUSABLE
+    except KeyboardInterrupt:  # the second one, or before there is anything to drain
+        os._exit(EXIT_OK)
 
 
 if __name__ == "__main__":
