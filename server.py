@@ -86,12 +86,10 @@ class Config:
     port: int = setting("server", 8080, low=0, high=65535)
     allowed_hosts: list[str] = setting("server", (), like=(
         r"[^\s/:@]+|\[\S+\]", "like box.example, without a port"))
-    max_connections: int = setting("server", 512, low=1, high=2**15)
     max_body_mb: float = setting("server", 16.0, low=0.001, high=1024)
     max_queue: int = setting("server", 128, low=1)
     client_timeout: float = setting("server", 60.0, low=0.1, high=DAY)
     keep_alive_timeout: float = setting("server", 75.0, low=0.1, high=DAY)
-    ping_interval: float = setting("server", 15.0, low=0, high=DAY)
     stall_seconds: float = setting("server", 120.0, low=1, high=DAY)
     drain_seconds: float = setting("server", 30.0, low=0, high=DAY)
 
@@ -779,10 +777,6 @@ class Dialect:
         """The last piece of a stream that failed."""
         return self.event(self.error(error))
 
-    def sign(self, text: str, data: dict | None) -> bytes:
-        """A sign of life in a silent stream: a comment, or `data` where there are none."""
-        return f": {text}\n\n".encode()
-
 
 OPENAI = Dialect()
 
@@ -802,11 +796,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.keys = [key.encode() for key in config.api_keys if config.auth_enabled is not False]
         self.public = {path for (_, path), route in self.house.routes.items() if route.is_public
                        or path == "/metrics" and config.public_metrics}
-        # Guards the three below, and is notified when a request has been answered.
+        # Guards the two below, and is notified when a request has been answered.
         self.changed = threading.Condition()
         self.in_flight = 0
         self.answered: collections.Counter[tuple[str, int]] = collections.Counter()
-        self.connections: set[socket.socket] = set()
         self.models = self.house.type_of(Models)(config, self.house, self.stopping)
         for start in self.house.having("start"):
             start(self)
@@ -825,27 +818,9 @@ class Server(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_port = self.server_address[1]
 
-    def process_request(self, connection: socket.socket, client_address) -> None:
-        """A thread for each connection, up to the limit."""
-        with self.changed:
-            is_full = len(self.connections) >= self.config.max_connections
-            self.connections.add(connection)
-        if is_full:
-            log.warning("a connection is closed: there are max_connections of them")
-            return self.shutdown_request(connection)
-        super().process_request(connection, client_address)
-
-    def shutdown_request(self, connection: socket.socket) -> None:
-        """Close a connection, and forget it."""
-        with self.changed:
-            self.connections.discard(connection)
-        super().shutdown_request(connection)
-
     def handle_error(self, request, client_address) -> None:
-        """A connection that broke is worth a line, not a traceback."""
-        error = sys.exc_info()[1]
-        log.log(logging.DEBUG if isinstance(error, OSError) else logging.ERROR,
-                "connection from %s: %s: %s", client_address[0], type(error).__name__, error)
+        """What breaks around the requests, which answer for themselves, is the connection."""
+        log.debug("connection from %s", client_address[0], exc_info=True)
 
     @property
     def url(self) -> str:
@@ -1211,22 +1186,19 @@ class Tally:
     cached: int = 0
     generated: int = 0
     first_token: float | None = None  # seconds after the start
-    notes: dict[str, str] = dataclasses.field(default_factory=dict)  # of features
-    error: str = ""
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def shown_ignored(self) -> str:
         """The ignored fields for a header or the log: printable ASCII, and not too many."""
         return ", ".join(ascii(name)[1:-1] for name in self.ignored)[:MAX_LINE]
 
     def line(self, method: str, path: str) -> str:
-        """The access line: nothing in it can forge or flood the log. Without the query, where
-        some clients put their key."""
+        """The access line: nothing in it can forge or flood the log."""
         first = "-" if self.first_token is None else f"{self.first_token:.3f}s"
-        notes = self.notes | ({"error": self.error} if self.error else {})
+        notes = "".join(f" {name}={value}" for name, value in self.notes.items())
         return (f"{self.id} {printable(f'{method} {path}')} {self.status} prompt={self.prompt} "
                 f"cached={self.cached} generated={self.generated} first={first} "
-                f"total={time.monotonic() - self.started:.3f}s"
-                f"{''.join(f' {name}={value}' for name, value in notes.items())}")
+                f"total={time.monotonic() - self.started:.3f}s{notes}")
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
@@ -1263,8 +1235,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.has_arrived = False
         self.tally, self.answer_headers, self.dialect = Tally(), {}, OPENAI
         self.command, self.path, self.request_version = "-", "-", "HTTP/1.1"
-        self.streams = self.has_events = False
-        self.last_write = 0.0
+        self.has_events = False  # a stream has begun, and an error can be one of them
         try:
             self.input.allow(self.server.config.client_timeout)
             self.read_head()
@@ -1383,7 +1354,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def send_api_error(self, error: ApiError) -> None:
         """Write an error: as a response, or as an event when a stream has begun."""
-        self.tally.error = printable(error.message)
+        self.tally.notes["error"] = printable(error.message)
         with contextlib.suppress(OSError):
             if not self.tally.status:
                 return self.send_json(self.dialect.error(error), error.status, error.headers)
@@ -1398,11 +1369,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Write an event; the first one starts the stream."""
         self.write_piece(self.dialect.event(data), is_last)
 
-    def write_sign(self, text: str, data: dict | None = None) -> None:
-        """Write a sign of life; data: where the dialect has no comments."""
-        if sign := self.dialect.sign(text, data):
-            self.write_piece(sign)
-
     def write_piece(self, piece: bytes, is_last: bool = False) -> None:
         """Write a piece of a stream; the first one sends the head."""
         if not self.tally.status:
@@ -1411,7 +1377,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
             end = b"0\r\n\r\n" if is_last else b""
             piece = b"%x\r\n%b\r\n%b" % (len(piece), piece, end) if piece else end
         self.write(piece)
-        self.last_write = time.monotonic()
 
     def start_stream(self, headers: dict[str, str], status: int = 200) -> None:
         """Send the head of a reply whose length is not known yet."""
@@ -1446,7 +1411,7 @@ class Handler(Connection):
             body = self.read_body(size, limit)
         pattern, route, rest = find_route(house.routes, self.command, self.path)
         self.tally.route = f"{self.command} {pattern}"
-        if self.command != "OPTIONS" and pattern not in self.server.public:
+        if pattern not in self.server.public:
             self.authorise()
         if body is None:
             body = self.read_body(size, limit if route.reads else SMALL_BODY)
@@ -1511,7 +1476,6 @@ class Handler(Connection):
         self.tally.ignored += reading.ignored
         if reading.ignored:
             log.warning("%s ignored unknown fields: %s", self.tally.id, self.tally.shown_ignored())
-        self.streams = bool(getattr(request, "stream", False))
         return request
 
     def receive(self, body, target) -> None:
@@ -1586,19 +1550,16 @@ class Handler(Connection):
             self.tally.generated = sum(choice.n_generated for choice in choices)
 
     def events(self, choices: list[engine.Request]) -> Iterator[engine.Event]:
-        """Yield the engine's events until each choice has ended; in a stream that has been silent
-        for ping_interval, write a comment. Raises ConnectionError as soon as the client closes
-        its side, and the engine's own EngineFault, EngineClosed or GrammarError."""
-        unfinished, self.last_write = len(choices), time.monotonic()
-        silence = self.server.config.ping_interval if self.streams else 0
+        """Yield the engine's events until each choice has ended. Raises ConnectionError as soon as
+        the client closes its side, and the engine's own EngineFault, EngineClosed or
+        GrammarError."""
+        unfinished = len(choices)
         while unfinished:
             try:
                 event = choices[0].events.get(timeout=POLL_SECONDS)
             except queue.Empty:
                 event = None
             self.check_connection()
-            if silence and time.monotonic() - self.last_write > silence:
-                self.write_sign("ping")
             if event is None:
                 continue
             event.request.n_read += 1
@@ -1713,7 +1674,7 @@ def get_metrics(handler: Handler) -> None:
     server, models = handler.server, handler.server.models
     stats, loaded = models.stats(), models.engines()
     with server.changed:
-        answered, n_connections = dict(server.answered), len(server.connections)
+        answered = dict(server.answered)
     requests = {f'{{route="{route}",status="{status}"}}': count
                 for (route, status), count in sorted(answered.items())}
     lines = []
@@ -1734,7 +1695,6 @@ def get_metrics(handler: Handler) -> None:
             ("waiting_for_model", "requests that wait for a model", models.n_waiting),
             ("busy_slots", "slots with a request", stats.n_busy),
             ("slots", "slots", len(stats.slots)),
-            ("connections", "open connections", n_connections),
             ("batch_tokens", "tokens in each batch", stats.batch),
             ("time_to_first_token_seconds", "from the queue to the first token",
              stats.first_token),
@@ -1757,10 +1717,6 @@ def buckets(values: engine.Histogram) -> dict[str, float]:
             "_sum": values.total, "_count": sums[-1]}
 
 
-def options(handler: Handler, methods: str) -> None:
-    handler.send_head(204, {"Allow": methods})
-
-
 ROUTES = {
     ("GET", "/"): Route(get_root, "name, version, paths", is_public=True),
     ("GET", "/health"): Route(get_health, "whether requests are served", is_public=True),
@@ -1781,17 +1737,14 @@ def find_route(routes: dict[tuple[str, str], Route], method: str, path: str
     path, found = path.rstrip("/") or "/", {}
     for (route_method, pattern), route in routes.items():
         match = re.fullmatch(re.escape(pattern).replace(re.escape("{id}"), "(.+)"), path, re.S)
-        if match or path == "*":
-            found[route_method] = pattern, route, match.groups() if match else ()
+        if match:
+            found[route_method] = pattern, route, match.groups()
     found |= {"HEAD": found["GET"]} if "GET" in found else {}
     if method in found:
         return found[method]
     if not found:
         raise ApiError(404, f"unknown path {describe(path)}; GET / lists all", code="not_found")
-    methods = ", ".join(sorted([*found, "OPTIONS"]))
-    if method == "OPTIONS":
-        pattern = path if path == "*" else next(iter(found.values()))[0]
-        return pattern, Route(options, "what a path takes"), (methods,)
+    methods = ", ".join(sorted(found))
     raise ApiError(405, f"{describe(path)} does not take {method}, but {methods}",
                    code="method_not_allowed", headers={"Allow": methods})
 

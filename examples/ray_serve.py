@@ -42,8 +42,9 @@ NOT_FROM_CLIENT = {b"connection", b"content-length", b"expect", b"transfer-encod
 NOT_TO_CLIENT = {"connection", "date", "transfer-encoding", "x-request-id"}
 
 
-class Handler(server.Handler):
-    """Answers on a socket that is no TCP socket, under the id that Ray has given the request."""
+class RayHandler:
+    """What stands in front of Handler's methods: it answers on a socket that is no TCP socket, under
+    the id that Ray has given the request."""
 
     disable_nagle_algorithm = False
 
@@ -65,7 +66,8 @@ class Server(server.Server):
         pass
 
     def finish_request(self, connection: socket.socket, client_address) -> None:
-        Handler(connection, client_address, self)
+        handler = type("Handler", (RayHandler, self.RequestHandlerClass), {})
+        handler(connection, client_address, self)
 
 
 @serve.deployment

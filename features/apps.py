@@ -126,7 +126,7 @@ class AppDialect(server.Dialect):
         return self.event({"type": "error", "detail": error.message})
 
     def sign(self, text: str, data: dict | None) -> bytes:
-        """As Dialect.sign; there are no comments."""
+        """A sign of life; there are no comments."""
         return self.event(data) if data else b""
 
 

@@ -36,15 +36,37 @@ class CorsHandler:
             super().check_origin(knows_host)
         self.answer_headers |= {"Access-Control-Allow-Origin": "*" if "*" in allowed else origin,
                                 "Access-Control-Expose-Headers": "*", "Vary": "Origin"}
-        wanted = self.headers.get("access-control-request-method")
-        if self.command == "OPTIONS" and wanted:  # what it may really send, its answer tells
-            self.answer_headers |= {
-                "Access-Control-Allow-Methods": wanted,
-                "Access-Control-Allow-Headers":
-                    self.headers.get("access-control-request-headers", "Authorization"),
-                "Access-Control-Max-Age": str(PREFLIGHT_SECONDS)}
-            if "access-control-request-private-network" in self.headers:
-                self.answer_headers["Access-Control-Allow-Private-Network"] = "true"
+
+    def answer(self) -> None:
+        """As Handler.answer; also OPTIONS: what a path takes, and to a browser, that a page may
+        send it."""
+        if self.command != "OPTIONS":
+            return super().answer()
+        self.tally.route = self.command
+        self.check_origin(self.check_host())
+        self.read_body(self.body_size(), server.SMALL_BODY)
+        methods, asked = ", ".join([*self.methods_of_path(), self.command]), self.headers
+        headers = {"Allow": methods}
+        if "origin" in asked and "access-control-request-method" in asked:
+            headers |= {"Access-Control-Allow-Methods": methods,
+                        "Access-Control-Max-Age": str(PREFLIGHT_SECONDS),
+                        "Access-Control-Allow-Headers":
+                            asked.get("access-control-request-headers", "Authorization")}
+            if "access-control-request-private-network" in asked:
+                headers["Access-Control-Allow-Private-Network"] = "true"
+        self.send_head(204, headers)
+
+    def methods_of_path(self) -> list[str]:
+        """The methods that the path takes. Raises ApiError 404."""
+        routes = self.server.house.routes
+        if self.path == "*":
+            return sorted({method for method, _ in routes})
+        try:
+            server.find_route(routes, self.command, self.path)
+        except server.ApiError as error:
+            if error.status != 405:
+                raise
+            return error.headers["Allow"].split(", ")
 
 
 METHODS = {"Handler": CorsHandler}

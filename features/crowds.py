@@ -3,14 +3,13 @@
 What for: a server that others reach: clients that dawdle keep nobody out. How it works: at
 `max_connections` the one that has kept the server waiting for longest, with its request or by not
 reading an answer, makes room; if there is none, the newcomer is told why it is refused. It costs
-microseconds a request, and a thread for each who is told. It reads no setting of its own, and sends
-a 503.
+microseconds a request, and a thread for each who is told. It reads no SET
 """
 
 import contextlib
+import dataclasses
 import select
 import socket
-import socketserver
 import time
 import weakref
 
@@ -20,43 +19,50 @@ MAX_REFUSALS = 64  # connections above max_connections that are told why they ar
 ACCEPT_PAUSE_SECONDS = 0.1  # when the process has no file descriptor left for a connection
 
 
+@dataclasses.dataclass
+class Settings:
+    """How many connections may be open."""
+
+    max_connections: int = server.setting("server", 512, low=1, high=2**15)
+
+
 class Crowd:
-    """The connections of a server that keep it waiting, oldest first."""
+    """The connections of a server."""
 
     def __init__(self, running: server.Server):
         self.running = running
-        # Both are guarded by the server's `changed`.
-        self.unready: dict[socket.socket, None] = {}
-        self.refused: set[socket.socket] = set()  # not among the server's connections
+        # These three are guarded by the server's `changed`.
+        self.connections: set[socket.socket] = set()
+        self.unready: dict[socket.socket, None] = {}  # of these, who keeps it waiting, oldest first
+        self.refused: set[socket.socket] = set()  # above the limit
         self.admit, self.accept = running.process_request, running.get_request
         self.forget = running.shutdown_request
 
     def process_request(self, connection: socket.socket, client_address) -> None:
-        """As Server.process_request; but one that keeps us waiting makes room first, and where
+        """As the server's; but at the limit one that keeps us waiting makes room first, and where
         there is none, some are told."""
-        running, oldest = self.running, None
-        with running.changed:
-            is_full = len(running.connections) >= running.config.max_connections
-            if is_full:
-                oldest = next((each for each in self.unready if each in running.connections), None)
+        with self.running.changed:
+            is_full = len(self.connections) >= self.running.config.max_connections
+            oldest = next(iter(self.unready), None) if is_full else None
             if oldest:
                 del self.unready[oldest]
-                running.connections.remove(oldest)
-            tells = is_full and not oldest and len(self.refused) < MAX_REFUSALS
-            if tells:
-                self.refused.add(connection)
+                self.connections.remove(oldest)
+            may_come = oldest or not is_full
+            if may_come or len(self.refused) < MAX_REFUSALS:
+                (self.connections if may_come else self.refused).add(connection)
         if oldest:
             with contextlib.suppress(OSError):
                 oldest.shutdown(socket.SHUT_RDWR)  # its thread's read ends now
-        if tells:
-            socketserver.ThreadingMixIn.process_request(self.running, connection, client_address)
-        else:
+        if may_come or connection in self.refused:
             self.admit(connection, client_address)
+        else:
+            self.forget(connection)
 
     def shutdown_request(self, connection: socket.socket) -> None:
-        """As Server.shutdown_request."""
+        """As the server's."""
         with self.running.changed:
             self.unready.pop(connection, None)
+            self.connections.discard(connection)
             self.refused.discard(connection)
         self.forget(connection)
 
@@ -75,7 +81,7 @@ class Crowd:
         with self.running.changed:
             if not waits:
                 self.unready.pop(connection, None)
-            elif connection in self.running.connections:  # not yet told to make room
+            elif connection in self.connections:  # not yet told to make room
                 self.unready[connection] = None
 
 
@@ -129,6 +135,18 @@ def start(running: server.Server) -> None:
     crowd = crowds[running] = Crowd(running)
     running.process_request, running.get_request = crowd.process_request, crowd.get_request
     running.shutdown_request = crowd.shutdown_request
+    running.models.crowd = crowd
 
 
-METHODS = {"Handler": PatientHandler}
+class CountedModels:
+    """What stands in front of Models' methods."""
+
+    crowd: Crowd | None = None
+
+    def samples(self) -> dict:
+        """As Models.samples."""
+        n_open = len(self.crowd.connections) if self.crowd else 0
+        return {**super().samples(), "connections": ("open connections", n_open)}
+
+
+METHODS = {"Handler": PatientHandler, "Models": CountedModels}

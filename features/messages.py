@@ -244,7 +244,7 @@ class MessagesDialect(protocols.NamedEvents):
         return {"type": "error", "error": {"type": kind, "message": words + error.message}}
 
     def sign(self, text: str, data: dict | None) -> bytes:
-        """As Dialect.sign."""
+        """A sign of life."""
         return self.event({"type": "ping"})
 
 

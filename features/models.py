@@ -405,6 +405,9 @@ class Pool(server.Models):
                 model.must_go = False
 
 
+NEEDS = "pings"
+
+
 def start(running: "server.Server") -> None:
     """Put the pool in the place of the one model."""
     before = running.models

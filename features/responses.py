@@ -30,7 +30,7 @@ from features import protocols
 from features.items import Tools, listed, new_id, read_turns
 from features.telling import Events, Response
 
-NEEDS = ("structured", "reasoning", "tools")
+NEEDS = ("structured", "reasoning", "tools", "pings")
 EFFORTS = {"max": "xhigh"}  # whose names a chat does not know
 LOGPROBS = "message.output_text.logprobs"  # in `include`
 MAX_LISTED = 100  # items in one list, as the reference has it
@@ -187,7 +187,7 @@ def receive(handler: server.Handler, body, target) -> None:
     if not isinstance(body, InputBody):
         return
     store, reading = stores[handler.server], server.Reading(handler.server.house)
-    owner = owner_of(handler)
+    owner = handler.key
     before = store.find(body.previous_response_id, "previous_response_id", owner).conversation() \
         if body.previous_response_id else []
     items = [*((item, "previous_response_id") for item in before),
@@ -326,7 +326,7 @@ def post_response(handler: server.Handler, body: ResponsesBody) -> None:
     """A response, streamed or not. Raises ApiError."""
     def keep(response: dict) -> None:
         if body.store:
-            stores[handler.server].add(Kept(response, body.items, owner_of(handler)))
+            stores[handler.server].add(Kept(response, body.items, handler.key))
 
     reply = begun(body, handler.loaded.model.name)
     handler.dialect = Events(reply, keep)
@@ -347,26 +347,21 @@ def post_input_tokens(handler: server.Handler, body: InputBody) -> None:
         handler, body.chat, body.places)})
 
 
-def owner_of(handler: server.Handler) -> str:
-    """Whose responses a request may see: those made with its key."""
-    return handler.key
-
-
 def get_response(handler: server.Handler, name: str) -> None:
     """A response that is kept. Raises ApiError."""
-    handler.send_json(stores[handler.server].find(name, owner=owner_of(handler)).response)
+    handler.send_json(stores[handler.server].find(name, owner=handler.key).response)
 
 
 def delete_response(handler: server.Handler, name: str) -> None:
     """Forget a response. Raises ApiError."""
-    stores[handler.server].remove(name, owner_of(handler))
+    stores[handler.server].remove(name, handler.key)
     handler.send_json({"id": name, "object": "response", "deleted": True})
 
 
 def get_input_items(handler: server.Handler, name: str) -> None:
     """The items that a response replies to, newest first unless asked otherwise. Raises
     ApiError."""
-    items = stores[handler.server].find(name, owner=owner_of(handler)).items
+    items = stores[handler.server].find(name, owner=handler.key).items
     target = handler.raw_requestline.split()[1].decode("latin-1")
     asked = dict(urllib.parse.parse_qsl(target.partition("?")[2].partition("#")[0]))
     order, limit, after = asked.get("order", "desc"), asked.get("limit", "20"), asked.get("after")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import server
-from features import protocols
+from features import pings, protocols
 from features.items import Tools, new_id
 
 
@@ -156,5 +156,5 @@ class Events(protocols.NamedEvents):
         return {"type": "response.failed", "response": self.reply}
 
     def sign(self, text: str, data: dict | None) -> bytes:
-        """As Dialect.sign; api.openai.com sends this event while it is silent."""
-        return self.event({"type": "keepalive"}) if self.number else super().sign(text, data)
+        """A sign of life; api.openai.com sends this event while it is silent."""
+        return self.event({"type": "keepalive"}) if self.number else pings.comment(text)

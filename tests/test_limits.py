@@ -425,7 +425,7 @@ def test_who_dawdles_is_timed_out_however_regularly_bytes_come(pieces, words):
         answer = send_raw(running, *pieces, pause=0.15)
         assert answer.startswith(b"HTTP/1.1 " + words) if words else not answer
         assert time.monotonic() - started < 5
-        wait_for(lambda: not running.connections)
+        wait_for(lambda: not crowds.crowds[running].connections)
 
 
 def test_at_the_limit_idle_connections_make_room_and_busy_ones_are_not_disturbed(monkeypatch):
@@ -437,7 +437,7 @@ def test_at_the_limit_idle_connections_make_room_and_busy_ones_are_not_disturbed
     with listening(max_connections=4) as running:
         idle = [socket.create_connection(("127.0.0.1", running.server_port)) for _ in range(20)]
         assert ask(running, "/").status_code == 200
-        wait_for(lambda: len(running.connections) <= 4)
+        wait_for(lambda: len(crowds.crowds[running].connections) <= 4)
         answers = []
         busy = [threading.Thread(target=lambda: answers.append(ask(running, "/slow").json()))
                 for _ in range(4)]
@@ -698,9 +698,9 @@ def test_close_is_a_word_among_others(features):
         running.drain()
 
 
-def test_the_two_files_reflect_no_line_and_mind_no_mails_body():
+def test_without_wire_no_line_is_reflected_and_no_mails_body_minded():
     """http.server reads heads as those of e-mails: what concerns their bodies is nothing here."""
-    running = server.Server(server.Config(port=0))
+    running = server.Server(server.load_features(["browsers"]).Config(port=0))
     threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
     head = b"OPTIONS /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n%b\r\n\r\n"
     page = b"Origin: http://localhost\r\nAccess-Control-Request-Method: POST\r\n"

@@ -566,10 +566,12 @@ def test_nobody_sees_what_another_key_keeps():
         with pytest.raises(server.ApiError, match="is not kept"):
             call()
     with listening(api_keys=["aaaa", "bbbb"]) as running:
-        handler = types.SimpleNamespace(server=running, client="digest")
-        assert responses.owner_of(handler) == "digest"
+        responses.stores[running].add(responses.Kept({"id": "a", "output": []}, [], "aaaa"))
+        for key, status in (("aaaa", 200), ("bbbb", 404)):
+            assert httpx.get(f"{running.url}/v1/responses/a", headers={"x-api-key": key}).status_code == status
     with listening() as running:  # without keys an address is nobody's name
-        assert responses.owner_of(types.SimpleNamespace(server=running, client="127.0.0.1")) == ""
+        responses.stores[running].add(responses.Kept({"id": "a", "output": []}, [], ""))
+        assert httpx.get(f"{running.url}/v1/responses/a", headers={"x-api-key": "any"}).status_code == 200
 
 
 def test_items_with_one_id_twice_are_told_apart(ask):
@@ -601,6 +603,6 @@ def test_a_target_with_half_an_address_asks_for_its_query_only():
         responses.stores[running].add(kept)
         sent: list[dict] = []
         responses.get_input_items(types.SimpleNamespace(
-            server=running, raw_requestline=b"GET http://[/v1/responses/a/input_items?limit=1 HTTP/1.1\r\n",
+            server=running, key="", raw_requestline=b"GET http://[/v1/responses/a/input_items?limit=1 HTTP/1.1\r\n",
             send_json=sent.append), "a")
     assert [item["id"] for item in sent[0]["data"]] == ["z"]
