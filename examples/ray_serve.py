@@ -85,7 +85,7 @@ class Replica:
 
     def check_health(self) -> None:
         """Ray asks every few seconds, and replaces a replica that raises."""
-        if self.server.models.state()[0] == "stalled":
+        if self.server.models.health()["status"] == "stalled":
             raise RuntimeError("a step of the engine takes longer than stall_seconds")
 
     async def __call__(self, request: Request) -> StreamingResponse:

@@ -10,6 +10,7 @@ import math
 import os
 import time
 
+import engine
 import server
 
 RELOAD_SECONDS = 2.0  # between looks whether a model file that could not be loaded has changed
@@ -19,6 +20,7 @@ RELOAD_SECONDS = 2.0  # between looks whether a model file that could not be loa
 class PooledModel(server.LocalModel):
     """A model that comes and goes. What it says more of how it stands is the Pool's."""
 
+    name: str = ""
     is_in_folder: bool = False  # of the models_dir, from which it may vanish
     error: str | None = None  # why it could not be loaded the last time
     is_broken: bool = False  # it could not be loaded, and it was a file's fault, ...
@@ -30,6 +32,11 @@ class PooledModel(server.LocalModel):
     is_leaving: bool = False  # takes no new users, and is unloaded when the last one has gone
     must_go: bool = False  # leaves because somebody unloads it by hand
     is_off: bool = False  # has been unloaded by hand: only who asks for it by name loads it again
+
+    def equip(self, loaded: engine.Engine) -> None:
+        """As LocalModel.equip; under its own name."""
+        loaded.model.name = self.name
+        super().equip(loaded)
 
     def entry(self, name: str) -> dict:
         """As LocalModel.entry, with what older clients look for: what it is another name of, and
@@ -45,7 +52,7 @@ class PooledModel(server.LocalModel):
     def files(self) -> dict[str, str]:
         """Its files, by the settings that name them."""
         names = [field.name for field in dataclasses.fields(self.settings)
-                 if field.metadata.get("is_file") and field.name != "model_path"]
+                 if field.metadata.get("path") == "file" and field.name != "model_path"]
         files = {"model_path": self.path, **{name: getattr(self.settings, name) for name in names}}
         for files_of in self.house.having("files_of"):
             files |= files_of(self)

@@ -24,6 +24,7 @@ import conftest
 import engine
 import server
 from conftest import FEATURES, ROOT
+from features import settings
 from test_models import running_process
 
 CORE = ("server.py", "engine.py")
@@ -134,7 +135,7 @@ def test_alone_and_without_a_model_it_says_what_to_set(tmp_path):
     for name in CORE:
         shutil.copy(ROOT / name, tmp_path)
     for flags, words in (([], f"no .gguf file in the folder {tmp_path}/models: set model_path"),
-                         (["--model", "hf:o/r/f.gguf"], "hf:o/r/f.gguf (of model_path) is no path, and no feature")):
+                         (["--model", "hf:o/r/f.gguf"], "model file not found: hf:o/r/f.gguf (set model_path to a GGUF file")):
         done = subprocess.run([sys.executable, "server.py", "--port", "0", *flags], cwd=tmp_path,
                               text=True, capture_output=True, timeout=60)
         assert done.returncode == 2 and done.stderr.startswith(f"error: {words}"), done.stderr
@@ -182,7 +183,7 @@ def test_what_is_switched_on_for_another_feature_is_told(caplog):
 
 def test_a_name_that_only_a_feature_could_fetch_is_no_path():
     with pytest.raises(engine.ModelError, match="hf:a/b/c.gguf .* is no path, and no feature"):
-        server.find_file(server.House(), "hf:a/b/c.gguf", ROOT)
+        settings.find_file(server.load_features([]), "hf:a/b/c.gguf", ROOT)
 
 
 def test_a_field_of_a_feature_that_is_off_may_ask_for_nothing_only():
@@ -331,7 +332,7 @@ def test_the_example_of_the_docs_plugs_in(alone, tmp_path):
     folder = tmp_path / "with"
     shutil.copytree(alone, folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "features").mkdir()
-    for name in ("__init__.py", "environment.py"):
+    for name in ("__init__.py", "environment.py", "settings.py"):
         shutil.copy(ROOT / "features" / name, folder / "features")
     (folder / "features" / "shout.py").write_text(code)
     asked = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "temperature": 0}
