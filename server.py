@@ -412,8 +412,7 @@ def load_features(names, environ: Mapping[str, str] = types.MappingProxyType({})
     if (HERE / "features" / "__init__.py").is_file():
         return importlib.import_module("features").load(names, environ)
     if names:
-        raise ConfigError(f"features: {describe(names)} cannot be switched on: there is no folder "
-                          f"{HERE / 'features'}")
+        raise ConfigError(f"features: {describe(names)}: there is no folder {HERE / 'features'}")
     return House()
 
 
@@ -646,9 +645,8 @@ class LocalModel:
             route.answer(handler, request)
 
     def entry(self, name: str) -> dict:
-        """Its entry in the list of models; what only a loaded model tells may be missing.
-        `max_model_len` is vLLM's name for the context length of a request, `meta` has
-        llama-server's names."""
+        """Its entry in the list of models; without what only a loaded model tells, if it is not.
+        `max_model_len` is vLLM's name for a request's context, those in `meta` llama-server's."""
         entry = {"id": name, "object": "model", "created": STARTED, "owned_by": NAME}
         loaded = self.engine  # read once: it may be unloaded right now
         if loaded is None:
@@ -738,31 +736,28 @@ class Models:
         """The body of /health: the status ok, loading, stalled or draining, and more about it."""
         if self.is_starting and not self.stopping.is_set():
             return {"status": "loading", "progress": round(self.default.progress or 0.0, 2)}
-        stats, engines = self.stats(), list(self.engines().values())
-        limit = self.config.stall_seconds
-        is_stalled = any(each.seconds_in_step() > limit for each in engines)
+        engines, stats = list(self.engines().values()), self.stats()
+        is_stalled = any(each.seconds_in_step() > self.config.stall_seconds for each in engines)
         status = "draining" if self.stopping.is_set() else "stalled" if is_stalled else "ok"
-        return {"status": status, **({
-            "model": engines[0].model.name, "busy": stats.n_busy, "slots": len(stats.slots),
-            "waiting": sum(each.n_waiting for each in engines)} if engines else {})}
+        about = {"model": engines[0].model.name, "busy": stats.n_busy, "slots": len(stats.slots),
+                 "waiting": sum(each.n_waiting for each in engines)} if engines else {}
+        return {"status": status, **about}
 
     def samples(self) -> dict[str, tuple[str, Any]]:
-        """What /metrics has of them: by name, what it is, and a number or a Histogram."""
-        stats, engines = self.stats(), self.engines().values()
+        """What /metrics has of them: by name, what it is, and a number or an engine.Histogram."""
+        stats, n_waiting = self.stats(), sum(each.n_waiting for each in self.engines().values())
         return {
             "prompt_tokens_total": ("tokens of prompts", stats.n_prompt),
             "cached_tokens_total": ("of these, tokens that the KV cache held", stats.n_cached),
             "generated_tokens_total": ("tokens generated", stats.n_generated),
             "steps_total": ("turns of the engine's loop", stats.n_steps),
             "decode_errors_total": ("batches that llama_decode refused", stats.n_decode_errors),
-            "waiting_requests": (
-                "choices that wait for a slot", sum(each.n_waiting for each in engines)),
+            "waiting_requests": ("choices that wait for a slot", n_waiting),
             "busy_slots": ("slots with a request", stats.n_busy),
             "slots": ("slots", len(stats.slots)),
             "batch_tokens": ("tokens in each batch", stats.batch),
-            "time_to_first_token_seconds": (
-                "from the queue to the first token", stats.first_token),
-            "inter_token_seconds": ("from one token of a reply to the next", stats.inter_token)}
+            "time_to_first_token_seconds": ("from queue to first token", stats.first_token),
+            "inter_token_seconds": ("from a reply's token to its next", stats.inter_token)}
 
     def close(self) -> bool:
         """End every engine at once, as Engine.close does. The server must be stopping."""
@@ -1761,26 +1756,19 @@ def get_metrics(handler: Handler) -> None:
     with server.changed:
         answered, n_connections = sorted(server.answered.items()), len(server.connections)
     requests = {f'{{route="{route}",status="{status}"}}': n for (route, status), n in answered}
-    for name, (about, value) in {
-            "requests_total": ("requests by route and status", requests),
-            "connections": ("open connections", n_connections),
-            **server.models.samples()}.items():
-        kind = "histogram" if isinstance(value, engine.Histogram) else \
-            "counter" if name.endswith("_total") else "gauge"
-        samples = buckets(value) if kind == "histogram" else \
-            value if isinstance(value, dict) else {"": value}
+    rows = {"requests_total": ("requests by route and status", requests),
+            "connections": ("open connections", n_connections), **server.models.samples()}
+    for name, (about, value) in rows.items():
+        kind = "counter" if name.endswith("_total") else "gauge"
+        samples = value if isinstance(value, dict) else {"": value}  # by what follows the name
+        if isinstance(value, engine.Histogram):
+            kind, sums = "histogram", list(itertools.accumulate(value.counts))
+            samples = {f'_bucket{{le="{bound}"}}': n for bound, n in zip(value.bounds, sums)} | {
+                '_bucket{le="+Inf"}': sums[-1], "_sum": value.total, "_count": sums[-1]}
         lines += [f"# HELP {NAME}_{name} {about}", f"# TYPE {NAME}_{name} {kind}"]
         lines += [f"{NAME}_{name}{labels} {sample}" for labels, sample in samples.items()]
     handler.send_body("\n".join([*lines, ""]).encode(),
                       "text/plain; version=0.0.4; charset=utf-8")
-
-
-def buckets(values: engine.Histogram) -> dict[str, float]:
-    """The samples of a histogram, by what follows its name."""
-    sums = list(itertools.accumulate(values.counts))
-    bounds = [*map(str, values.bounds), "+Inf"]
-    return {**{f'_bucket{{le="{bound}"}}': count for bound, count in zip(bounds, sums)},
-            "_sum": values.total, "_count": sums[-1]}
 
 
 def options(handler: Handler, methods: str) -> None:

@@ -1246,8 +1246,9 @@ def test_the_port_answers_while_the_model_loads(monkeypatch):
     loading.models.default.progress = 0.25
     status, headers, body = post(loading, "/health", None, "GET")
     assert (status, body) == (503, {"status": "loading", "progress": 0.25})
-    status, headers, body = post(loading, "/v1/chat/completions", {"messages": HI})
-    assert status == 503 and headers["Retry-After"] and body["error"]["code"] == "loading"
+    for name in (None, "its name, or none"):  # which is known when it has been loaded
+        status, headers, body = post(loading, "/v1/chat/completions", {"messages": HI, "model": name})
+        assert status == 503 and headers["Retry-After"] and body["error"]["code"] == "loading"
     for stop in ([""], "x" * 1001):  # what is wrong is said at once, not when a model has been loaded
         status, _, body = post(loading, "/v1/chat/completions", {"messages": HI, "stop": stop})
         assert (status, body["error"]["param"]) == (400, "stop")

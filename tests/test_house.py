@@ -30,7 +30,7 @@ from test_models import running_process
 CORE = ("server.py", "engine.py")
 ALL = [*CORE, *(f"features/{file.name}" for file in sorted((ROOT / "features").glob("*.py")))]
 # Lines at most; what is larger than it should be is held where it is.
-LIMITS = {"server.py": 1969, "engine.py": 1500}
+LIMITS = {"server.py": 1885, "engine.py": 1500}
 MAX_FEATURE, MAX_CLASS, MAX_FUNCTION, MAX_COLUMNS = 450, 400, 60, 100
 
 
@@ -124,6 +124,8 @@ def test_the_two_files_serve_alone(alone):
     with running_process(alone / "server.py", "--port", "0", folder=str(alone)) as (_, url, _):
         asked = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
         assert httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=60).status_code == 200
+        assert "twofile_slots 4\n" in (told := httpx.get(f"{url}/metrics").text)
+        assert not re.search("draft|restored|model_loads", told)
         for path in ("/v1/embeddings", "/tokenize", "/chat"):
             assert httpx.post(url + path, json={}).status_code == 404
         reply = httpx.post(f"{url}/v1/chat/completions", json={**asked, "grammar": "x"}, timeout=60)
@@ -179,6 +181,14 @@ def test_what_is_switched_on_for_another_feature_is_told(caplog):
     server.load_features(["tools", "reasoning"])
     assert "features: structured is on, too: tools needs it" in caplog.text
     assert "reasoning is on, too" not in caplog.text
+
+
+def test_a_model_stays_itself_with_methods_in_front():
+    """Not equal to another one of the same file, as dataclasses with new fields would be."""
+    house = server.load_features(["downloads"])
+    model = house.type_of(server.LocalModel)
+    one, other = (model("x.gguf", house.Config(), house) for _ in range(2))
+    assert isinstance(one, settings.FoundModel) and len({one, other}) == 2
 
 
 def test_a_name_that_only_a_feature_could_fetch_is_no_path():
