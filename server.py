@@ -9,8 +9,8 @@ A chat's way: `Server.process_request` gives its connection a thread, `Handler.a
 checks it, `Models.find` names who answers, `LocalModel.answer` makes a ChatBody of it, `Chat` a
 prompt; `Handler.generate` submits that, and writes what `Handler.events` and `Chat.chunks` yield.
 
-Threads: the main thread loads the model, then waits for the end; others wait for signals and for
-new connections; each connection has one that handles its requests, and each engine has its own.
+Threads: the main thread waits for the end; others load the model and wait for new connections; each
+connection has one that handles its requests, and each engine has its own.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import email.errors
 import functools
-import hashlib
 import hmac
 import http.server
 import importlib
@@ -84,8 +83,6 @@ class Config:
     features: list[str] = setting("features", ())
     host: str = setting("server", "127.0.0.1", like=(r"\S+", "an address, such as 127.0.0.1"))
     port: int = setting("server", 8080, low=0, high=65535)
-    cors_origins: list[str] = setting("server", (), like=(
-        r"\*|null|[a-z][a-z0-9+.-]*://[^\s/]+", "like https://app.example"))
     allowed_hosts: list[str] = setting("server", (), like=(
         r"[^\s/:@]+|\[\S+\]", "like box.example, without a port"))
     max_connections: int = setting("server", 512, low=1, high=2**15)
@@ -101,9 +98,6 @@ class Config:
     api_keys: list[str] = setting("auth", (), secret=True, like=(
         "[!-~]+", "printable ASCII without spaces"))
     public_metrics: bool = setting("auth", False)
-
-    rate_limiting_enabled: bool = setting("rate_limiting", False)
-    requests_per_minute: int = setting("rate_limiting", 60, low=1, high=10**6)
 
     model_path: str | None = setting("model", None, path="file")
     model_aliases: list[str] = setting("model", ())
@@ -192,7 +186,7 @@ def read_yaml(file: Path) -> dict:
 # ==== 2. Errors =========================================================================
 
 RETRY_SOON = {"Retry-After": "2"}  # seconds: about one short reply
-LINE_END = re.compile("[\x85\u2028\u2029]")  # in a JSON string; json.dumps escapes \n and \r
+LINE_ENDS = "\x85\u2028\u2029"  # in a JSON string, to some readers; json.dumps escapes \n and \r
 MAX_LINE = 200  # characters of what a client sent that are told again, to it or in the log
 
 
@@ -217,10 +211,10 @@ def unavailable(message: str, code: str) -> ApiError:
 
 
 def to_json(value) -> bytes:
-    """Compact JSON, UTF-8; what some readers take for the end of a line is escaped."""
+    """Compact JSON on one line, UTF-8."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    if LINE_END.search(text):
-        text = LINE_END.sub(lambda end: f"\\u{ord(end[0]):04x}", text)
+    for end in LINE_ENDS:
+        text = text.replace(end, f"\\u{ord(end):04x}")
     return text.encode(errors="replace")  # an error may quote half a character
 
 
@@ -251,17 +245,13 @@ class Reading:
 
 
 def describe(value, most: float = 60) -> str:
-    """A value as JSON on one line, cut after `most` characters: no newline or escape sequence of
-    a client's gets through."""
+    """A value as JSON on one line, cut after `most` characters, nothing in it unprintable."""
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
-    except RecursionError:
-        text = f"a {type(value).__name__}, nested too deeply"
-    except (TypeError, ValueError):  # YAML knows keys and cycles that JSON doesn't
-        text = repr(value)
+    except (RecursionError, TypeError, ValueError):  # YAML knows keys and cycles that JSON doesn't
+        text = f"a {type(value).__name__} that is no JSON"
     text = text if len(text) <= most else text[:most] + "..."
-    return text if text.isprintable() else "".join(
-        char if char.isprintable() else f"\\u{ord(char):04x}" for char in text)
+    return "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in text)
 
 
 def expected(hint) -> str:
@@ -282,11 +272,17 @@ def read_value(hint, value, at: str, limits: Mapping, reading: Reading):
     reason = None
     if hint in (bool, types.NoneType) and isinstance(value, hint):
         return value
-    if hint is Any:
-        try:
-            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    if hint is Any or hint is str and isinstance(value, str):
+        try:  # JSON's \ud800 escapes can smuggle in half a character
+            text = value if hint is str else json.dumps(
+                value, ensure_ascii=False, allow_nan=False)
+            text.encode()
         except (ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
             raise invalid(at, f"{at}: is not JSON with valid Unicode: {error}"[:MAX_LINE]) from None
+        pattern, example = limits.get("like", ("(?s:.*)", ""))
+        if hint is str and not re.fullmatch(pattern, value):
+            sent = "what was sent" if limits.get("secret") else describe(value)
+            raise invalid(at, f"{at}: {sent} must be {example}")
         return value
     if origin is Literal and value in args and type(value) in map(type, args):
         return value
@@ -302,25 +298,12 @@ def read_value(hint, value, at: str, limits: Mapping, reading: Reading):
     if origin is dict and isinstance(value, dict):
         return {read_value(str, key, at, {}, reading): read_value(
             args[1], item, f"{at}.{key}", limits, reading) for key, item in value.items()}
-    if hint is str and isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # JSON's \ud800 escapes can smuggle in half a character
-            raise invalid(at, f"{at}: contains an unpaired surrogate (half of a UTF-16 pair), "
-                              "which is not text") from None
-        pattern, example = limits.get("like", ("(?s:.*)", ""))
-        if not re.fullmatch(pattern, value):
-            sent = "what was sent" if limits.get("secret") else describe(value)
-            raise invalid(at, f"{at}: {sent} must be {example}")
-        return value
-    if hint in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if hint is float or isinstance(value, int) or (
-                math.isfinite(value) and value == int(value)):
-            low, high = limits.get("low", -math.inf), limits.get("high", math.inf)
-            if not low <= value <= high:
-                bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-                raise invalid(at, f"{at} must be {bounds}, got {describe(value)}")
-            return hint(value)
+    if hint in (int, float) and type(value) in (int, float) and (hint is float or value % 1 == 0):
+        low, high = limits.get("low", -math.inf), limits.get("high", math.inf)
+        if not low <= value <= high:
+            bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise invalid(at, f"{at} must be {bounds}, got {describe(value)}")
+        return hint(value)
     if origin in UNIONS:  # the first that fits; else the one of the same JSON kind knows why not
         for each in args:
             try:
@@ -522,15 +505,11 @@ class CompletionBody(GenerationBody):
         return LEGACY_MAX_TOKENS if self.max_tokens is None else self.max_tokens
 
 
-# ==== 6. Limits: deadlines, addresses, how often ========================================
+# ==== 6. Limits: deadlines and addresses ================================================
 
 MAX_TARGET = 65536  # bytes of a request line, and of each header (http.server's own limit)
 SMALL_BODY = 65536  # bytes; read also where the request is refused, to keep the connection
-MAX_BUCKETS = 10_000  # clients that the rate limiter remembers
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^][:/?#@\s]*)(:[0-9]*)?")
-ONCE = ("host", "content-length", "transfer-encoding", "authorization", "x-api-key", "origin",
-        "connection", "expect")  # sent twice, two readers could choose differently
 
 
 class DeadlineReader(io.RawIOBase):
@@ -539,7 +518,10 @@ class DeadlineReader(io.RawIOBase):
 
     def __init__(self, connection: socket.socket):
         self.connection = connection
-        self.deadline = 0.0  # time.monotonic()
+
+    def allow(self, seconds: float) -> None:
+        """So long it may take from now on."""
+        self.deadline = time.monotonic() + seconds
 
     def readable(self) -> bool:
         return True
@@ -565,42 +547,6 @@ def is_this_machine(name: str) -> bool:
     """Whether a host name or address means this machine, whatever a DNS server says."""
     address = read_address(name)
     return address.is_loopback if address else f".{name}".endswith(".localhost")
-
-
-def client_of(address: str) -> str:
-    """Who an address belongs to: an IPv6 client has a whole /64 to come from."""
-    ip = read_address(address)
-    return str(ip) if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))
-
-
-class RateLimiter:
-    """A token bucket for each client: it holds the requests of a minute, and fills evenly."""
-
-    def __init__(self, per_minute: int):
-        self.per_minute = per_minute
-        self.lock = threading.Lock()
-        self.buckets: dict[str, tuple[float, float]] = {}  # client: (requests left, when)
-
-    def take(self, client: str) -> dict[str, str]:
-        """Count one request; return the headers that tell what is left. Raises ApiError 429."""
-        now, seconds_each = time.monotonic(), 60 / self.per_minute
-        with self.lock:
-            left, then = self.buckets.pop(client, (self.per_minute, now))
-            left = min(self.per_minute, left + (now - then) / seconds_each)
-            may = left >= 1
-            left -= may
-            self.buckets[client] = (left, now)  # the last place: seen last
-            if len(self.buckets) > MAX_BUCKETS:
-                del self.buckets[next(iter(self.buckets))]
-        headers = {f"x-ratelimit-{name}-requests": value for name, value in (
-            ("limit", str(self.per_minute)), ("remaining", str(int(left))),
-            ("reset", f"{(self.per_minute - left) * seconds_each:.3f}s"))}
-        if not may:
-            seconds = math.ceil((1 - left) * seconds_each)
-            raise ApiError(429, f"{self.per_minute} requests a minute are allowed; the next one in "
-                                f"{seconds} seconds", code="rate_limit_exceeded",
-                           headers=headers | {"Retry-After": str(seconds)})
-        return headers
 
 
 # ==== 7. Models: which names there are ===================================================
@@ -767,7 +713,6 @@ class Models:
 # ==== 8. The server: connections, and what they share =====================================
 
 LAST_WRITES_SECONDS = 5.0  # for handlers to write their last event when the engine has stopped
-MAX_REFUSALS = 64  # connections above max_connections that are still told why they are refused
 
 
 class Dialect:
@@ -811,17 +756,14 @@ class Server(http.server.ThreadingHTTPServer):
         self.house: House = getattr(config, "house", None) or House()
         self.stopping = threading.Event()  # set by a signal or a fatal error
         self.is_over = False  # what is under way has had its time
-        wanted = config.auth_enabled is not False
-        self.key_digests = [digest(key) for key in config.api_keys] if wanted else []
+        self.keys = [key.encode() for key in config.api_keys if config.auth_enabled is not False]
         self.public = {path for (_, path), route in self.house.routes.items() if route.is_public
                        or path == "/metrics" and config.public_metrics}
-        self.limiter = RateLimiter(config.requests_per_minute) \
-            if config.rate_limiting_enabled else None
         # Guards the three below, and is notified when a request has been answered.
         self.changed = threading.Condition()
         self.in_flight = 0
         self.answered: collections.Counter[tuple[str, int]] = collections.Counter()
-        self.connections: dict[socket.socket, bool] = {}  # whether above the limit: to be refused
+        self.connections: set[socket.socket] = set()
         self.models = self.house.type_of(Models)(config, self.house, self.stopping)
         for start in self.house.having("start"):
             start(self)
@@ -840,19 +782,19 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_port = self.server_address[1]
 
     def process_request(self, connection: socket.socket, client_address) -> None:
-        """A thread for each connection. Some above the limit are told why they are refused."""
+        """A thread for each connection, up to the limit."""
         with self.changed:
-            n_refused = sum(self.connections.values())
-            is_full = len(self.connections) - n_refused >= self.config.max_connections
-            if is_full and n_refused >= MAX_REFUSALS:
-                return super().shutdown_request(connection)
-            self.connections[connection] = is_full
+            is_full = len(self.connections) >= self.config.max_connections
+            self.connections.add(connection)
+        if is_full:
+            log.warning("a connection is closed: there are max_connections of them")
+            return self.shutdown_request(connection)
         super().process_request(connection, client_address)
 
     def shutdown_request(self, connection: socket.socket) -> None:
         """Close a connection, and forget it."""
         with self.changed:
-            self.connections.pop(connection, None)
+            self.connections.discard(connection)
         super().shutdown_request(connection)
 
     def handle_error(self, request, client_address) -> None:
@@ -879,11 +821,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
         return closed
-
-
-def digest(key: str) -> bytes:
-    """What is compared in place of an API key: of one length, and of no use to a thief."""
-    return hashlib.sha256(key.encode("latin-1")).digest()
 
 
 # ==== 9. Replies: a body becomes a prompt, events become chunks ============================
@@ -1268,14 +1205,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Close. After a refused upload, read on for a moment: closing with unread bytes would
         reset the connection, and the client would never see why."""
         with contextlib.suppress(OSError):
-            if not self.has_arrived:
-                until = time.monotonic() + LINGER_SECONDS
-                self.connection.shutdown(socket.SHUT_WR)
-                self.connection.settimeout(LINGER_SECONDS)
-                while time.monotonic() < until and self.connection.recv(1 << 16):
-                    pass
-        with contextlib.suppress(OSError):
-            super().finish()
+            self.connection.shutdown(socket.SHUT_WR)
+            self.input.allow(LINGER_SECONDS)
+            while not self.has_arrived and self.rfile.read1():
+                pass
+        super().finish()
 
     def handle_one_request(self) -> None:
         """Answer one request, whatever happens, count it and log it."""
@@ -1288,11 +1222,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.streams = self.has_events = False
         self.last_write = 0.0
         try:
-            with self.in_time("head"):
-                self.read_head()
+            self.input.allow(self.server.config.client_timeout)
+            self.read_head()
             self.answer()
         except ApiError as error:
             self.send_api_error(error)
+        except TimeoutError:  # of reading: `write` has its own
+            self.send_api_error(ApiError(
+                408, "the rest of the request did not arrive within "
+                     f"{self.server.config.client_timeout:g} seconds", code="request_timeout"))
         except ConnectionError:  # the client hung up, or does not read
             self.tally.status = STATUS_CLIENT_GONE
             self.close_connection = True
@@ -1311,23 +1249,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def await_request(self) -> bool:
         """Whether the first byte of a request comes."""
-        self.input.deadline = time.monotonic() + self.patience
+        self.input.allow(self.patience)
         self.patience = self.server.config.keep_alive_timeout
         try:
             return bool(self.rfile.peek(1))
         except OSError:  # too late, or gone
             return False
-
-    @contextlib.contextmanager
-    def in_time(self, what: str):
-        """Within this, the rest of a head or body must arrive before client_timeout is over."""
-        seconds = self.server.config.client_timeout
-        self.input.deadline = time.monotonic() + seconds
-        try:
-            yield
-        except TimeoutError:
-            raise ApiError(408, f"the {what} did not arrive within {seconds:g} seconds",
-                           code="request_timeout") from None
 
     def read_head(self) -> None:
         """The first line and the headers, as http.server reads them. Raises ApiError, whose message
@@ -1337,19 +1264,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
             raise ApiError(414, f"the request line is longer than {MAX_TARGET} bytes")
         if not self.parse_request() or self.request_version == "HTTP/0.9":
             raise ApiError(400, "the request line is not `METHOD TARGET HTTP/1.1`")
-        if self.command not in METHODS:
-            raise ApiError(501, f"unknown method {describe(self.command)}")
-        if not re.match("(?i)/|https?://", self.path) and (self.command, self.path) != (
-                "OPTIONS", "*"):
-            raise ApiError(400, "the target of the request line is not a path")
         # Without query, and without the address that a proxy's client puts first.
         self.path = re.split("[?#]", re.sub("(?i)^https?://[^/?]*", "", self.path))[0] or "/"
         self.path = urllib.parse.unquote(self.path)
         if any(isinstance(defect, BAD_LINES) for defect in self.headers.defects) or any(
                 re.search("[\r\n\0]", value) for value in self.headers.values()):
             raise ApiError(400, "a line of the headers is malformed")
-        if twice := [name for name in ONCE if len(self.headers.get_all(name, ())) > 1]:
-            raise ApiError(400, f"the header {twice[0]} was sent twice")
         if "close" in re.split("[ \t,]+", self.headers.get("connection", "").lower()):
             self.close_connection = True
 
@@ -1359,13 +1279,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def body_size(self) -> float:
         """Bytes of the body. Raises ApiError."""
-        length = self.headers.get("content-length")
+        length = self.headers.get("content-length", None if self.command == "POST" else "0")
         if "transfer-encoding" in self.headers:
             raise ApiError(501, "a body with Transfer-Encoding was sent; send a Content-Length")
         if length is None:
-            if self.command in ("POST", "PUT", "PATCH"):
-                raise ApiError(411, "send a Content-Length header", code="length_required")
-            return 0
+            raise ApiError(411, "send a Content-Length header", code="length_required")
         if not re.fullmatch("[0-9]+", length):
             raise ApiError(400, f"Content-Length is {describe(length)}, not a number of bytes")
         return int(length.lstrip("0")[:18] or 0)  # what has more digits is too large, too
@@ -1373,8 +1291,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def read_body(self, size: float, limit: int) -> bytes:
         """The request body, also where the route ignores it: the next request starts behind it.
         From here on the request is under way."""
-        with self.in_time("body"):
-            body = self.receive_body(size, limit)
+        self.input.allow(self.server.config.client_timeout)
+        body = self.receive_body(size, limit)
         self.has_arrived = True  # the end of the server waits for its answer
         with self.server.changed:
             self.server.in_flight += 1
@@ -1422,15 +1340,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def send_api_error(self, error: ApiError) -> None:
         """Write an error: as a response, or as an event when a stream has begun."""
         self.tally.error = printable(error.message)
-        try:
+        with contextlib.suppress(OSError):
             if not self.tally.status:
-                self.send_json(self.dialect.error(error), error.status, error.headers)
-            else:
-                self.close_connection = True
-                if self.has_events:  # else a body that ends too early says it
-                    self.write_piece(self.dialect.error_event(error), True)
-        except OSError:
-            self.close_connection = True
+                return self.send_json(self.dialect.error(error), error.status, error.headers)
+            if self.has_events:  # else a body that ends too early says it
+                self.write_piece(self.dialect.error_event(error), True)
+        self.close_connection = True
 
     # Streams are in chunked transfer coding (RFC 9112, 7.1). An HTTP/1.0 client gets them bare, to
     # the end.
@@ -1474,6 +1389,7 @@ class Handler(Connection):
     """Answers requests: who may ask, what they ask for, and what all routes need of a model."""
 
     loaded: engine.Engine  # of the model asked for, within `lease`
+    key: str  # the API key that was sent, if it is one
 
     def answer(self) -> None:
         """Each check stands before what costs more. A large body is read last; who is refused
@@ -1484,10 +1400,6 @@ class Handler(Connection):
         size, body = self.body_size(), None
         if size <= min(SMALL_BODY, limit):
             body = self.read_body(size, limit)
-        if self.server.connections.get(self.connection):
-            self.close_connection = True
-            raise unavailable(f"{self.server.config.max_connections} connections are open, which "
-                              "is the limit (max_connections)", "too_many_connections")
         pattern, route, rest = find_route(house.routes, self.command, self.path)
         self.tally.route = f"{self.command} {pattern}"
         if self.command != "OPTIONS" and pattern not in self.server.public:
@@ -1520,35 +1432,26 @@ class Handler(Connection):
         return is_guarded or read_address(name) is not None  # no DNS server points an address here
 
     def check_origin(self, knows_host: bool) -> None:
-        """Refuse web pages from elsewhere, and tell browsers which may read the answer
-        (https://fetch.spec.whatwg.org/#http-cors-protocol; never with credentials). knows_host: a
-        page whose origin is this Host comes from here."""
-        origin, allowed = self.headers.get("origin"), self.server.config.cors_origins
-        if origin is None:
-            return
-        is_ours = False
+        """Refuse web pages from elsewhere. knows_host: a page whose origin is this Host comes from
+        here."""
+        origin = self.headers.get("origin")
         with contextlib.suppress(ValueError):
-            page = urllib.parse.urlsplit(origin)
-            is_ours = bool(page.netloc) and (
-                is_this_machine(page.hostname or "")
-                or knows_host and page.netloc == self.headers.get("host"))
-        if not (is_ours or origin in allowed or "*" in allowed):
-            raise ApiError(403, f"pages from {describe(origin)} may not use this server; if they "
-                                "should, add the origin to cors_origins", code="origin_not_allowed")
-        self.answer_headers |= {"Access-Control-Allow-Origin": "*" if "*" in allowed else origin,
-                                "Access-Control-Expose-Headers": "*", "Vary": "Origin"}
+            page = urllib.parse.urlsplit(origin or "")
+            if origin is None or page.netloc and (
+                    is_this_machine(page.hostname or "")
+                    or knows_host and page.netloc == self.headers.get("host")):
+                return
+        raise ApiError(403, f"pages from {describe(origin)} may not use this server; if they should, "
+                            "add the origin to cors_origins", code="origin_not_allowed")
 
     def authorise(self) -> None:
-        """Check the key and count the request, for the key or else the address. Raises 401, 429."""
-        known = self.server.key_digests
+        """Check the key. Raises 401."""
         bearer = re.fullmatch("(?i)bearer +(.*)", self.headers.get("authorization", ""))
         sent = [bearer[1] if bearer else "", self.headers.get("x-api-key", "")]
-        valid = [key for key in map(digest, sent)  # every key is compared, wherever it matches
-                 if any([hmac.compare_digest(key, one) for one in known])]
-        self.client = valid[0].hex() if valid else client_of(self.client_address[0])
-        if self.server.limiter:  # before the 401, so that guessing keys is limited too
-            self.answer_headers |= self.server.limiter.take(self.client)
-        if known and not valid:
+        valid = [key for key in sent  # each is compared with every one, wherever it matches
+                 if any([hmac.compare_digest(key.encode(), one) for one in self.server.keys])]
+        self.key = valid[0] if valid else ""
+        if self.server.keys and not valid:
             what = "the API key is wrong" if any(sent) else "an API key is missing"
             raise ApiError(401, f"{what}; send `Authorization: Bearer KEY`, or `x-api-key: KEY`",
                            code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
@@ -1682,16 +1585,15 @@ def body_too_large(size: str, limit: int) -> ApiError:
     return ApiError(413, f"the body {size}, the limit is {limit} ({why})", code="body_too_large")
 
 
-UNAVAILABLE = {engine.QueueFull: "queue_full", engine.EngineClosed: "shutting_down"}
-
-
 @contextlib.contextmanager
 def engine_errors(grammar_from: str | None = None):
     """The engine's refusals and faults as ApiErrors; grammar_from: the field of the grammar."""
     try:
         yield
-    except tuple(UNAVAILABLE) as error:
-        raise unavailable(str(error), UNAVAILABLE[type(error)]) from None
+    except engine.QueueFull as error:
+        raise unavailable(str(error), "queue_full") from None
+    except engine.EngineClosed as error:
+        raise unavailable(str(error), "shutting_down") from None
     except engine.GrammarError as error:
         raise invalid(grammar_from, f"{grammar_from}: the grammar is refused: {error}") from None
     except engine.EngineFault as error:
@@ -1772,15 +1674,7 @@ def get_metrics(handler: Handler) -> None:
 
 
 def options(handler: Handler, methods: str) -> None:
-    """What a path takes; to a browser, that a page may send it (a preflight)."""
-    asked, headers = handler.headers, {"Allow": methods}
-    if "origin" in asked and "access-control-request-method" in asked:
-        headers |= {"Access-Control-Allow-Methods": methods, "Access-Control-Max-Age": "600",
-                    "Access-Control-Allow-Headers":
-                        asked.get("access-control-request-headers", "Authorization")}
-        if "access-control-request-private-network" in asked:
-            headers["Access-Control-Allow-Private-Network"] = "true"
-    handler.send_head(204, headers)
+    handler.send_head(204, {"Allow": methods})
 
 
 ROUTES = {
@@ -1797,15 +1691,14 @@ ROUTES = {
 
 
 def find_route(routes: dict[tuple[str, str], Route], method: str, path: str
-               ) -> tuple[str, Route, list[str]]:
+               ) -> tuple[str, Route, tuple[str, ...]]:
     """The pattern and route for a method and path, and what stands at the path's {id}. 404 or
     405."""
     path, found = path.rstrip("/") or "/", {}
     for (route_method, pattern), route in routes.items():
-        start, has_id, end = pattern.partition("{id}")
-        name = path.removeprefix(start).removesuffix(end) if has_id else ""
-        if path == "*" or path == start + name + end and bool(name) == bool(has_id):
-            found[route_method] = pattern, route, [name] if has_id else []
+        match = re.fullmatch(re.escape(pattern).replace(re.escape("{id}"), "(.+)"), path, re.S)
+        if match or path == "*":
+            found[route_method] = pattern, route, match.groups() if match else ()
     found |= {"HEAD": found["GET"]} if "GET" in found else {}
     if method in found:
         return found[method]
@@ -1814,7 +1707,7 @@ def find_route(routes: dict[tuple[str, str], Route], method: str, path: str
     methods = ", ".join(sorted([*found, "OPTIONS"]))
     if method == "OPTIONS":
         pattern = path if path == "*" else next(iter(found.values()))[0]
-        return pattern, Route(options, "what a path takes"), [methods]
+        return pattern, Route(options, "what a path takes"), (methods,)
     raise ApiError(405, f"{describe(path)} does not take {method}, but {methods}",
                    code="method_not_allowed", headers={"Allow": methods})
 
@@ -1822,25 +1715,44 @@ def find_route(routes: dict[tuple[str, str], Route], method: str, path: str
 # ==== 12. Main: start, signals, drain ====================================================
 
 EXIT_OK, EXIT_UNUSABLE = 0, 2
+WAKE_SECONDS = 1.0  # a signal that another thread got is handled when the main thread wakes
 EXAMPLE_BODY = '{"messages": [{"role": "user", "content": "What is gravity?"}], "max_tokens": 64}'
 
 
-def watch_signals(stopping: threading.Event) -> None:
-    """Stop at the first SIGINT or SIGTERM, end at the second one. subtle: the kernel may give a
-    signal to any thread, while Python runs its handlers in the main thread only, when that wakes;
-    the byte for the waiting thread is written at once, whichever thread it is."""
-    def wait() -> None:
-        reader.recv(1)
-        stopping.set()
-        reader.recv(1)
-        os._exit(EXIT_OK)
+def load(server: Server) -> None:
+    """Load the model, and say how to use it."""
+    server.models.start()
+    for name, loaded in server.models.engines().items():
+        url = server.url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+        key = " -H 'Authorization: Bearer KEY'" * bool(server.keys)
+        where = "the GPU" if loaded.model.on_gpu else f"{loaded.context.n_threads} CPU threads"
+        print(f"ready: {name} on {where}, {loaded.context.parallel} slots of "
+              f"{loaded.n_ctx} tokens\ntry: curl {url}/v1/chat/completions "
+              f"-H 'Content-Type: application/json'{key} -d '{EXAMPLE_BODY}'", flush=True)
 
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    signal.set_wakeup_fd(writer.detach(), warn_on_full_buffer=False)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
-    threading.Thread(target=wait, name="signals", daemon=True).start()
+
+def serve(server: Server) -> int:
+    """Serve until something stops the server, then drain it. Returns the exit code."""
+    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
+    print(f"{NAME} {VERSION} listens on {server.url}", flush=True)
+    if not server.is_local and not server.keys:
+        log.warning("warning: %s can be reached from the network, and asks for no key; set "
+                    "api_keys", server.url)
+    loading = threading.Thread(target=load, args=(server,), name="load", daemon=True)
+    loading.start()
+    with contextlib.suppress(KeyboardInterrupt):
+        while not server.stopping.wait(WAKE_SECONDS):
+            pass
+    if server.models.fatal_error:
+        print(f"error: {server.models.fatal_error}", file=sys.stderr)
+        return EXIT_UNUSABLE
+    log.info("shutting down: running requests have %g seconds", server.config.drain_seconds)
+    server.stopping.set()  # interrupts the loading
+    loading.join(server.config.drain_seconds)
+    if loading.is_alive() or not server.drain():
+        log.error("the engine is stuck in a step, or in loading: ending without it")
+        os._exit(EXIT_OK)
+    return EXIT_OK
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1848,35 +1760,14 @@ def main(argv: list[str] | None = None) -> int:
     the exit code: 0, or 2 for unusable settings or model."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a console may know ASCII only
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(message)s")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a KeyboardInterrupt, as SIGINT is
     try:
-        server = Server(load_config(sys.argv[1:] if argv is None else argv, os.environ))
+        return serve(Server(load_config(sys.argv[1:] if argv is None else argv, os.environ)))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_UNUSABLE
-
-    watch_signals(server.stopping)
-    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
-    print(f"{NAME} {VERSION} listens on {server.url}", flush=True)
-    if not server.is_local and not server.key_digests:
-        log.warning("warning: %s can be reached from the network, and asks for no key; set "
-                    "api_keys", server.url)
-    server.models.start()
-    for name, loaded in server.models.engines().items():
-        url = server.url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
-        key = " -H 'Authorization: Bearer KEY'" * bool(server.key_digests)
-        where = "the GPU" if loaded.model.on_gpu else f"{loaded.context.n_threads} CPU threads"
-        print(f"ready: {name} on {where}, {loaded.context.parallel} slots of "
-              f"{loaded.n_ctx} tokens\ntry: curl {url}/v1/chat/completions "
-              f"-H 'Content-Type: application/json'{key} -d '{EXAMPLE_BODY}'", flush=True)
-    server.stopping.wait()
-    if server.models.fatal_error:
-        print(f"error: {server.models.fatal_error}", file=sys.stderr)
-        return EXIT_UNUSABLE
-    log.info("shutting down: running requests have %g seconds", server.config.drain_seconds)
-    if not server.drain():
-        log.error("the engine is stuck in a step, or in loading: ending without it")
+    except KeyboardInterrupt:  # the second one, or before there is anything to drain
         os._exit(EXIT_OK)
-    return EXIT_OK
 
 
 if __name__ == "__main__":

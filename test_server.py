@@ -944,7 +944,7 @@ POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
     (b"GET /health HTTP/9.9\r\n\r\n", 505),
     (b"GET /health HTTP/x\r\n\r\n", 400),
     (b"GET http://[ HTTP/1.1\r\n\r\n", 400),
-    (b"BREW /health HTTP/1.1\r\nHost: x\r\n\r\n", 501),
+    (b"BREW /health HTTP/1.1\r\nHost: localhost\r\n\r\n", 405),
     (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", 414),
     (b"GET /health HTTP/1.1\r\n" + b"".join(b"h%d: x\r\n" % i for i in range(200)) + b"\r\n", 431),
     (b"GET /health HTTP/1.1\r\nx: " + b"a" * 70_000 + b"\r\n\r\n", 431),

@@ -2,18 +2,21 @@
 
 What for: a server that others reach: clients that dawdle keep nobody out. How it works: at
 `max_connections` the one that has kept the server waiting for longest, with its request or by not
-reading an answer, makes room; if there is none, the newcomer is refused. It costs microseconds a
-request. It reads no setting of its own, and sends nothing.
+reading an answer, makes room; if there is none, the newcomer is told why it is refused. It costs
+microseconds a request, and a thread for each who is told. It reads no setting of its own, and sends
+a 503.
 """
 
 import contextlib
 import select
 import socket
+import socketserver
 import time
 import weakref
 
 import server
 
+MAX_REFUSALS = 64  # connections above max_connections that are told why they are refused
 ACCEPT_PAUSE_SECONDS = 0.1  # when the process has no file descriptor left for a connection
 
 
@@ -22,28 +25,39 @@ class Crowd:
 
     def __init__(self, running: server.Server):
         self.running = running
-        self.unready: dict[socket.socket, None] = {}  # guarded by the server's `changed`
+        # Both are guarded by the server's `changed`.
+        self.unready: dict[socket.socket, None] = {}
+        self.refused: set[socket.socket] = set()  # not among the server's connections
         self.admit, self.accept = running.process_request, running.get_request
         self.forget = running.shutdown_request
 
     def process_request(self, connection: socket.socket, client_address) -> None:
-        """As Server.process_request; but one that keeps us waiting makes room first."""
+        """As Server.process_request; but one that keeps us waiting makes room first, and where
+        there is none, some are told."""
         running, oldest = self.running, None
         with running.changed:
-            served = [each for each, is_refused in running.connections.items() if not is_refused]
-            if len(served) >= running.config.max_connections:
-                oldest = next((each for each in self.unready if each in served), None)
+            is_full = len(running.connections) >= running.config.max_connections
+            if is_full:
+                oldest = next((each for each in self.unready if each in running.connections), None)
             if oldest:
-                del self.unready[oldest], running.connections[oldest]
+                del self.unready[oldest]
+                running.connections.remove(oldest)
+            tells = is_full and not oldest and len(self.refused) < MAX_REFUSALS
+            if tells:
+                self.refused.add(connection)
         if oldest:
             with contextlib.suppress(OSError):
                 oldest.shutdown(socket.SHUT_RDWR)  # its thread's read ends now
-        self.admit(connection, client_address)
+        if tells:
+            socketserver.ThreadingMixIn.process_request(self.running, connection, client_address)
+        else:
+            self.admit(connection, client_address)
 
     def shutdown_request(self, connection: socket.socket) -> None:
         """As Server.shutdown_request."""
         with self.running.changed:
             self.unready.pop(connection, None)
+            self.refused.discard(connection)
         self.forget(connection)
 
     def get_request(self):
@@ -77,6 +91,19 @@ class PatientHandler:
         """As Connection.await_request."""
         crowds[self.server].note(self.connection, True)
         return super().await_request()
+
+    def body_size(self) -> float:
+        """As Connection.body_size; but who is refused is told so. A small body is read, so that
+        closing does not reset the connection."""
+        size = super().body_size()
+        if self.connection in crowds[self.server].refused:
+            if size <= server.SMALL_BODY:
+                self.read_body(size, server.SMALL_BODY)
+            self.close_connection = True
+            raise server.unavailable(
+                f"{self.server.config.max_connections} connections are open, which is the limit "
+                "(max_connections)", "too_many_connections")
+        return size
 
     def read_body(self, size: float, limit: int) -> bytes:
         """As Connection.read_body."""

@@ -215,7 +215,7 @@ class Kept:
 
     response: dict
     items: list[dict]
-    owner: str = ""  # the digest of the key that it was made with; nobody else sees it
+    owner: str = ""  # the key that it was made with; who has another does not see it
 
     def conversation(self) -> list[dict]:
         """Everything that was said."""
@@ -349,7 +349,7 @@ def post_input_tokens(handler: server.Handler, body: InputBody) -> None:
 
 def owner_of(handler: server.Handler) -> str:
     """Whose responses a request may see: those made with its key."""
-    return handler.client if handler.server.key_digests else ""
+    return handler.key
 
 
 def get_response(handler: server.Handler, name: str) -> None:

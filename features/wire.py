@@ -1,10 +1,11 @@
 """Wire: HTTP/1.1 by the letter of RFC 9112.
 
 What for: a server that stands behind a proxy, or in the open: what two servers could read
-differently is refused (a bare CR or LF, a folded line, a blank in front of a colon), so that nobody
-smuggles a request in; and for clients that send bodies in chunks. How it works: its methods stand
-in front of those of server.Handler, which reads heads as Python's http.server does. It costs some
-microseconds a request. It reads heads and bodies, and sends nothing of its own.
+differently is refused (a bare CR or LF, a folded line, a blank in front of a colon, a header that
+was sent twice), so that nobody smuggles a request in; and for clients that send bodies in chunks.
+How it works: its methods stand in front of those of server.Handler, which reads heads as Python's
+http.server does. It costs some microseconds a request. It reads heads and bodies, and sends nothing
+of its own.
 """
 
 import http.client
@@ -18,6 +19,9 @@ MAX_TARGET = 8192  # bytes of a request line; nginx has the same
 MAX_HEAD = 32768  # bytes of a head
 MAX_HEADERS = 100
 MAX_CHUNK_LINE = 256  # bytes of a chunk's size and extensions
+METHODS_KNOWN = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+ONCE = ("host", "content-length", "transfer-encoding", "authorization", "x-api-key", "origin",
+        "connection", "expect")  # sent twice, two readers could choose differently
 REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
 HEADER_LINE = re.compile(  # a value has no control characters but the tab
     r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
@@ -46,6 +50,11 @@ class StrictReader:
         self.command, self.path, major, minor = match.groups()
         if major != "1":
             raise ApiError(505, f"HTTP/{major}.{minor} was sent; this server speaks HTTP/1.1")
+        if self.command not in METHODS_KNOWN:
+            raise ApiError(501, f"unknown method {server.describe(self.command)}")
+        if not re.match("(?i)/|https?://", self.path) and (self.command, self.path) != (
+                "OPTIONS", "*"):
+            raise ApiError(400, "the target of the request line is not a path")
         self.request_version = "HTTP/1.0" if minor == "0" else "HTTP/1.1"
         self.headers = http.client.HTTPMessage()
         room, n_lines = MAX_HEAD, 0
@@ -57,6 +66,8 @@ class StrictReader:
             if not match:
                 raise ApiError(400, f"line {n_lines} of the headers is malformed")
             self.headers[match[1]] = match[2].strip(" \t")
+        if twice := [name for name in ONCE if len(self.headers.get_all(name, ())) > 1]:
+            raise ApiError(400, f"the header {twice[0]} was sent twice")
         wish = re.split("[ \t,]+", self.headers.get("connection", "").lower())
         self.close_connection = "close" in wish or (
             self.request_version == "HTTP/1.0" and "keep-alive" not in wish)

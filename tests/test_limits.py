@@ -23,7 +23,7 @@ from prometheus_client import parser as prometheus
 import conftest
 import engine
 import server
-from features import crowds
+from features import crowds, rates
 
 KEY = "sk-a-secret-key"
 HI = [{"role": "user", "content": "Say hello."}]
@@ -122,8 +122,8 @@ def test_metrics_are_public_by_a_switch_and_keys_can_be_switched_off():
     ("server: {enabled: true}", {}, "unknown key 'enabled'"),
     ("allowed_hosts: ['box.example:80']", {}, "must be like box.example, without a port"),
     ("host: ''", {}, "host: \"\" must be an address, such as 127.0.0.1"),
-    ("", {"CORS_ORIGINS": "https://app.example/"}, "must be like https://app.example"),
-    ("", {"CORS_ORIGINS": "app.example"}, "must be like https://app.example"),
+    ("", {"FEATURES": "browsers", "CORS_ORIGINS": "https://app.example/"}, "must be like https://app.example"),
+    ("", {"FEATURES": "browsers", "CORS_ORIGINS": "app.example"}, "must be like https://app.example"),
 ])
 def test_wrong_settings_are_refused_without_showing_a_key(tmp_path, text, environ, words):
     file = tmp_path / "c.yaml"
@@ -159,9 +159,9 @@ def test_the_rate_limit_counts_each_key_and_else_each_address():
 
 def test_a_bucket_fills_evenly_and_the_memory_is_bounded(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(server.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(server, "MAX_BUCKETS", 10)
-    limiter = server.RateLimiter(per_minute=6)
+    monkeypatch.setattr(rates.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(rates, "MAX_BUCKETS", 10)
+    limiter = rates.RateLimiter(per_minute=6)
     for _ in range(6):
         limiter.take("a")
     for seconds, may in ((9, False), (1, True), (5, False), (5, True), (1000, True)):
@@ -175,10 +175,10 @@ def test_a_bucket_fills_evenly_and_the_memory_is_bounded(monkeypatch):
 
 def test_an_ipv6_client_is_its_network():
     """Who owns a /64 has 2**64 addresses to come from."""
-    assert server.client_of("2001:db8::1") == server.client_of("2001:db8::ffff:2")
-    assert server.client_of("2001:db8::1") != server.client_of("2001:db8:0:1::1")
-    assert server.client_of("::ffff:10.0.0.1") == "10.0.0.1" == server.client_of("10.0.0.1")
-    assert server.client_of("fe80::1%eth0") == "fe80::/64"
+    assert rates.client_of("2001:db8::1") == rates.client_of("2001:db8::ffff:2")
+    assert rates.client_of("2001:db8::1") != rates.client_of("2001:db8:0:1::1")
+    assert rates.client_of("::ffff:10.0.0.1") == "10.0.0.1" == rates.client_of("10.0.0.1")
+    assert rates.client_of("fe80::1%eth0") == "fe80::/64"
 
 
 # ==== Browsers ============================================================================
@@ -295,6 +295,7 @@ CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
     (b"GET health HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
     (b"GET /hea\rlth HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
     (b"CONNECT evil.com:443 HTTP/1.1\r\nHost: evil.com\r\n\r\n", 501),
+    (b"BREW /health HTTP/1.1\r\nHost: x\r\n\r\n", 501),
     (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
     (CHUNKED + b"x\r\n", 400),
     (CHUNKED + b"-1\r\n", 400),
@@ -469,10 +470,10 @@ def test_who_is_to_be_refused_takes_nobody_s_place(monkeypatch):
             connection.sendall(GET.replace(b"/health", b"/slow") + b"\r\n")
         wait_for(lambda: running.in_flight == 2)
         silent = stack.enter_context(socket.create_connection(("127.0.0.1", running.server_port)))
-        wait_for(lambda: len(running.connections) == 3)
+        wait_for(lambda: crowds.crowds[running].refused)
         finish.set()
         assert all(connection.recv(65536).startswith(b"HTTP/1.1 200") for connection in busy)
-        wait_for(lambda: len(crowds.crowds[running].unready) == 3)
+        wait_for(lambda: len(crowds.crowds[running].unready) == 2)
         assert ask(running, "/").status_code == 200
         silent.sendall(GET + b"\r\n")
         assert silent.recv(65536).startswith(b"HTTP/1.1 503")

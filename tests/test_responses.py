@@ -257,9 +257,10 @@ def test_many_threads_keep_within_the_limits():
 def chat_of(body: dict) -> server.ChatBody:
     """The chat that a body becomes; `ignored` is what was left out."""
     house = server.load_features(["responses", "vision"])
-    running = types.SimpleNamespace(house=house, config=house.Config(), key_digests=[])
+    running = types.SimpleNamespace(house=house, config=house.Config())
     Running = type("Running", (), {"__init__": lambda self: self.__dict__.update(vars(running))})
-    handler = types.SimpleNamespace(server=Running(), tally=server.Tally(), receive=lambda *_: None)
+    handler = types.SimpleNamespace(server=Running(), tally=server.Tally(), key="",
+                                    receive=lambda *_: None)
     responses.start(handler.server)
     handler.read_fields = lambda cls, sent: server.Handler.read_fields(handler, cls, sent)
     read = server.read_object(house.type_of(responses.ResponsesBody), body, "", server.Reading(house))
