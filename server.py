@@ -682,7 +682,8 @@ class Models:
         """The body of /health: the status ok, loading, stalled or draining, and more about it."""
         if self.is_starting and not self.stopping.is_set():
             return {"status": "loading", "progress": round(self.default.progress or 0.0, 2)}
-        engines, stats = list(self.engines().values()), self.stats()
+        engines = list(self.engines().values())
+        stats = sum((each.stats for each in engines), engine.Stats())  # takes no lock
         is_stalled = any(each.seconds_in_step() > self.config.stall_seconds for each in engines)
         status = "draining" if self.stopping.is_set() else "stalled" if is_stalled else "ok"
         about = {"model": engines[0].model.name, "busy": stats.n_busy, "slots": len(stats.slots),

@@ -42,7 +42,7 @@ NOT_FROM_CLIENT = {b"connection", b"content-length", b"expect", b"transfer-encod
 NOT_TO_CLIENT = {"connection", "date", "transfer-encoding", "x-request-id"}
 
 
-class Handler(server.Handler):
+class ReplicaHandler(server.Handler):
     """Answers on a socket that is no TCP socket, under the id that Ray has given the request."""
 
     disable_nagle_algorithm = False
@@ -65,7 +65,7 @@ class Server(server.Server):
         pass
 
     def finish_request(self, connection: socket.socket, client_address) -> None:
-        Handler(connection, client_address, self)
+        self.house.type_of(ReplicaHandler)(connection, client_address, self)
 
 
 @serve.deployment
