@@ -591,17 +591,11 @@ class LocalModel:
             route.answer(handler, request)
 
     def entry(self, name: str) -> dict:
-        """Its entry in the list of models; without what only a loaded model tells, if it is not.
-        `max_model_len` is vLLM's name for a request's context, those in `meta` llama-server's."""
-        entry = {"id": name, "object": "model", "created": STARTED, "owned_by": NAME}
+        """Its entry in the list of models; `max_model_len` is vLLM's name for a request's context,
+        which only a loaded model tells."""
         loaded = self.engine  # read once: it may be unloaded right now
-        if loaded is None:
-            return entry
-        meta = {key: getattr(loaded.model, key) for key in (
-            "n_ctx_train", "n_params", "n_vocab", "n_embd", "architecture", "quantization")}
-        return {**entry, "max_model_len": loaded.n_ctx, "meta": {
-            "n_ctx": loaded.n_ctx, **meta, "size": loaded.model.size_bytes, **loaded.facts,
-            "capabilities": [*["completion"] * loaded.model.generates, *loaded.capabilities]}}
+        return {"id": name, "object": "model", "created": STARTED, "owned_by": NAME,
+                **({"max_model_len": loaded.n_ctx} if loaded else {})}
 
 
 class Models:

@@ -39,12 +39,19 @@ class PooledModel(server.LocalModel):
         super().equip(loaded)
 
     def entry(self, name: str) -> dict:
-        """As LocalModel.entry, with what older clients look for: what it is another name of, and
-        the classic list of permissions."""
+        """As LocalModel.entry, with llama-server's `meta` of a loaded model, and what older clients
+        look for: what it is another name of, and the classic list of permissions."""
+        about, loaded = {}, self.engine  # read once: it may be unloaded right now
+        if loaded:
+            facts = {key: getattr(loaded.model, key) for key in (
+                "n_ctx_train", "n_params", "n_vocab", "n_embd", "architecture", "quantization")}
+            about["meta"] = {
+                "n_ctx": loaded.n_ctx, **facts, "size": loaded.model.size_bytes, **loaded.facts,
+                "capabilities": ["completion"] * loaded.model.generates + loaded.capabilities}
         may = {f"allow_{what}": what not in ("create_engine", "fine_tuning", "search_indices")
                for what in ("create_engine", "sampling", "logprobs", "search_indices", "view",
                             "fine_tuning")}
-        return {**super().entry(name), "root": self.name, "parent": None, "permission": [
+        return {**super().entry(name), **about, "root": self.name, "parent": None, "permission": [
             {"id": f"modelperm-{server.NAME}", "object": "model_permission",
              "created": server.STARTED, **may, "organization": "*", "group": None,
              "is_blocking": False}]}
