@@ -17,7 +17,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import difflib
 import email.errors
 import functools
 import hmac
@@ -64,7 +63,7 @@ log = logging.getLogger("server")
 
 def setting(section: str, default, **limits):
     """A field of Config or of a feature's Settings: its section in config.yaml, its default, and
-    its limits (part 3). is_file, is_folder: a relative one starts where config.yaml is."""
+    its limits (part 3). path: it names a file or folder."""
     return dataclasses.field(default=default, metadata={"section": section, **limits})
 
 
@@ -98,7 +97,7 @@ class Config:
         "[!-~]+", "printable ASCII without spaces"))
     public_metrics: bool = setting("auth", False)
 
-    model_path: str | None = setting("model", None, is_file=True)
+    model_path: str | None = setting("model", None, path="file")
     model_aliases: list[str] = setting("model", ())
     n_ctx: int = setting("model", 4096, low=0, high=MAX_N_CTX)
     parallel: int = setting("model", 4, low=1, high=256)  # llama.cpp's LLAMA_MAX_SEQ
@@ -108,7 +107,7 @@ class Config:
     n_threads: int = setting("model", 0, low=0, high=512)  # ggml's GGML_MAX_N_THREADS
     n_gpu_layers: int = setting("model", -1, low=-1, high=INT32_MAX)
     flash_attn: bool | Literal["auto"] = setting("model", "auto")
-    chat_template_file: str | None = setting("model", None, is_file=True)
+    chat_template_file: str | None = setting("model", None, path="file")
 
     max_tokens: int | None = setting("generation", 1024, low=1)
     temperature: float = setting("generation", 0.7, low=0, high=2)
@@ -129,9 +128,6 @@ class ConfigError(Exception):
     """A setting is wrong; the message says where, what was found, and what is allowed."""
 
 
-NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: 2024-13-45 is no date
-
-
 def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     """Defaults, then config.yaml, what features read of the environment, flags; the later wins.
     Raises ConfigError; exits like argparse for a bad flag or --help."""
@@ -142,15 +138,16 @@ def load_config(argv: list[str], environ: Mapping[str, str]) -> Config:
     parser.add_argument("--model", dest="model_path", help="model_path: a GGUF file, or a folder")
     parser.add_argument("--version", action="version", version=f"{NAME} {VERSION}")
     flags = vars(parser.parse_args(argv))
-    file, content = read_config_file(flags.pop("config"))
+    named = flags.pop("config")
+    file = Path(named or HERE / "config.yaml")
+    content = read_yaml(file) if named or file.exists() else {}
     # Which features there are decides which settings there are.
     house = load_features(content.get("features") or [], environ)
-    found = sort_settings(house, file, content) | house.more_settings(environ)
+    found = house.read_settings(file, content, environ)
     found |= {name: ("flag", value) for name, value in flags.items() if value is not None}
-    reading = Reading(house)
+    values, reading = {name: value for name, (_, value) in found.items()}, Reading(house)
     try:
-        config = read_object(house.Config, {name: value for name, (_, value) in found.items()}, "",
-                             reading)
+        config = read_object(house.Config, values, "", reading)
         if reading.ignored:
             raise invalid(reading.ignored[0], f"unknown key {reading.ignored[0]!r}")
         return config
@@ -171,59 +168,17 @@ class OnceLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_config_file(path: str | None) -> tuple[Path, dict]:
-    """A YAML file, and what it holds; nothing where none was named and there is none."""
-    file = Path(path or HERE / "config.yaml")
-    if not path and not file.exists():
-        return file, {}
+def read_yaml(file: Path) -> dict:
+    """What a settings file holds. Raises ConfigError, which quotes no line: it may have a key."""
     try:
         content = yaml.load(file.read_text("utf-8-sig"), OnceLoader) or {}
-    except (OSError, *NOT_YAML) as error:
-        why = f"line {error.problem_mark.line + 1}: {error.problem}" if isinstance(
-            error, yaml.MarkedYAMLError) and error.problem_mark else str(error)  # quotes no line
+    except Exception as error:  # not only YAMLError: 2024-13-45 is no date, [[[[... too deep
+        mark = getattr(error, "problem_mark", None)
+        why = f"line {mark.line + 1}: {error.problem}" if mark else str(error)
         raise ConfigError(f"cannot read {file}: {' '.join(why.split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected `key: value` lines")
-    return file, content
-
-
-def sort_settings(house: "House", file: Path, content: dict) -> dict[str, tuple[str, Any]]:
-    """Return {key: (file, value)} for keys in their sections or flat. Raises ConfigError."""
-    sections = {name: metadata["section"] for name, metadata in house.settings.items()}
-    found: dict[str, tuple[str, Any]] = {}
-    for key, inner in content.items():
-        section = key if key in sections.values() and key not in sections else None
-        values = (inner or {}) if section else {key: inner}
-        if not isinstance(values, dict):
-            raise ConfigError(f"{file}: section {key} holds `key: value` lines, nothing else")
-        for name, value in values.items():
-            if name == "enabled" and f"{section}_enabled" in sections:
-                name = f"{section}_{name}"
-            if name not in sections:
-                raise ConfigError(f"{file}: {house.unknown_setting(name, content)}")
-            if section not in (None, sections[name]):
-                raise ConfigError(f"{file}: {name} belongs in section {sections[name]}, not "
-                                  f"{section}")
-            if name in found:
-                raise ConfigError(f"{file}: {name} is set twice")
-            try:
-                found[name] = (str(file), resolve_paths(house.settings, name, value, file.parent))
-            except RecursionError:  # YAML knows cycles
-                raise ConfigError(f"{file}: {name} is nested too deeply") from None
-    return found
-
-
-NO_PATH = re.compile("[A-Za-z]{2,}:")  # begins another kind of name for a file; C: begins a path
-
-
-def resolve_paths(fields: Mapping, name: str, value, folder: Path):
-    """A setting, its paths made relative to a folder, also those in objects inside it."""
-    if isinstance(value, dict):
-        return {key: resolve_paths(fields, key if key in fields else name, inner, folder)
-                for key, inner in value.items()}
-    is_path = fields[name].keys() & {"is_file", "is_folder"} and isinstance(value, str) \
-        and not NO_PATH.match(value)
-    return str(folder / os.path.expanduser(value)) if is_path else value
+    return content
 
 
 # ==== 2. Errors =========================================================================
@@ -383,9 +338,6 @@ def read_object(cls, value: dict, at: str, reading: Reading):
 
 # ==== 4. Features: files that plug in ====================================================
 
-FEATURES = HERE / "features"
-
-
 class House:
     """What features add to the two files: here, nothing. features/__init__.py has the one for
     those that are switched on; docs/features.md tells what a feature may export."""
@@ -406,28 +358,42 @@ class House:
 
     hints = staticmethod(functools.cache(typing.get_type_hints))  # of a dataclass's fields
 
-    def more_settings(self, environ: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
-        """{key: (where it was set, value)} from elsewhere than the file. Raises ConfigError."""
-        return {}
+    def read_settings(self, file: Path, content: dict, environ: Mapping[str, str]
+                      ) -> dict[str, tuple[str, Any]]:
+        """{key: (where it was set, value)}: here, only in a file, in its section or flat. Raises
+        ConfigError."""
+        homes = {name: metadata["section"] for name, metadata in self.settings.items()}
+        found: dict[str, tuple[str, Any]] = {}
+        for key, inner in content.items():
+            section = key if key in homes.values() and key not in homes else None
+            if section and inner and not isinstance(inner, dict):
+                raise ConfigError(f"{file}: section {key} holds `key: value` lines, nothing else")
+            for name, value in ((inner or {}) if section else {key: inner}).items():
+                if name == "enabled" and f"{section}_enabled" in homes:
+                    name = f"{section}_enabled"
+                if section not in (None, homes.get(name, section)):
+                    raise ConfigError(f"{file}: {name} belongs in section {homes[name]}, not "
+                                      f"{section}")
+                if name in found:
+                    raise ConfigError(f"{file}: {name} is set twice")
+                found[str(name)] = str(file), self.located(name, value, file)
+        return found
+
+    def located(self, name: str, value, file: Path):
+        """A setting as a file has it; a relative path begins at its folder."""
+        is_path = "path" in self.settings.get(name, ()) and isinstance(value, str)
+        return str(file.parent / os.path.expanduser(value)) if is_path else value
 
     def check_unknown(self, cls: type, sent: dict, prefix: str) -> None:
         """400 for a field that a feature would honour, but is off."""
 
-    def unknown_setting(self, name, others: Iterable) -> str:
-        """What to say about a key of the settings that there is not. others: what else is set."""
-        names = [*self.settings, *(metadata["section"] for metadata in self.settings.values())]
-        near = difflib.get_close_matches(str(name).lower(), names, n=1)
-        return f"unknown key {name!r}" + (f"; the nearest is {near[0]!r}" if near else "")
-
 
 def load_features(names, environ: Mapping[str, str] = types.MappingProxyType({})) -> House:
-    """The house with the features of these names, for which the folder of the features is asked.
-    Raises ConfigError."""
-    if (FEATURES / "__init__.py").is_file():
-        return importlib.import_module(FEATURES.name).load(names, environ)
+    """The house with the features of these names. Raises ConfigError."""
+    if (HERE / "features" / "__init__.py").is_file():
+        return importlib.import_module("features").load(names, environ)
     if names:
-        raise ConfigError(f"features: {describe(names)} cannot be switched on: there is no "
-                          f"{FEATURES / '__init__.py'}")
+        raise ConfigError(f"features: {describe(names)}: there is no folder {HERE / 'features'}")
     return House()
 
 
@@ -591,8 +557,7 @@ POLL_SECONDS = 0.1  # how often who waits looks whether its client is still ther
 class LocalModel:
     """A model that can be loaded, and how it stands."""
 
-    name: str
-    path: str | None  # as find_file takes it
+    path: str | None  # as engine.find_model_file takes it
     settings: Config
     house: House
     engine: "engine.Engine | None" = None
@@ -600,22 +565,21 @@ class LocalModel:
 
     def load(self, go_on: Callable[[], bool]) -> "engine.Engine":
         """Load it, and give it what features add. go_on: False interrupts. Raises ModelError."""
-        def on_progress(fraction: float = 0.0) -> bool:
+        def on_progress(fraction: float) -> bool:
             self.progress = fraction
             return go_on()
 
-        def equip(loaded: "engine.Engine") -> None:
-            loaded.model.name = self.name
-            for give in self.house.having("equip"):
-                give(loaded, self.settings)
-
-        path = find_file(self.house, self.path, HERE / "models", go_on=on_progress)
-        self.path = str(path)
+        path = engine.find_model_file(self.path, HERE / "models")
         log.info("loading %s", path.name)
         names = ("n_ctx", "parallel", "n_batch", "n_ubatch", "n_threads", "n_gpu_layers",
                  "flash_attn", "prefill_chunk", "max_queue", "chat_template_file")
-        return engine.load_engine(path, on_progress=on_progress, equip=equip,
+        return engine.load_engine(path, on_progress=on_progress, equip=self.equip,
                                   **{name: getattr(self.settings, name) for name in names})
+
+    def equip(self, loaded: "engine.Engine") -> None:
+        """Give its engine what features add."""
+        for give in self.house.having("equip"):
+            give(loaded, self.settings)
 
     def answer(self, handler: "Handler", route: "Route", sent: dict, body: bytes) -> None:
         """Read a request for this model, and answer it while the model stays loaded."""
@@ -625,49 +589,36 @@ class LocalModel:
             route.answer(handler, request)
 
     def entry(self, name: str) -> dict:
-        """Its entry in the list of models; what only a loaded model tells may be missing.
-        `max_model_len` is vLLM's name for the context length of a request, `meta` has
-        llama-server's names."""
-        entry = {"id": name, "object": "model", "created": STARTED, "owned_by": NAME}
+        """Its entry in the list of models; `max_model_len` is vLLM's name for a request's context,
+        which only a loaded model tells."""
         loaded = self.engine  # read once: it may be unloaded right now
-        if loaded is None:
-            return entry
-        meta = {key: getattr(loaded.model, key) for key in (
-            "n_ctx_train", "n_params", "n_vocab", "n_embd", "architecture", "quantization")}
-        return {**entry, "max_model_len": loaded.n_ctx, "meta": {
-            "n_ctx": loaded.n_ctx, **meta, "size": loaded.model.size_bytes, **loaded.facts,
-            "capabilities": [*["completion"] * loaded.model.generates, *loaded.capabilities]}}
+        return {"id": name, "object": "model", "created": STARTED, "owned_by": NAME,
+                **({"max_model_len": loaded.n_ctx} if loaded else {})}
 
 
 class Models:
     """The models that requests may name: here one, which is loaded at the start and stays."""
 
-    n_loads = n_waiting = 0  # models loaded; requests that wait for one
-
     def __init__(self, config: Config, house: House, stopping: threading.Event):
         """stopping: ends everything; set here where the model cannot be loaded."""
         self.config, self.house, self.stopping = config, house, stopping
-        # What has a name: it has an `entry` and an `answer` like LocalModel's.
-        self.default: Any = house.type_of(LocalModel)(
-            model_name(config.model_path, house), config.model_path, config, house)
-        self.named: dict[str, Any] = {self.default.name: self.default}  # what answers to a name
-        self.otherwise: Any = None  # what takes the names that are not known
+        # Who answers: it has an `entry` and an `answer` like LocalModel's.
+        self.default: Any = house.type_of(LocalModel)(config.model_path, config, house)
+        self.named: dict[str, Any] = {}  # by name; ANY: who has the names that are not known
         self.fatal_error: str | None = None
-
-    def settle(self) -> None:
-        """Features have added their names: see to what these mean together. Raises ConfigError."""
-        self.named |= dict.fromkeys(self.config.model_aliases, self.default)
 
     def start(self) -> None:
         """Load the model; return when that has come to an end. Where it fails, `fatal_error` says
         why, and `stopping` is set."""
         try:
-            self.default.engine = self.default.load(lambda: not self.stopping.is_set())
-            self.n_loads = 1
+            loaded = self.default.load(lambda: not self.stopping.is_set())
+            names = [loaded.model.name, *self.config.model_aliases]
+            self.named = dict.fromkeys(names, self.default)
+            self.default.engine = loaded
         except Exception as error:
             if not self.stopping.is_set():  # else that interrupted the loading
                 if not isinstance(error, engine.ModelError):
-                    log.exception("loading %s failed", self.default.name)
+                    log.exception("loading the model failed")
                 self.fatal_error = str(error)
                 self.stopping.set()
 
@@ -684,30 +635,23 @@ class Models:
             raise unavailable(f"the model is still loading ({self.default.progress or 0:.0%}), try "
                               "again soon", "loading")
 
-    def state(self) -> tuple[str, dict]:
-        """What /health says: ok, loading, stalled or draining, and more about it."""
-        if self.stopping.is_set():
-            return "draining", {}
-        if self.is_starting:
-            return "loading", {"progress": round(self.default.progress or 0.0, 2)}
-        limit = self.config.stall_seconds
-        is_stalled = any(each.seconds_in_step() > limit for each in self.engines().values())
-        return "stalled" if is_stalled else "ok", {}
-
     def names(self) -> dict[str, Any]:
         """Every name that is known, and what it stands for."""
         return {name: target for name, target in self.named.items() if name != ANY}
 
+    def entries(self, handler: "Handler") -> list[dict]:
+        """The list of models."""
+        return [target.entry(name) for name, target in self.names().items()]
+
     def find(self, name: str | None) -> Any:
         """What a name stands for; for None the default. Raises ApiError."""
-        if name is None:
-            return self.default
-        known = self.named if name in self.named else self.names()
-        target = known.get(name) or self.otherwise or self.named.get(ANY)
+        target = self.default if name is None else self.named.get(name) or self.named.get(ANY)
         if not target:
+            if not self.named:
+                self.check()  # the model is still loading
             raise ApiError(404, f"the model {describe(name)} does not exist; this server has "
-                                f"{', '.join(known) or 'none'}; with `model_aliases: [\"{ANY}\"]` "
-                                "any name will do", "model", "model_not_found")
+                                f"{', '.join(self.names()) or 'none'}; with `model_aliases: "
+                                f"[\"{ANY}\"]` any name will do", "model", "model_not_found")
         return target
 
     @contextlib.contextmanager
@@ -719,36 +663,44 @@ class Models:
 
     def engines(self) -> dict[str, engine.Engine]:
         """The engines of loaded models, by their names."""
-        return {} if self.is_starting else {self.default.name: self.default.engine}
+        loaded = self.default.engine
+        return {loaded.model.name: loaded} if loaded else {}
 
     def stats(self) -> engine.Stats:
         """The counts of all engines."""
         return sum((loaded.stats for loaded in self.engines().values()), engine.Stats())
 
+    def health(self) -> dict:
+        """The body of /health: the status ok, loading, stalled or draining, and more about it."""
+        if self.is_starting and not self.stopping.is_set():
+            return {"status": "loading", "progress": round(self.default.progress or 0.0, 2)}
+        engines = list(self.engines().values())
+        stats = sum((each.stats for each in engines), engine.Stats())  # takes no lock
+        is_stalled = any(each.seconds_in_step() > self.config.stall_seconds for each in engines)
+        status = "draining" if self.stopping.is_set() else "stalled" if is_stalled else "ok"
+        about = {"model": engines[0].model.name, "busy": stats.n_busy, "slots": len(stats.slots),
+                 "waiting": sum(each.n_waiting for each in engines)} if engines else {}
+        return {"status": status, **about}
+
+    def samples(self) -> dict[str, tuple[str, Any]]:
+        """What /metrics has of them: by name, what it is, and a number or an engine.Histogram."""
+        stats, n_waiting = self.stats(), sum(each.n_waiting for each in self.engines().values())
+        return {
+            "prompt_tokens_total": ("tokens of prompts", stats.n_prompt),
+            "cached_tokens_total": ("of these, tokens that the KV cache held", stats.n_cached),
+            "generated_tokens_total": ("tokens generated", stats.n_generated),
+            "steps_total": ("turns of the engine's loop", stats.n_steps),
+            "decode_errors_total": ("batches that llama_decode refused", stats.n_decode_errors),
+            "waiting_requests": ("choices that wait for a slot", n_waiting),
+            "busy_slots": ("slots with a request", stats.n_busy),
+            "slots": ("slots", len(stats.slots)),
+            "batch_tokens": ("tokens in each batch", stats.batch),
+            "time_to_first_token_seconds": ("from queue to first token", stats.first_token),
+            "inter_token_seconds": ("from a reply's token to its next", stats.inter_token)}
+
     def close(self) -> bool:
         """End every engine at once, as Engine.close does. The server must be stopping."""
         return all([loaded.close(0) for loaded in self.engines().values()])
-
-
-def find_file(house: House, path: str | None, folder: Path, setting: str = "model_path",
-              go_on: Callable[[], bool] = lambda: True) -> Path:
-    """The GGUF file that a setting means, which a feature may have to fetch; else as
-    engine.find_model_file has it. go_on: False may interrupt a fetch. Raises ModelError."""
-    found = (fetch(path, folder, go_on) for fetch in house.having("fetch"))
-    file = next(filter(None, found), path)
-    if file and NO_PATH.match(file):
-        raise engine.ModelError(f"{file} (of {setting}) is no path, and no feature that is on "
-                                "fetches it")
-    return engine.find_model_file(file, folder, setting)
-
-
-def model_name(path: str | None, house: House) -> str:
-    """The name of a model that has none in the settings: its file's, without the ending."""
-    path = path or next(iter(house.having("DEFAULT_MODEL")), None)
-    with contextlib.suppress(engine.ModelError):
-        if path is None or Path(os.path.expanduser(path)).is_dir():
-            return engine.find_model_file(path, HERE / "models").stem
-    return Path(path or "model").stem
 
 
 # ==== 8. The server: connections, and what they share =====================================
@@ -803,7 +755,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.models = self.house.type_of(Models)(config, self.house, self.stopping)
         for start in self.house.having("start"):
             start(self)
-        self.models.settle()
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         try:
             super().__init__((config.host, config.port), self.house.type_of(Handler))
@@ -1629,13 +1580,8 @@ def post_completion(handler: Handler, body: CompletionBody) -> None:
 
 
 def get_models(handler: Handler) -> None:
-    models = handler.server.models
-    models.check()
-    data = [target.entry(name) for name, target in models.names().items()]
-    known = {entry["id"] for entry in data}
-    if models.otherwise:
-        data += [entry for entry in models.otherwise.entries(handler) if entry["id"] not in known]
-    handler.send_json({"object": "list", "data": data})
+    handler.server.models.check()
+    handler.send_json({"object": "list", "data": handler.server.models.entries(handler)})
 
 
 def get_model(handler: Handler, name: str) -> None:
@@ -1650,15 +1596,8 @@ def get_root(handler: Handler) -> None:
 
 def get_health(handler: Handler) -> None:
     """200 when requests are served, else 503. Waits for nothing."""
-    models = handler.server.models
-    state, body = models.state()
-    if engines := list(models.engines().values()):
-        stats = [each.stats for each in engines]
-        body |= {"model": engines[0].model.name, "busy": sum(each.n_busy for each in stats),
-                 "slots": sum(len(each.slots) for each in stats),
-                 "waiting": sum(each.n_waiting for each in engines)}
-    handler.send_json({"status": state, **body}, *(
-        (200, {}) if state == "ok" else (503, RETRY_SOON)))
+    body = handler.server.models.health()
+    handler.send_json(body, *((200,) if body["status"] == "ok" else (503, RETRY_SOON)))
 
 
 def get_slots(handler: Handler) -> None:
@@ -1671,50 +1610,23 @@ def get_slots(handler: Handler) -> None:
 def get_metrics(handler: Handler) -> None:
     """The text that Prometheus reads:
     https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format"""
-    server, models = handler.server, handler.server.models
-    stats, loaded = models.stats(), models.engines()
+    server, lines = handler.server, []
     with server.changed:
-        answered = dict(server.answered)
-    requests = {f'{{route="{route}",status="{status}"}}': count
-                for (route, status), count in sorted(answered.items())}
-    lines = []
-    for name, about, samples in (
-            ("requests_total", "requests by route and status", requests),
-            ("prompt_tokens_total", "tokens of prompts", stats.n_prompt),
-            ("cached_tokens_total", "of these, tokens that the KV cache held", stats.n_cached),
-            ("generated_tokens_total", "tokens generated", stats.n_generated),
-            ("accepted_draft_tokens_total", "of these, tokens drafted", stats.n_accepted),
-            ("rejected_draft_tokens_total", "tokens drafted in vain", stats.n_rejected),
-            ("restored_prefixes_total", "prefixes back from host memory", stats.n_restored),
-            ("steps_total", "turns of the engine's loop", stats.n_steps),
-            ("decode_errors_total", "batches that llama_decode refused", stats.n_decode_errors),
-            ("waiting_requests", "choices that wait for a slot",
-             sum(each.n_waiting for each in loaded.values())),
-            ("model_loads_total", "models loaded", models.n_loads),
-            ("loaded_models", "models that are loaded now", len(loaded)),
-            ("waiting_for_model", "requests that wait for a model", models.n_waiting),
-            ("busy_slots", "slots with a request", stats.n_busy),
-            ("slots", "slots", len(stats.slots)),
-            ("batch_tokens", "tokens in each batch", stats.batch),
-            ("time_to_first_token_seconds", "from the queue to the first token",
-             stats.first_token),
-            ("inter_token_seconds", "from one token of a reply to the next", stats.inter_token)):
-        is_histogram = isinstance(samples, engine.Histogram)
-        kind = "histogram" if is_histogram else "counter" if name.endswith("_total") else "gauge"
+        answered = sorted(server.answered.items())
+    requests = {f'{{route="{route}",status="{status}"}}': n for (route, status), n in answered}
+    rows = {"requests_total": ("requests by route and status", requests),
+            **server.models.samples()}
+    for name, (about, value) in rows.items():
+        kind = "counter" if name.endswith("_total") else "gauge"
+        samples = value if isinstance(value, dict) else {"": value}  # by what follows the name
+        if isinstance(value, engine.Histogram):
+            kind, sums = "histogram", list(itertools.accumulate(value.counts))
+            samples = {f'_bucket{{le="{bound}"}}': n for bound, n in zip(value.bounds, sums)} | {
+                '_bucket{le="+Inf"}': sums[-1], "_sum": value.total, "_count": sums[-1]}
         lines += [f"# HELP {NAME}_{name} {about}", f"# TYPE {NAME}_{name} {kind}"]
-        samples = buckets(samples) if is_histogram else samples
-        samples = samples if isinstance(samples, dict) else {"": samples}
-        lines += [f"{NAME}_{name}{labels} {value}" for labels, value in samples.items()]
+        lines += [f"{NAME}_{name}{labels} {sample}" for labels, sample in samples.items()]
     handler.send_body("\n".join([*lines, ""]).encode(),
                       "text/plain; version=0.0.4; charset=utf-8")
-
-
-def buckets(values: engine.Histogram) -> dict[str, float]:
-    """The samples of a histogram, by what follows its name."""
-    sums = list(itertools.accumulate(values.counts))
-    bounds = [*map(str, values.bounds), "+Inf"]
-    return {**{f'_bucket{{le="{bound}"}}': count for bound, count in zip(bounds, sums)},
-            "_sum": values.total, "_count": sums[-1]}
 
 
 ROUTES = {

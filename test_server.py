@@ -855,7 +855,7 @@ def test_models_tell_their_context_length(live, client, model):
     listed = client.models.list().data
     assert [entry.id for entry in listed] == [model, "gpt-4o-mini"]
     entry = client.models.retrieve(model)
-    assert entry.max_model_len == 1024 and entry.meta["n_ctx_train"] == 8192
+    assert entry.max_model_len == 1024
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("nope")
     assert caught.value.code == "model_not_found"
@@ -1181,10 +1181,16 @@ def test_settings_come_from_the_file_and_then_from_flags(tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("n_cxt: 5", "unknown key 'n_cxt'; the nearest is 'n_ctx'"),
-    ("server:\n  N_CTX: 5", "unknown key 'N_CTX'; the nearest is 'n_ctx'"),
+    ("n_cxt: 5", "unknown key 'n_cxt'"),
+    ("server:\n  N_CTX: 5", "unknown key 'N_CTX'"),
     ("server:\n  n_ctx: 5", "n_ctx belongs in section model, not server"),
-    ("serve:\n  port: 5", "unknown key 'serve'; the nearest is 'server'"),
+    ("serve:\n  port: 5", "unknown key 'serve'"),
+    ("server: [5]", "section server holds `key: value` lines"),
+    ("7: 5", "unknown key '7'"),
+    ("port: 1\nport: 2", "line 2: the key \"port\" is there twice"),
+    ("port: !!bool x", "cannot read"),
+    ("port: !!map [1]", "cannot read"),
+    ("port: !!int ''", "cannot read"),
     ("n_ctx: .inf", "n_ctx: expected an integer"),
     ("n_ctx: {2024-01-01: 1}", "n_ctx: expected an integer"),
     ("n_ctx: &a [*a]", "n_ctx: expected an integer"),
@@ -1240,8 +1246,9 @@ def test_the_port_answers_while_the_model_loads(monkeypatch):
     loading.models.default.progress = 0.25
     status, headers, body = post(loading, "/health", None, "GET")
     assert (status, body) == (503, {"status": "loading", "progress": 0.25})
-    status, headers, body = post(loading, "/v1/chat/completions", {"messages": HI})
-    assert status == 503 and headers["Retry-After"] and body["error"]["code"] == "loading"
+    for name in (None, "its name, or none"):  # which is known when it has been loaded
+        status, headers, body = post(loading, "/v1/chat/completions", {"messages": HI, "model": name})
+        assert status == 503 and headers["Retry-After"] and body["error"]["code"] == "loading"
     for stop in ([""], "x" * 1001):  # what is wrong is said at once, not when a model has been loaded
         status, _, body = post(loading, "/v1/chat/completions", {"messages": HI, "stop": stop})
         assert (status, body["error"]["param"]) == (400, "stop")

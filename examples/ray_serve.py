@@ -42,9 +42,8 @@ NOT_FROM_CLIENT = {b"connection", b"content-length", b"expect", b"transfer-encod
 NOT_TO_CLIENT = {"connection", "date", "transfer-encoding", "x-request-id"}
 
 
-class RayHandler:
-    """What stands in front of Handler's methods: it answers on a socket that is no TCP socket, under
-    the id that Ray has given the request."""
+class ReplicaHandler(server.Handler):
+    """Answers on a socket that is no TCP socket, under the id that Ray has given the request."""
 
     disable_nagle_algorithm = False
 
@@ -66,8 +65,7 @@ class Server(server.Server):
         pass
 
     def finish_request(self, connection: socket.socket, client_address) -> None:
-        handler = type("Handler", (RayHandler, self.RequestHandlerClass), {})
-        handler(connection, client_address, self)
+        self.house.type_of(ReplicaHandler)(connection, client_address, self)
 
 
 @serve.deployment
@@ -87,7 +85,7 @@ class Replica:
 
     def check_health(self) -> None:
         """Ray asks every few seconds, and replaces a replica that raises."""
-        if self.server.models.state()[0] == "stalled":
+        if self.server.models.health()["status"] == "stalled":
             raise RuntimeError("a step of the engine takes longer than stall_seconds")
 
     async def __call__(self, request: Request) -> StreamingResponse:

@@ -1,11 +1,11 @@
 """Features: how the files of this folder plug into server.py and engine.py.
 
 A feature is a module that exports some of EXPORTS; docs/features.md tells what they mean, and what
-else it may have. The other files are parts of features. The settings, which environment.py adds to,
-name the features that are on; those are imported, behind what they need, and make a House. Those
-that are off are read, but not imported, so that a request or setting which needs one can be told
-its name. (This file also makes the folder a package of its own: another one of this name, wherever
-it is installed, is not taken for it.)
+else it may have. The other files are parts of features. The settings, which settings.py and
+environment.py help to read, name the features that are on; those are imported, behind what they
+need, and make a House. Those that are off are read, but not imported, so that a request or setting
+which needs one can be told its name. (This file also makes the folder a package of its own: another
+one of this name, wherever it is installed, is not taken for it.)
 """
 
 import ast
@@ -20,7 +20,7 @@ from typing import Any
 
 import engine
 import server
-from features import environment
+from features import environment, settings
 
 FOLDER = Path(__file__).resolve().parent
 EXPORTS = ("Settings", "ROUTES", "FIELDS", "METHODS", "equip", "receive", "join", "start", "fetch")
@@ -38,6 +38,7 @@ class House(server.House):
         for module in self.modules:
             for target, extension in _added(module).items():
                 self.extensions.setdefault(target, []).append(extension)
+        self.extensions.setdefault("LocalModel", []).append(settings.FoundModel)
         self._types: dict[type, type] = {}
         super().__init__()
 
@@ -52,17 +53,30 @@ class House(server.House):
                      for extension in self.extensions.get(each.__name__, ())]
             new = type(cls.__name__, (*bases, cls), {
                 "house": self, "__doc__": cls.__doc__, "__module__": cls.__module__})
-            has_fields = cls is server.Config or any(map(dataclasses.is_dataclass, bases))
+            has_fields = cls is server.Config or any("__dataclass_fields__" in vars(base)
+                                                     for base in bases)
             self._types[cls] = dataclasses.dataclass(new) if has_fields else new if bases else cls
         return self._types[cls]
 
-    def more_settings(self, environ: Mapping[str, str]) -> dict[str, tuple[str, Any]]:
-        """As server.House.more_settings: from environment variables."""
+    def read_settings(self, file: Path, content: dict, environ: Mapping[str, str]
+                      ) -> dict[str, tuple[str, Any]]:
+        """As server.House.read_settings; also from environment variables."""
         for (target, name), (feature, _) in self.off.items():
             if target == "Config" and environ.get(name.upper()):
                 server.log.warning("warning: environment variable %s is ignored: it needs the "
                                    "feature %s, which is off", name.upper(), feature)
-        return environment.settings(self, environ)
+        found = super().read_settings(file, content, environ)
+        for name in found:
+            if name not in self.settings:
+                raise server.ConfigError(f"{file}: {self.unknown_setting(name, content)}")
+        return found | environment.settings(self, environ)
+
+    def located(self, name: str, value, file: Path):
+        """As server.House.located; also the paths in objects, but no names that are no paths."""
+        if isinstance(value, dict):
+            return settings.with_paths(self, name, value, file)
+        is_path = not (isinstance(value, str) and settings.NO_PATH.match(value))
+        return super().located(name, value, file) if is_path else value
 
     def feature_of(self, cls: type, field: str) -> tuple[str | None, Any]:
         """The feature that would honour a field, and is off; and the field's default."""
@@ -80,10 +94,10 @@ class House(server.House):
                     "leave it out, or have it named in `features` of the settings", "feature_off")
 
     def unknown_setting(self, name, others: Mapping = types.MappingProxyType({})) -> str:
-        """As server.House.unknown_setting."""
+        """What to say about a key of the settings that there is not. others: what else is set."""
         feature = self.feature_of(server.Config, name)[0]
         if not feature:
-            return super().unknown_setting(name, others)
+            return f"unknown key {name!r}{settings.nearest(self, name)}"
         keys = [each for key, inner in others.items()
                 for each in (inner if isinstance(inner, dict) else [key])]
         more = [f"{each} ({found})" for each in keys

@@ -140,10 +140,8 @@ def get_app_models(handler) -> None:
                 target.engine is not None} if isinstance(target, server.LocalModel) else
                {"model_key": name, "engine": target.name} for name, target
                in models.names().items()]
-    if models.otherwise:
-        known = {entry["model_key"] for entry in entries}
-        entries += [{"model_key": entry["id"], "engine": models.otherwise.name}
-                    for entry in models.otherwise.entries(handler) if entry["id"] not in known]
+    entries += [{"model_key": entry["id"], "engine": elsewhere.OTHERS}
+                for entry in models.others(handler)]
     handler.send_json({"loaded": [each for each in entries if each.get("loaded")],
                        "available": entries})
 
@@ -156,7 +154,7 @@ def post_load(handler, request: LoadBody) -> None:
         is_here = isinstance(target, server.LocalModel)
         if not is_here:
             listed = [entry["id"] for entry in elsewhere.list_elsewhere(handler, target)]
-            if target is models.otherwise and request.model_key not in listed:
+            if request.model_key not in [*models.named, *listed]:
                 raise server.ApiError(404, "Model not found")
         if is_here:
             models.load(target, request.exclusive, handler.check_connection)
@@ -204,9 +202,6 @@ def find_model(handler, name: str | None, sees: bool):
               if isinstance(each, server.LocalModel) and vision.sees(each)]
     default = models.find(config.default_vision_model) if config.default_vision_model else \
         next(iter(seeing), None)
-    if default is not None and default is models.otherwise:
-        # It is asked for what it is named there.
-        default = dataclasses.replace(default, model=config.default_vision_model)
     if isinstance(default, server.LocalModel) and default.is_off:
         default = next((each for each in models.loaded() if each in seeing), None)
     if default is None:

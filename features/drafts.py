@@ -32,6 +32,7 @@ from llama_cpp import llama_cpp as lib
 import engine
 import server
 from engine import Slot, log
+from features.settings import find_file
 
 PROMPT_LOOKUP = "prompt-lookup"
 MAX_DRAFT = 32  # tokens for a slot in one step: hardly any gain is left in more
@@ -269,9 +270,23 @@ class Settings:
     """What drafts."""
 
     draft: Literal["prompt-lookup"] | None = server.setting("model", PROMPT_LOOKUP)
-    draft_model_path: str | None = server.setting("model", None, is_file=True)
+    draft_model_path: str | None = server.setting("model", None, path="file")
     draft_n_ctx: int = server.setting("model", 0, low=0, high=server.MAX_N_CTX)
     draft_n_gpu_layers: int = server.setting("model", -1, low=-1, high=server.INT32_MAX)
+
+
+class DraftCounts(server.Models):
+    """Counts what became of drafts."""
+
+    def samples(self) -> dict:
+        """As Models.samples."""
+        stats = self.stats()
+        return {**super().samples(),
+                "accepted_draft_tokens_total": ("tokens drafted and generated", stats.n_accepted),
+                "rejected_draft_tokens_total": ("tokens drafted in vain", stats.n_rejected)}
+
+
+METHODS = {"Models": DraftCounts}
 
 
 def equip(loaded: engine.Engine, settings: server.Config) -> None:
@@ -286,7 +301,7 @@ def equip(loaded: engine.Engine, settings: server.Config) -> None:
 
 def load_draft_model(file: str, loaded: engine.Engine, settings: server.Config) -> DraftModel:
     """The model that drafts for another, and is freed with it. Raises engine.ModelError."""
-    path = server.find_file(settings.house, file, loaded.model.path.parent, "draft_model_path")
+    path = find_file(settings.house, file, loaded.model.path.parent, "draft_model_path")
     model = engine.Model(path, settings.draft_n_gpu_layers)
     loaded.model.parts.callback(model.close)
     if not (model.can_rewind and model.generates):

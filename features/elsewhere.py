@@ -16,6 +16,7 @@ import json
 import math
 import re
 import secrets
+import threading
 import time
 import urllib.parse
 import weakref
@@ -24,6 +25,7 @@ from collections.abc import Iterator
 import server
 from features.web import Unreachable, read_all, read_lines, read_pieces, request_elsewhere
 
+NEEDS = ("models",)
 LIST_SECONDS = 5.0  # for the list of models elsewhere
 PASSED_ON = ("Content-Type", "Content-Encoding", "Retry-After", "Location")  # of its headers
 MAX_FAR_LINE = 2**20  # bytes of an event from an engine elsewhere
@@ -109,14 +111,6 @@ class Upstream:
         return {"id": name, "object": "model", "created": server.STARTED, "owned_by": self.name,
                 "root": self.model or name, "parent": None}
 
-    def entries(self, handler) -> list[dict]:
-        """The models that it lists; none when it does not answer, but a warning."""
-        try:
-            return list_elsewhere(handler, self)
-        except server.ApiError as error:
-            server.log.warning("%s cannot list the models elsewhere: %s", handler.tally.id, error)
-            return []
-
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
@@ -125,27 +119,54 @@ class Upstream:
         return text.replace(self.api_key, "***") if self.api_key else text
 
 
-def start(running: "server.Server") -> None:
-    """Give the server the names of engines elsewhere."""
-    config, models = running.config, running.models
-    for name, entry in getattr(config, "models", {}).items():
-        if entry.base_url:
-            chosen = {key: value for key in ("api_key", "model", "timeout")
-                      if (value := getattr(entry, key)) is not None}
-            models.named[name] = Upstream(name, entry.base_url.rstrip("/"),
-                                          **{"model": name, **chosen})
-    if config.openai_base_url:
-        models.otherwise = Upstream(OTHERS, config.openai_base_url.rstrip("/"),
-                                    config.openai_api_key)
-    for upstream in [*models.named.values(), models.otherwise]:
-        if isinstance(upstream, Upstream):
+class FarModels(server.Models):
+    """Models, some of whose names stand for engines elsewhere."""
+
+    def __init__(self, config: server.Config, house: server.House, stopping: threading.Event):
+        super().__init__(config, house, stopping)
+        for name, entry in config.models.items():
+            if entry.base_url:
+                chosen = {key: value for key in ("api_key", "model", "timeout")
+                          if (value := getattr(entry, key)) is not None}
+                self.named[name] = Upstream(name, entry.base_url.rstrip("/"),
+                                            **{"model": name, **chosen})
+        if config.openai_base_url:
+            self.named[server.ANY] = Upstream(OTHERS, config.openai_base_url.rstrip("/"),
+                                              config.openai_api_key)
+        for upstream in self.named.values():
             print(f"elsewhere: {upstream.name} at {upstream.base_url}", flush=True)
             if not urllib.parse.urlsplit(upstream.base_url).path:
                 server.log.warning("warning: the address of %s has no path; most servers want /v1 "
                                    "behind it", upstream.name)
-    if models.otherwise:
-        print(f"models without a name here are looked for at {models.otherwise.base_url}",
-              flush=True)
+        if config.openai_base_url:
+            print(f"models without a name here are looked for at {upstream.base_url}", flush=True)
+
+    def find(self, name: str | None):
+        """As Models.find; the engine that has all other names is asked for this one."""
+        target = super().find(name)
+        if isinstance(target, Upstream) and target.model is None:
+            return dataclasses.replace(target, model=name)
+        return target
+
+    def entries(self, handler) -> list[dict]:
+        """As Models.entries."""
+        return super().entries(handler) + self.others(handler)
+
+    def others(self, handler) -> list[dict]:
+        """The models that the engine for all other names lists, but for names that are known here;
+        none when it does not answer, but a warning."""
+        upstream = self.named.get(server.ANY)
+        if not isinstance(upstream, Upstream):
+            return []
+        try:
+            listed, known = list_elsewhere(handler, upstream), self.names()
+        except server.ApiError as error:
+            server.log.warning("%s cannot list the models elsewhere: %s", handler.tally.id, error)
+            return []
+        return [entry for entry in listed if entry["id"] not in known]
+
+
+METHODS = {"Models": FarModels}
 
 
 def list_elsewhere(handler, upstream: "Upstream") -> list[dict]:

@@ -55,7 +55,7 @@ def read_variable(name: str, hint, environ: Mapping[str, str], is_secret: bool =
         if bool in (hint, *typing.get_args(hint)) and text.strip() in ("0", "1"):
             return text.strip() == "1"
         return text if hint in (str, str | None) else yaml.safe_load(text)
-    except server.NOT_YAML as error:
+    except Exception as error:  # as server.read_yaml has it
         sent = "what is there" if is_secret else repr(text)
         raise server.ConfigError(f"environment variable {name}: {sent} is not a value") from error
 

@@ -86,6 +86,18 @@ class Settings:
     cache_ram_mib: float = server.setting("model", 512.0, low=0, high=2**20)
 
 
+class MemoryCounts(server.Models):
+    """Counts the prefixes that came back."""
+
+    def samples(self) -> dict:
+        """As Models.samples."""
+        return {**super().samples(), "restored_prefixes_total": (
+            "prefixes back from host memory", self.stats().n_restored)}
+
+
+METHODS = {"Models": MemoryCounts}
+
+
 def equip(loaded: engine.Engine, settings: server.Config) -> None:
     """Give a model a store of `cache_ram_mib`. Loader thread, before anybody has the engine."""
     loaded.prefixes.store = MemoryStore(int(settings.cache_ram_mib * 2**20))

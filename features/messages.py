@@ -267,10 +267,7 @@ def get_models(handler: server.Handler, *name: str) -> None:
         return (server.get_model if name else server.get_models)(handler, *name)
     models = handler.server.models
     models.check()
-    found = {each: models.find(each) for each in name} or models.names()
-    entries = [target.entry(each) for each, target in found.items()]
-    if models.otherwise and not name:
-        entries += [each for each in models.otherwise.entries(handler) if each["id"] not in found]
+    entries = [models.find(each).entry(each) for each in name] or models.entries(handler)
     data = [{"type": "model", "id": entry["id"], "display_name": entry["id"], "created_at":
              time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry["created"]))}
             for entry in entries]

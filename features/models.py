@@ -21,6 +21,7 @@ from typing import Any
 import engine
 import server
 from features.pooled import PooledModel, Ticket
+from features.settings import NO_PATH
 from server import POLL_SECONDS
 
 MODEL_NAME = r"[A-Za-z0-9][\w./:@+-]*"
@@ -74,7 +75,7 @@ class ModelEntry:
 class Settings:
     """Which models there are, and how many at a time."""
 
-    models_dir: str | None = server.setting("model", None, is_folder=True)
+    models_dir: str | None = server.setting("model", None, path="folder")
     max_loaded: int = server.setting("model", 1, low=1, high=64)
     turn_seconds: float = server.setting("model", 10.0, low=0, high=server.DAY)
     default_regular_model: str | None = server.setting("model", None)
@@ -106,38 +107,35 @@ class Pool(server.Models):
         super().__init__(config, house, stopping)
         if config.models_dir and not Path(os.path.expanduser(config.models_dir)).is_dir():
             raise server.ConfigError(f"models_dir: {config.models_dir} is not a folder")
-        local = {name: PooledModel(name, entry.model_path, entry.settings(config, house), house)
+        self._new_model = house.type_of(PooledModel)
+        local = {name: self._new_model(entry.model_path, entry.settings(config, house), house,
+                                       name=name)
                  for name, entry in config.models.items() if entry.is_here()}
-        own, wanted = server.model_name(config.model_path, house), config.default_regular_model
+        own, wanted = model_name(config.model_path, house), config.default_regular_model
         if config.model_path or not (wanted or config.models) or \
                 wanted == own and not getattr(config, "openai_base_url", None):
-            local = {own: PooledModel(own, config.model_path, config, house), **local}
-        self._models, self.named = local, dict(local)
-        self.default = None
+            local = {own: self._new_model(config.model_path, config, house, name=own), **local}
+        self._models, self.named = local, {**local, **self.named}
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
+        self.n_loads = 0
         self.retired = engine.Stats()  # the counts of engines that are gone
         # Guards all that is below and the models' standing; notified when any of it changes.
         self._changed = threading.Condition()
         self._first: Ticket | None = None  # the server's own, for the default model
         self._tickets: list[Ticket] = []
         self._working_on: PooledModel | None = None
-
-    # ---- any thread ------------------------------------------------------------------
-
-    def settle(self) -> None:
-        """The default model is loaded at the start. If it never can be, `fatal_error` says why, and
-        `stopping` is set. Raises ConfigError."""
-        name = self.config.default_regular_model or next(iter(self.named), None)
         try:
-            self.default = server.Models.find(self, name) if name else None
+            self.default = self.find(wanted or next(iter(self.named)))
         except server.ApiError as error:
             raise server.ConfigError(f"default_regular_model: {error.message}") from None
-        if self.default and self.default is self.otherwise:
-            self.default = dataclasses.replace(self.otherwise, model=name)
-        self.named |= dict.fromkeys(self.config.model_aliases if self.default else (), self.default)
+        aliases = dict.fromkeys(config.model_aliases, self.default)
+        self.named |= aliases | {name: target for name, target in self.named.items()
+                                 if name == server.ANY}  # an engine that has all other names
         if isinstance(self.default, PooledModel):
             self._first = Ticket(self.default)
             self._tickets.append(self._first)
+
+    # ---- any thread ------------------------------------------------------------------
 
     def start(self) -> None:
         """Start the thread; wait until the default model is loaded, or everything stops."""
@@ -159,7 +157,7 @@ class Pool(server.Models):
     def find(self, name: str | None) -> Any:
         """As Models.find; for None, where the default was unloaded by hand, any that is loaded."""
         if name is not None:
-            return super().find(name)
+            return self.named.get(name) or self.local_models().get(name) or super().find(name)
         default = self.default
         if isinstance(default, PooledModel) and default.is_off:
             default = next(iter(self.loaded()), None)
@@ -181,7 +179,7 @@ class Pool(server.Models):
         folder = Path(os.path.expanduser(self.config.models_dir or ""))
         files = engine.model_files(folder) if self.config.models_dir else []
         settings = ModelEntry().settings(self.config, self.house)
-        return [PooledModel(file.stem, str(file), settings, self.house, is_in_folder=True)
+        return [self._new_model(str(file), settings, self.house, name=file.stem, is_in_folder=True)
                 for file in files if re.fullmatch(MODEL_NAME, file.stem)]
 
     @property
@@ -261,7 +259,7 @@ class Pool(server.Models):
             raise server.unavailable(model.error, "model_failed")
         try:  # known before another model has to go for it
             for name, file in model.files().items():
-                if name != "chat_template_file" and not server.NO_PATH.match(file):
+                if name != "chat_template_file" and not NO_PATH.match(file):
                     engine.find_model_file(file, server.HERE, setting=name)
         except engine.ModelError as error:
             raise server.unavailable(str(error), "model_failed") from None
@@ -295,17 +293,23 @@ class Pool(server.Models):
     def stats(self) -> engine.Stats:
         """The counts of all engines, present and gone."""
         with self._changed:
-            return sum((engine.stats for engine in self.engines().values()), self.retired)
+            return super().stats() + self.retired
 
-    def state(self) -> tuple[str, dict]:
-        """As Models.state, or failed; and which model is being loaded while others are served."""
-        state, details = super().state()
-        if state == "loading" and self.default.error:
-            return "failed", {"error": self.default.error}
+    def health(self) -> dict:
+        """As Models.health, or failed; and which model is being loaded while others are served."""
+        body = super().health()
+        if body["status"] == "loading" and self.default.error:
+            return {"status": "failed", "error": self.default.error}
         coming = self._working_on
-        if state == "ok" and coming and coming.progress is not None:
-            details["loading"] = {"model": coming.name, "progress": round(coming.progress, 2)}
-        return state, details
+        if body["status"] == "ok" and coming and coming.progress is not None:
+            body["loading"] = {"model": coming.name, "progress": round(coming.progress, 2)}
+        return body
+
+    def samples(self) -> dict:
+        """As Models.samples."""
+        return {**super().samples(), "model_loads_total": ("models loaded", self.n_loads),
+                "loaded_models": ("models that are loaded now", len(self.engines())),
+                "waiting_for_model": ("requests that wait for a model", self.n_waiting)}
 
     def close(self) -> bool:
         """As Models.close; False, too, when a step of loading does not end."""
@@ -405,14 +409,14 @@ class Pool(server.Models):
                 model.must_go = False
 
 
+def model_name(path: str | None, house: server.House) -> str:
+    """The name of a model that has none in the settings: its file's, without the ending."""
+    path = path or next(iter(house.having("DEFAULT_MODEL")), None)
+    with contextlib.suppress(engine.ModelError):
+        if path is None or Path(os.path.expanduser(path)).is_dir():
+            return engine.find_model_file(path, server.HERE / "models").stem
+    return Path(path or "model").stem
+
+
 NEEDS = "pings"
-
-
-def start(running: "server.Server") -> None:
-    """Put the pool in the place of the one model."""
-    before = running.models
-    running.models = Pool(running.config, running.house, running.stopping)
-    # What other features have named so far.
-    running.models.named |= {name: target for name, target in before.named.items()
-                             if not isinstance(target, server.LocalModel)}
-    running.models.otherwise = before.otherwise
+METHODS = {"Models": Pool}

@@ -52,6 +52,7 @@ import engine
 import server
 from features.files import (
     IMAGE_SECONDS, MAX_IMAGES_MB, ImageError, fetch_image, read_data_uri)
+from features.settings import find_file
 
 
 # ==== 1. Decode: a file into pixels =====================================================
@@ -265,7 +266,7 @@ def equip(loaded: engine.Engine, settings: server.Config) -> None:
     """Give a model its projector, if there is an mmproj for it. Raises engine.ModelError."""
     if not (mmproj := mmproj_of(settings.mmproj, loaded.model.path)):
         return
-    path = server.find_file(settings.house, mmproj, loaded.model.path.parent, "mmproj")
+    path = find_file(settings.house, mmproj, loaded.model.path.parent, "mmproj")
     projector = Projector(loaded.model, path, loaded.context.n_threads)
     loaded.model.parts.callback(projector.close)
     projectors[loaded] = projector
@@ -303,7 +304,7 @@ def sees(target) -> bool:
 class Settings:
     """How models see, and where images come from."""
 
-    mmproj: str | None = server.setting("model", None, is_file=True)
+    mmproj: str | None = server.setting("model", None, path="file")
     allow_image_urls: bool = server.setting("server", False)
 
 

@@ -20,7 +20,7 @@ import pytest
 import conftest
 import engine
 import server
-from features import downloads
+from features import downloads, models
 from test_models import CHAT, HI, SIZES, gguf, running_process  # noqa: F401: gguf is a fixture
 
 # ==== 1. The default ======================================================================
@@ -112,15 +112,15 @@ def test_a_model_that_the_hub_does_not_have_is_one_sentence(hub):
 
 def test_the_default_model_has_its_name_before_it_is_fetched(tmp_path, monkeypatch):
     """With the feature. Without it, the one file in models/ is the model."""
-    monkeypatch.setattr(server, "HERE", tmp_path)
     with_it, without = server.load_features(["downloads"]), server.load_features([])
+    monkeypatch.setattr(server, "HERE", tmp_path)
     name = Path(downloads.DEFAULT_MODEL).stem
-    assert server.model_name(None, with_it) == name
+    assert models.model_name(None, with_it) == name
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "mine.gguf").symlink_to(conftest.default_model())
-    assert server.model_name(None, with_it) == name and server.model_name(None, without) == "mine"
-    assert server.model_name(str(tmp_path / "models"), with_it) == "mine"
-    assert server.model_name("hf:o/r/sub/f.gguf", with_it) == "f"
+    assert models.model_name(None, with_it) == name and models.model_name(None, without) == "mine"
+    assert models.model_name(str(tmp_path / "models"), with_it) == "mine"
+    assert models.model_name("hf:o/r/sub/f.gguf", with_it) == "f"
 
 
 @pytest.mark.parametrize("setting", ["model_path", "mmproj", "draft_model_path"])

@@ -500,8 +500,9 @@ def test_a_loop_is_a_508(n_servers):
             openai_base_url="http://unused/v1", default_regular_model="far", drain_seconds=1))
             for _ in range(n_servers)]
         for one, other in zip(ring, [*ring[1:], ring[0]]):
-            one.models.otherwise = elsewhere.Upstream("upstream", f"{other.url}/v1")
-            one.models.default = server.dataclasses.replace(one.models.otherwise, model="far")
+            far = elsewhere.Upstream("upstream", f"{other.url}/v1")
+            one.models.named[server.ANY] = far
+            one.models.default = server.dataclasses.replace(far, model="far")
         refusals(ring[0], 508, "leads back")
         for path in ("/v1/models", "/models"):
             assert httpx.get(ring[0].url + path, timeout=20).status_code == 200
@@ -529,7 +530,7 @@ def test_no_log_line_has_a_key(caplog):
 
 
 def test_the_order_in_which_the_two_features_are_named_changes_nothing():
-    """`models` puts a pool in the place of the one model, before or after `elsewhere` names its own."""
+    """A pool stands in the place of the one model, whichever names its own first."""
     for features in (["elsewhere", "models"], ["models", "elsewhere"]):
         house = server.load_features(features)
         entry = house.type_of(models.ModelEntry)
@@ -539,7 +540,8 @@ def test_the_order_in_which_the_two_features_are_named_changes_nothing():
         running.server_close()
         assert {*running.models.names()} == {"far", "near"}
         assert running.models.find(None) is running.models.find("near")
-        assert running.models.find("else") is running.models.otherwise
+        assert running.models.find("else").base_url == "http://box:2/v1"
+        assert running.models.find("else").model == "else"
         assert running.models.find("far").base_url == "http://box:1/v1"
 
 

@@ -24,6 +24,27 @@ def test_settings_come_from_file_environment_and_flags_in_this_order(tmp_path):
     assert config.model_path == str(tmp_path / "m.gguf")
 
 
+@pytest.mark.parametrize("text, words", [
+    ("n_cxt: 5", "unknown key 'n_cxt'; the nearest is 'n_ctx'"),
+    ("server:\n  N_CTX: 5", "unknown key 'N_CTX'; the nearest is 'n_ctx'"),
+    ("server:\n  n_ctx: 5", "n_ctx belongs in section model, not server"),
+    ("serve:\n  port: 5", "unknown key 'serve'; the nearest is 'server'")])
+def test_a_wrong_key_is_told_what_may_be_meant(tmp_path, text, words):
+    """What the two files alone call an unknown key."""
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(server.ConfigError) as caught:
+        server.load_config(["--config", str(file)], {})
+    assert str(caught.value) == f"{file}: {words}"
+
+
+@pytest.mark.parametrize("value", ["!!bool x", "!!map [1]", "!!int ''", "!!timestamp x", "2024-13-45"])
+def test_what_yaml_cannot_read_in_a_variable_is_one_sentence(value):
+    """Its reader has more errors than its own."""
+    with pytest.raises(server.ConfigError, match="environment variable PORT: .* is not a value"):
+        server.load_config([], {"PORT": value})
+
+
 def test_features_may_come_from_the_environment():
     config = server.load_config(["--config", os.devnull], {"FEATURES": "memory, tokens"})
     assert config.features == ["memory", "tokens"] and config.cache_ram_mib == 512

@@ -380,7 +380,7 @@ def test_what_clients_see_while_a_model_loads(gguf, gate):
         with socket.create_connection(("127.0.0.1", running.server_port)) as raw:
             raw.sendall(b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
                         % (CHAT.encode(), len(body), body))
-            wait_for(lambda: pool.n_waiting == 3 and "loading" in pool.state()[1])
+            wait_for(lambda: pool.n_waiting == 3 and "loading" in pool.health())
             began = time.monotonic()
             refused, health = ask(running, "slow"), get(running, "/health")
             assert refused.status_code == 503 and "retry-after" in refused.headers
