@@ -328,7 +328,7 @@ def read_object(cls, value: dict, at: str, reading: Reading):
         elif field.name in value and "section" in field.metadata and type(None) in typing.get_args(
                 hints[field.name]):  # null means "not given"; in the settings also "none"
             given[field.name] = None
-    reading.ignored += [prefix + name for name in value if name not in hints]
+    reading.ignored += [f"{prefix}{name}" for name in value if name not in hints]
     whole = cls(**given)
     for each in cls.__mro__:  # what no single field can tell
         if "check" in vars(each):
@@ -362,25 +362,19 @@ class House:
                       ) -> dict[str, tuple[str, Any]]:
         """{key: (where it was set, value)}: here, only in a file, in its section or flat. Raises
         ConfigError."""
-        homes = {name: metadata["section"] for name, metadata in self.settings.items()}
+        sections = {metadata["section"] for metadata in self.settings.values()} - {*self.settings}
         found: dict[str, tuple[str, Any]] = {}
         for key, inner in content.items():
-            section = key if key in homes.values() and key not in homes else None
-            if section and inner and not isinstance(inner, dict):
-                raise ConfigError(f"{file}: section {key} holds `key: value` lines, nothing else")
-            for name, value in ((inner or {}) if section else {key: inner}).items():
-                if name == "enabled" and f"{section}_enabled" in homes:
-                    name = f"{section}_enabled"
-                if section not in (None, homes.get(name, section)):
-                    raise ConfigError(f"{file}: {name} belongs in section {homes[name]}, not "
-                                      f"{section}")
+            is_section = key in sections and isinstance(inner, dict | None)
+            for name, value in ((inner or {}) if is_section else {key: inner}).items():
+                name = f"{key}_enabled" if name == "enabled" else str(name)
                 if name in found:
                     raise ConfigError(f"{file}: {name} is set twice")
-                found[str(name)] = str(file), self.located(name, value, file)
+                found[name] = str(file), self.located(name, value, file)
         return found
 
     def located(self, name: str, value, file: Path):
-        """A setting as a file has it; a relative path begins at its folder."""
+        """A setting as a file has it; a relative path begins at the file's folder."""
         is_path = "path" in self.settings.get(name, ()) and isinstance(value, str)
         return str(file.parent / os.path.expanduser(value)) if is_path else value
 
@@ -653,13 +647,6 @@ class Models:
                                 f"{', '.join(self.names()) or 'none'}; with `model_aliases: "
                                 f"[\"{ANY}\"]` any name will do", "model", "model_not_found")
         return target
-
-    @contextlib.contextmanager
-    def lease(self, model: LocalModel, handler: "Handler") -> Iterator[engine.Engine]:
-        """A model's engine, which stays loaded within this, for a request. Raises ApiError, and
-        what the handler raises while it waits."""
-        self.check()
-        yield model.engine
 
     def engines(self) -> dict[str, engine.Engine]:
         """The engines of loaded models, by their names."""
@@ -1267,7 +1254,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def receive_body(self, size: float, limit: int) -> bytes:
         """So many bytes. Raises ApiError for more than `limit`, ConnectionError when fewer come."""
         if size > limit:
-            raise body_too_large(f"has {size} bytes", limit)
+            why = "max_body_mb" if limit != SMALL_BODY else "as nothing is read from it"
+            raise ApiError(413, f"the body has {size} bytes, the limit is {limit} ({why})",
+                           code="body_too_large")
         body = self.rfile.read(size)
         if len(body) < size:
             raise ConnectionError("the client hung up")
@@ -1401,8 +1390,8 @@ class Handler(Connection):
                     is_this_machine(page.hostname or "")
                     or knows_host and page.netloc == self.headers.get("host")):
                 return
-        raise ApiError(403, f"pages from {describe(origin)} may not use this server; if they should, "
-                            "add the origin to cors_origins", code="origin_not_allowed")
+        raise ApiError(403, f"pages from {describe(origin)} may not use this server; if they "
+                            "should, add the origin to cors_origins", code="origin_not_allowed")
 
     def authorise(self) -> None:
         """Check the key. Raises 401."""
@@ -1437,8 +1426,10 @@ class Handler(Connection):
 
     @contextlib.contextmanager
     def lease(self, model: LocalModel) -> Iterator[None]:
-        """Within this, `loaded` is the engine of a model, which is loaded first if need be."""
-        with engine_errors(), self.server.models.lease(model, self) as self.loaded:
+        """Within this, `loaded` is the engine of a model, which stays loaded. Raises ApiError."""
+        self.server.models.check()
+        self.loaded = model.engine
+        with engine_errors():
             yield
 
     def tokenize(self, text: str, param: str, n_reply: int = 1, read=None) -> np.ndarray:
@@ -1533,12 +1524,6 @@ def read_json(body: bytes) -> dict:
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"bad JSON: {error}", code="invalid_json") from None
     return sent
-
-
-def body_too_large(size: str, limit: int) -> ApiError:
-    """413; size: what is known of the body's; limit: bytes."""
-    why = "as nothing is read from it" if limit == SMALL_BODY else "max_body_mb"
-    return ApiError(413, f"the body {size}, the limit is {limit} ({why})", code="body_too_large")
 
 
 @contextlib.contextmanager
@@ -1709,7 +1694,8 @@ def main(argv: list[str] | None = None) -> int:
     the exit code: 0, or 2 for unusable settings or model."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a console may know ASCII only
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(message)s")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a KeyboardInterrupt, as SIGINT is
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt here
     try:
         return serve(Server(load_config(sys.argv[1:] if argv is None else argv, os.environ)))
     except ConfigError as error:

@@ -65,6 +65,7 @@ class House(server.House):
             if target == "Config" and environ.get(name.upper()):
                 server.log.warning("warning: environment variable %s is ignored: it needs the "
                                    "feature %s, which is off", name.upper(), feature)
+        settings.check_sections(self, file, content)
         found = super().read_settings(file, content, environ)
         for name in found:
             if name not in self.settings:

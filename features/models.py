@@ -203,20 +203,12 @@ class Pool(server.Models):
         return {name: engine for name, engine in engines.items() if engine}
 
     @contextlib.contextmanager
-    def lease(self, model: PooledModel, handler: server.Handler) -> Iterator[engine.Engine]:
-        """As Models.lease; from its second second on, a stream tells that it waits."""
-        began = time.monotonic()
-
-        def wait() -> None:
-            handler.check_connection()
-            if handler.streams and time.monotonic() - max(began, handler.last_write) > NEWS_SECONDS:
-                progress = model.progress or 0.0
-                handler.write_sign(f"loading {model.name} {progress:.0%}", {
-                    "type": "loading", "model": model.name, "progress": round(progress, 2)})
-
+    def use(self, model: PooledModel, wait: Callable[[], None]) -> Iterator[None]:
+        """Within this a model stays loaded. wait: called while it is not yet there, every moment.
+        Raises ApiError, and what `wait` raises."""
         self._enter(model, wait)
         try:
-            yield model.engine
+            yield
         finally:
             self._leave(model)
 
@@ -268,12 +260,12 @@ class Pool(server.Models):
                 f"{len(self._tickets)} requests are waiting for a model already", "queue_full")
 
     def load(self, model: PooledModel, exclusive: bool, wait: Callable[[], None]) -> None:
-        """Load a model; with `exclusive`, unload all others before. Raises as `lease` does."""
+        """Load a model; with `exclusive`, unload all others before. Raises as `use` does."""
         model.error = None  # who asks like this wants it tried, whatever happened before
         if exclusive:
             self.unload([other for other in self.loaded() if other is not model], wait)
-        self._enter(model, wait)
-        self._leave(model)
+        with self.use(model, wait):
+            pass
 
     def unload(self, models: list[PooledModel], wait: Callable[[], None]) -> None:
         """Give the memory of these models back, when their work is done."""
@@ -418,5 +410,25 @@ def model_name(path: str | None, house: server.House) -> str:
     return Path(path or "model").stem
 
 
+class WaitingHandler:
+    """What stands in front of Handler's methods."""
+
+    @contextlib.contextmanager
+    def lease(self, model: PooledModel) -> Iterator[None]:
+        """As Handler.lease; from its second second on, a stream tells that it waits."""
+        began = time.monotonic()
+
+        def wait() -> None:
+            self.check_connection()
+            if self.streams and time.monotonic() - max(began, self.last_write) > NEWS_SECONDS:
+                progress = model.progress or 0.0
+                self.write_sign(f"loading {model.name} {progress:.0%}", {
+                    "type": "loading", "model": model.name, "progress": round(progress, 2)})
+
+        with self.server.models.use(model, wait), server.engine_errors():
+            self.loaded = model.engine
+            yield
+
+
 NEEDS = "pings"
-METHODS = {"Models": Pool}
+METHODS = {"Models": Pool, "Handler": WaitingHandler}

@@ -24,6 +24,19 @@ def nearest(house: server.House, name) -> str:
     return f"; the nearest is {near[0]!r}" if near else ""
 
 
+def check_sections(house: server.House, file: Path, content: dict) -> None:
+    """Refuse a section that is none, and a key in a section of others. Raises ConfigError."""
+    homes = {name: metadata["section"] for name, metadata in house.settings.items()}
+    for section in (content.keys() & {*homes.values()}) - homes.keys():
+        if not isinstance(content[section], dict | None):
+            raise server.ConfigError(f"{file}: section {section} holds `key: value` lines, nothing "
+                                     "else")
+        for name in content[section] or ():
+            if homes.get(name, section) != section:
+                raise server.ConfigError(f"{file}: {name} belongs in section {homes[name]}, not "
+                                         f"{section}")
+
+
 def with_paths(house: server.House, name: str, value: dict, file: Path) -> dict:
     """A setting that is an object, as House.located has those that are not. Raises ConfigError."""
     try:

@@ -117,7 +117,8 @@ class StrictReader:
             if n_bytes == 0:
                 break
             if len(body) + n_bytes > limit:
-                raise server.body_too_large(f"has more than {len(body)} bytes", limit)
+                raise ApiError(413, f"the body has more than {len(body)} bytes, the limit is "
+                                    f"{limit} (max_body_mb)", code="body_too_large")
             body += super().receive_body(n_bytes, limit)
             if super().receive_body(2, limit) != b"\r\n":
                 raise malformed
