@@ -274,6 +274,19 @@ class Settings:
     draft_n_gpu_layers: int = server.setting("model", -1, low=-1, high=server.INT32_MAX)
 
 
+class DraftedReply:
+    """What a reply tells of drafts, too."""
+
+    def usage(self) -> dict:
+        """As Generation.usage, with what became of tokens that were drafted."""
+        return {**super().usage(), "completion_tokens_details": {
+            "accepted_prediction_tokens": sum(choice.n_accepted for choice in self.choices),
+            "rejected_prediction_tokens": sum(choice.n_rejected for choice in self.choices)}}
+
+
+METHODS = {"Generation": DraftedReply}
+
+
 def equip(loaded: engine.Engine, settings: server.Config) -> None:
     """Let a model have drafts. Raises ModelError."""
     file, target = settings.draft_model_path, loaded.model

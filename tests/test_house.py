@@ -29,7 +29,7 @@ from test_models import running_process
 CORE = ("server.py", "engine.py")
 ALL = [*CORE, *(f"features/{file.name}" for file in sorted((ROOT / "features").glob("*.py")))]
 # Lines at most; what is larger than it should be is held where it is.
-LIMITS = {"server.py": 1969, "engine.py": 1500}
+LIMITS = {"server.py": 1825, "engine.py": 1500}
 MAX_FEATURE, MAX_CLASS, MAX_FUNCTION, MAX_COLUMNS = 450, 400, 60, 100
 
 
@@ -83,8 +83,8 @@ def test_the_two_files_name_no_feature(name):
     words = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)
              and isinstance(node.value, str) and " " not in node.value}
     words |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    # Words of their own, and of templates.
-    allowed = {"models", "memory", "tokens", "tools", "drafts", "turns", "messages", "responses"}
+    # Words of their own, of templates and of the API's replies.
+    allowed = {"models", "memory", "tokens", "tools", "drafts", "turns", "messages", "responses", "logprobs"}
     assert not words & set(FEATURES) - allowed
 
 
