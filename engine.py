@@ -462,7 +462,7 @@ class SamplingParams:
     frequency_penalty: float = knob(0.0, -2, 2)  # the same, times how often
     min_tokens: int = knob(0, 0, 2**31 - 1)  # no end before so many tokens
     seed: int | None = knob(None, -(2**63), 2**63 - 1)  # None: a new one every time
-    logit_bias: dict[int, float] = dataclasses.field(default_factory=dict)
+    logit_bias = {}  # added to logits, by token id; no field, as bodies have all of these
 
     def is_argmax(self) -> bool:
         """Whether the largest of the biased logits is all that is asked for."""

@@ -397,11 +397,16 @@ def load_features(names, environ: Mapping[str, str] = types.MappingProxyType({})
 
 @dataclasses.dataclass
 class Part:
-    """One part of a message's content."""
+    """One part of a message's content; a refusal is what the assistant said, too."""
 
     type: Literal["text", "refusal"]
     text: str = ""
     refusal: str = ""
+
+    def check(self, _at: str) -> None:
+        """Take a refusal for text."""
+        if self.type == "refusal":
+            self.type, self.text = "text", self.refusal
 
 
 @dataclasses.dataclass
@@ -410,16 +415,10 @@ class Message:
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part] | None = None
-    name: str | None = None
-    refusal: str | None = None
-
-    def is_empty(self) -> bool:
-        """Whether there is nothing in it."""
-        return self.content is None and not self.refusal
 
     def check(self, at: str) -> None:
-        """Refuse what role and fields together make impossible."""
-        if self.is_empty():
+        """Refuse what says nothing."""
+        if self.content is None:
             raise invalid(f"{at}.content", f"{at}.content is required", "missing_field")
 
 
@@ -431,9 +430,6 @@ class StreamOptions:
     include_obfuscation: bool = option(False, no_effect=True)
 
 
-MAX_STOP = 1000  # characters of a stop sequence
-
-
 @dataclasses.dataclass
 class GenerationBody(engine.SamplingParams):
     """What chat and plain completions have in common, besides how to choose tokens."""
@@ -441,8 +437,8 @@ class GenerationBody(engine.SamplingParams):
     model: str | None = None
     max_tokens: int | None = option(low=1)
     n: int = option(1, low=1, high=128)
-    stop: str | list[str] | None = option(max_length=16)
-    logit_bias: dict[str, float] | None = option(low=-100, high=100)  # JSON's keys are strings
+    stop: str | list[str] | None = option(max_length=16, like=(
+        "(?s:.{1,1000})", "1 to 1000 characters long"))
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = option(no_effect=True)
@@ -451,15 +447,6 @@ class GenerationBody(engine.SamplingParams):
         """Refuse what fields together make impossible."""
         if self.stream_options and not self.stream:
             raise invalid("stream_options", "stream_options needs stream: true")
-        if "" in self.stops():
-            raise invalid("stop", "stop: an empty stop sequence was sent; it would end every reply "
-                                  "before its first token")
-        if max(map(len, self.stops()), default=0) > MAX_STOP:
-            raise invalid("stop", "stop: a stop sequence is longer than the limit of "
-                                  f"{MAX_STOP} characters")
-
-    def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
 @dataclasses.dataclass
@@ -468,17 +455,10 @@ class ChatBody(GenerationBody):
 
     messages: list[Message] = dataclasses.field(kw_only=True, metadata={"min_length": 1})
     max_completion_tokens: int | None = option(low=1)
-    logprobs: bool = False
-    top_logprobs: int | None = option(low=0, high=20)
 
-    def check(self, at: str) -> None:
-        """Refuse what fields together make impossible."""
-        if self.top_logprobs and not self.logprobs:
-            raise invalid("top_logprobs", f"top_logprobs: {self.top_logprobs} was sent, but it "
-                                          "needs logprobs: true")
-
-    def reply_limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+    def check(self, _at: str) -> None:
+        """Take the newer name for the older one."""
+        self.max_tokens = given(self.max_completion_tokens, self.max_tokens)
 
 
 MAX_CHOICES = 512  # replies to one request: prompts times n or best_of
@@ -491,10 +471,7 @@ class CompletionBody(GenerationBody):
     """POST /v1/completions"""
 
     prompt: str | list[str] = dataclasses.field(kw_only=True)
-    max_tokens: int | None = option(low=0)
-
-    def reply_limit(self) -> int | None:
-        return LEGACY_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+    max_tokens: int | None = option(LEGACY_MAX_TOKENS, low=0)
 
 
 # ==== 6. Limits: deadlines and addresses ================================================
@@ -783,74 +760,53 @@ class Server(http.server.ThreadingHTTPServer):
 # ==== 9. Replies: a body becomes a prompt, events become chunks ============================
 
 SEED_STRIDE = 0x9E3779B9  # 2**32 / golden ratio: choice 2 of a seed is not choice 1 of the next
-LOWEST_LOGPROB = -9999.0  # what the OpenAI API sends for an impossible token; JSON has no -inf
+NEW_ROLES = {"developer": "system"}
 
 
 class Generation:
     """One reply, in the order of its life: its prompts, the choices that the engine gets, and their
     rendering. It yields chunks; the unstreamed reply is folded from them. In the thread of its
-    request, while its model stays loaded. A feature may set its attributes anew, and put functions
-    of its own in place of its methods, until `make_choices`."""
+    request, while its model stays loaded. Before it is read, a feature may set what it has anew."""
 
-    id_prefix: str
-    stream_object: str
-    reply_object: str
-    closing: dict  # what the last chunk of a choice carries
+    id_prefix = stream_object = reply_object = ""  # the API's names for what it sends
+    opening: tuple[dict, ...] = ()  # what the first chunks of a choice carry, ...
+    closing: dict  # ... and the last one
+    prompt = ""  # of a chat, when it has been read
 
     def __init__(self, handler: "Handler", body: GenerationBody):
         self.handler, self.body, self.loaded = handler, body, handler.loaded
         self.model, self.config = handler.loaded.model, handler.server.config
-        self.n_each, self.n_field = body.n, "n"  # choices for each prompt, and who asked for them
-        self.n_top_logprobs: int | None = None  # None: no log-probabilities
-        self.reuses = True  # may take prefixes that are cached
-        self.barred: Iterable[int] = ()  # token ids that never come
-        self.constrained_by: str | None = None  # the field that holds the reply to a form
-        self.expected: np.ndarray | None = None  # tokens that the reply may be like
-        self.pieces: dict[int, engine.Piece] = {}  # in the only prompt, by where they begin
+        self.n_each = body.n  # choices for each prompt
         self.choices: list[engine.Request] = []
+        self.more: dict[str, Any] = {}  # what else each engine.Request is told
         self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        # Of the prompt: what makes the Constraint of each choice, or None. Raises ApiError.
-        self.constrain: Callable[[str], Callable[[], engine.Constraint] | None] = \
-            lambda prompt: None
-        # Of the prompt: what must come before the answer, as the prompt has begun something else.
-        self.lead: Callable[[str], str] = lambda prompt: ""
-        self.extras: Callable[[], dict] = dict  # more at the end of the reply
 
-    def read(self) -> tuple[list[np.ndarray], Callable[[], engine.Constraint] | None]:
-        """The tokens of its prompts, and what makes the Constraint of each choice, if anything.
-        Raises ApiError."""
+    def read(self) -> list[np.ndarray]:
+        """The tokens of its prompts. Raises ApiError."""
         raise NotImplementedError
+
+    def constrain(self, prompt: str) -> Callable[[], engine.Constraint] | None:
+        """What makes the Constraint of each choice, if anything. Raises ApiError."""
 
     def make_choices(self) -> None:
         """Make the requests for the engine: n_each for each prompt. Everything that can be refused
         is refused here, before the engine hears of it. Raises ApiError."""
         body, loaded = self.body, self.loaded
-        prompts, new_constraint = self.read()
+        prompts = [prompt for prompt in self.read() for _ in range(self.n_each)]
+        new_constraint = self.constrain(self.prompt)
         new_params = self.handler.server.house.type_of(engine.SamplingParams)
-        params = {field.name: getattr(body, field.name)
-                  for field in dataclasses.fields(new_params)}
-        params["logit_bias"] = self.read_bias()
-        limit = given(body.reply_limit(), given(self.config.max_tokens, loaded.n_ctx))
+        params = new_params(**{field.name: getattr(body, field.name)
+                               for field in dataclasses.fields(new_params)})
+        limit = given(body.max_tokens, given(self.config.max_tokens, loaded.n_ctx))
+        stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
         events: queue.SimpleQueue = queue.SimpleQueue()
-        for index in range(self.n_each * len(prompts)):
-            prompt = prompts[index // self.n_each]
+        for index, prompt in enumerate(prompts):
             if body.seed is not None:
-                params["seed"] = body.seed + index * SEED_STRIDE
-            sampler = engine.Sampler(self.model, new_params(**params), loaded.n_ctx, prompt,
+                params.seed = body.seed + index * SEED_STRIDE
+            sampler = engine.Sampler(self.model, params, loaded.n_ctx, prompt,
                                      new_constraint() if new_constraint else None)
-            self.choices.append(engine.Request(
-                prompt, sampler, limit, body.stops(), self.n_top_logprobs, index, events=events,
-                reuses=self.reuses, images=self.pieces, expected=self.expected))
-
-    def read_bias(self) -> dict[int, float]:
-        """The logit bias by token id; a wrong one must not reach the model."""
-        n_vocab, bias = self.model.n_vocab, self.body.logit_bias or {}
-        for token in bias:  # JSON's keys are strings
-            if not (re.fullmatch("[0-9]{1,11}", token) and int(token) < n_vocab):
-                raise invalid("logit_bias", f"logit_bias: the key {describe(token)} is not a token "
-                                            f"id of this model (0 to {n_vocab - 1})")
-        return {int(token): value for token, value in bias.items()} | dict.fromkeys(
-            self.barred, -math.inf)
+            self.choices.append(engine.Request(prompt, sampler, limit, stops, index=index,
+                                               events=events, **self.more))
 
     def chunks(self, events: Iterator[engine.Event]) -> Iterator[dict]:
         """Yield the reply's stream, one chunk after the other, without [DONE]."""
@@ -858,51 +814,36 @@ class Generation:
                      "object": self.stream_object, "created": int(time.time()),
                      "model": self.body.model or self.model.name,
                      "system_fingerprint": f"{NAME}-{VERSION}"}
-        self.unsent: list[tuple[engine.TokenLogprob, ...]] = [()] * len(self.choices)
         begun: set[int] = set()
-        unfinished = len(self.choices)
         for event in events:
             choice = event.request
             if choice.index not in begun:
                 begun.add(choice.index)
-                yield from self.opening(choice)
-            self.unsent[choice.index] += event.logprobs
+                for part in self.opening:
+                    yield self.chunk(choice, part)
             for part in self.parts(event):
                 yield self.chunk(choice, part)
             if event.finish_reason:
-                unfinished -= 1
-                is_last = not unfinished and not self.with_usage
-                yield {**self.chunk(choice, self.closing, self.finish_reason(event)),
-                       **(self.extras() if is_last else {})}
+                yield self.chunk(choice, self.closing, event.finish_reason)
         if self.with_usage:
-            yield {**self.head, "choices": [], "usage": self.usage(), **self.extras()}
+            yield {**self.head, "choices": [], "usage": self.usage()}
 
     def chunk(self, choice: engine.Request, part: dict, reason: str | None = None) -> dict:
-        """One chunk, with the log-probabilities that have waited for it."""
-        logprobs = None
-        if self.n_top_logprobs is not None:
-            logprobs = self.logprobs(choice.index, self.unsent[choice.index])
-            self.unsent[choice.index] = ()
+        """One chunk."""
         return {**self.head, **({"usage": None} if self.with_usage else {}), "choices": [
-            {"index": choice.index, **part, "logprobs": logprobs, "finish_reason": reason}]}
+            {"index": choice.index, **part, "logprobs": None, "finish_reason": reason}]}
 
-    def opening(self, choice: engine.Request) -> Iterator[dict]:
-        """The chunks before a choice's first text."""
-        yield from ()
-
-    def logprobs(self, index: int, tokens: tuple[engine.TokenLogprob, ...]) -> dict | None:
-        """Log-probabilities of a choice's next tokens, as its chunks have them."""
-
-    def parts(self, event: engine.Event) -> Iterator[dict]:
+    def parts(self, event: engine.Event) -> Iterable[dict]:
         """What the chunks of an event carry."""
         raise NotImplementedError
 
-    def finish_reason(self, event: engine.Event) -> str:
-        return event.finish_reason
-
-    def whole(self, choice: dict) -> dict:
-        """A choice of the unstreamed reply, of what its chunks make."""
-        return choice
+    def fold(self, chunks: Iterator[dict]) -> dict:
+        """The unstreamed reply: the stream's chunks put together."""
+        wholes: list[dict] = [{} for _ in self.choices]
+        for chunk in chunks:
+            for choice in chunk["choices"]:
+                merge(wholes[choice["index"]], choice)
+        return {**self.head, "object": self.reply_object, "choices": wholes, "usage": self.usage()}
 
     def usage(self) -> dict:
         """Token counts; a prompt with several choices counts once."""
@@ -911,48 +852,7 @@ class Generation:
         n_generated = sum(choice.n_generated for choice in self.choices)
         return {"prompt_tokens": n_prompt, "completion_tokens": n_generated,
                 "total_tokens": n_prompt + n_generated, "prompt_tokens_details": {
-                    "cached_tokens": sum(choice.n_reused for choice in prompts)},
-                "completion_tokens_details": {
-                    f"{outcome}_prediction_tokens": sum(
-                        getattr(choice, f"n_{outcome}") for choice in self.choices)
-                    for outcome in ("accepted", "rejected")}}
-
-    def fold(self, chunks: Iterator[dict]) -> dict:
-        """The unstreamed reply: the stream's chunks put together."""
-        wholes: list[dict] = [{} for _ in self.choices]
-        for chunk in chunks:
-            for choice in chunk["choices"]:
-                merge(wholes[choice["index"]], choice)
-        return {**self.head, "object": self.reply_object, "choices": list(map(self.whole, wholes)),
-                "usage": self.usage(), **self.extras()}
-
-    def token_text(self, token: int) -> str:
-        return self.model.piece(token, special=True).decode("utf-8", "replace")
-
-
-def given(value, default):
-    """`value`, or the default where the client sent none."""
-    return default if value is None else value
-
-
-def merge(whole: dict, part: dict) -> dict:
-    """Fold in a delta: text and lists grow, null changes nothing; indexed items are deltas too."""
-    for name, value in part.items():
-        old = whole.get(name)
-        if isinstance(value, dict):
-            whole[name] = merge(old or {}, value)
-        elif isinstance(value, list) and value and isinstance(value[0], dict) \
-                and "index" in value[0]:
-            items = whole.setdefault(name, [])
-            for item in value:
-                items += [{} for _ in range(len(items), item["index"] + 1)]
-                merge(items[item["index"]], {
-                    key: inner for key, inner in item.items() if key != "index"})
-        elif isinstance(old, (str, list)) and value is not None:
-            whole[name] = old + value
-        elif value is not None or name not in whole:
-            whole[name] = value
-    return whole
+                    "cached_tokens": sum(choice.n_reused for choice in prompts)}}
 
 
 class Chat(Generation):
@@ -961,27 +861,20 @@ class Chat(Generation):
 
     id_prefix = "chatcmpl"
     stream_object, reply_object = "chat.completion.chunk", "chat.completion"
+    opening = ({"delta": {"role": "assistant", "content": "", "refusal": None}},)
     closing = {"delta": {}}
 
     def __init__(self, handler: "Handler", body: ChatBody):
         super().__init__(handler, body)
-        self.n_top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
         self.messages = [dataclasses.asdict(message) for message in body.messages]
         self.adds_prompt = True  # the prompt ends with the opening of the reply's turn
         self.options: dict[str, Any] = {}  # what else the template may read
         self.tokenize = self.model.tokenize  # the text of the prompt, or a part of it
-        # Of the prompt: what makes the parser of each choice's text.
-        self.parse: Callable[[str], Callable[[], TextParser]] = lambda prompt: TextParser
-        # A prompt for people to read.
-        self.show: Callable[[str], str] = lambda prompt: prompt
 
-    def read(self) -> tuple[list[np.ndarray], Callable[[], engine.Constraint] | None]:
+    def read(self) -> list[np.ndarray]:
         """As Generation.read."""
-        prompt = self.render()
-        tokens, self.pieces = self.read_prompt(prompt)
-        new_parser = self.parse(prompt)
-        self.parsers = [new_parser() for _ in range(self.n_each)]
-        return [tokens], self.constrain(prompt)
+        self.prompt = self.render()
+        return [self.handler.tokenize(self.prompt, "messages", read=self.tokenize)]
 
     def render(self) -> str:
         """The prompt, as the model's chat template writes it. Raises ApiError."""
@@ -992,37 +885,20 @@ class Chat(Generation):
             raise invalid("messages", f"messages: the model's chat template refuses them: {error}",
                           "template_error") from None
 
-    def read_prompt(self, prompt: str) -> tuple[np.ndarray, dict[int, engine.Piece]]:
-        """The tokens of a prompt, and pieces in it by where they begin. Raises ApiError."""
-        return self.handler.tokenize(prompt, "messages", read=self.tokenize), {}
+    def parts(self, event: engine.Event) -> Iterable[dict]:
+        """As Generation.parts."""
+        return ({"delta": delta} for delta in self.deltas(event))
 
-    def opening(self, choice: engine.Request) -> Iterator[dict]:
-        """As api.openai.com begins."""
-        yield self.chunk(choice, {"delta": {"role": "assistant", "content": "", "refusal": None}})
+    def deltas(self, event: engine.Event) -> list[dict]:
+        """What an event adds to the message."""
+        return [{"content": event.text}] if event.text else []
 
-    def parts(self, event: engine.Event) -> Iterator[dict]:
-        """The deltas that are certain now."""
-        parser = self.parsers[event.request.index]
-        for delta in parser.feed(event.text) + (parser.finish() if event.finish_reason else []):
-            yield {"delta": delta}
-
-    def finish_reason(self, event: engine.Event) -> str:
-        return self.parsers[event.request.index].finish_reason(event.finish_reason)
-
-    def whole(self, choice: dict) -> dict:
-        """A delta becomes a message."""
-        index, message = choice.pop("index"), choice.pop("delta")
-        return {"index": index, "message": self.parsers[index].whole(message), **choice}
-
-    def logprobs(self, index: int, tokens: tuple[engine.TokenLogprob, ...]) -> dict:
-        """As Generation.logprobs."""
-        return {"content": [{**self.token_entry(entry.token, entry.logprob),
-                             "top_logprobs": [self.token_entry(*other) for other in entry.top]}
-                            for entry in tokens], "refusal": None}
-
-    def token_entry(self, token: int, logprob: float) -> dict:
-        return {"token": self.token_text(token), "logprob": max(logprob, LOWEST_LOGPROB),
-                "bytes": list(self.model.piece(token, special=True))}
+    def fold(self, chunks: Iterator[dict]) -> dict:
+        """As Generation.fold; a delta becomes a message."""
+        reply = super().fold(chunks)
+        reply["choices"] = [{"index": choice["index"], "message": choice.pop("delta"), **choice}
+                            for choice in reply["choices"]]
+        return reply
 
 
 class Completion(Generation):
@@ -1032,75 +908,57 @@ class Completion(Generation):
     stream_object = reply_object = "text_completion"
     closing = {"text": ""}
 
-    def read(self) -> tuple[list[np.ndarray], Callable[[], engine.Constraint] | None]:
+    def read(self) -> list[np.ndarray]:
         """As Generation.read."""
         prompts = self.body.prompt if isinstance(self.body.prompt, list) else [self.body.prompt]
         self.check_count(prompts)
-        return [self.handler.tokenize(text, "prompt") for text in prompts], self.constrain("")
+        return [self.handler.tokenize(text, "prompt") for text in prompts]
 
-    def check_count(self, prompts: list) -> None:
-        """400 for no prompts, or too many with so many replies each."""
-        at = self.n_field if prompts and self.n_each > 1 else "prompt"
+    def check_count(self, prompts: list, n_field: str = "n") -> None:
+        """400 for no prompts, or too many with so many replies each, which n_field asks for."""
+        at = n_field if prompts and self.n_each > 1 else "prompt"
         most = MAX_CHOICES // self.n_each
         if not 0 < len(prompts) <= most:
             raise invalid(at, f"{at}: {len(prompts)} prompts with {self.n_each} replies each were "
                               f"asked for; send 1 to {most} prompts")
 
-    def parts(self, event: engine.Event) -> Iterator[dict]:
-        """The text as it is."""
-        if event.text:
-            yield {"text": event.text}
+    def parts(self, event: engine.Event) -> Iterable[dict]:
+        """As Generation.parts."""
+        return [{"text": event.text}] if event.text else []
 
 
-class TextParser:
-    """Turns the text of a reply, piece by piece, into OpenAI deltas: here, all is content."""
-
-    def feed(self, text: str) -> list[dict]:
-        """Take the next piece of the reply; return the deltas that are certain now."""
-        return [{"content": text}] if text else []
-
-    def finish(self) -> list[dict]:
-        """The reply has ended: return what was held back."""
-        return []
-
-    def finish_reason(self, reason: str) -> str:
-        """Why it ended; `reason` is the engine's."""
-        return reason
-
-    def whole(self, message: dict) -> dict:
-        """The message that the deltas make, put together."""
-        return message
+def given(value, default):
+    """`value`, or the default where the client sent none."""
+    return default if value is None else value
 
 
-NEW_ROLES = {"developer": "system"}
-NOT_FOR_TEMPLATES = ("name", "refusal", "audio")
-TEXTS = ("text", "refusal")  # types of parts
+def merge(whole: dict, part: dict) -> dict:
+    """Fold in a delta: text and lists grow, null changes nothing."""
+    for name, value in part.items():
+        old = whole.get(name)
+        if isinstance(value, dict):
+            whole[name] = merge(old or {}, value)
+        elif isinstance(old, (str, list)) and value is not None:
+            whole[name] = old + value
+        elif value is not None or name not in whole:
+            whole[name] = value
+    return whole
 
 
 def prepare_messages(messages: list[dict]) -> list[dict]:
     """Messages for a chat template: content is text, and what is not there is left out."""
-    turns: list[dict] = []
-    for message in messages:
-        turn = {key: value for key, value in message.items()
-                if value is not None and key not in NOT_FOR_TEMPLATES}
-        turn["role"] = NEW_ROLES.get(turn["role"], turn["role"])
-        turn["content"] = text_of(message["content"] or message.get("refusal") or "") \
-            if "content" in message else None  # as some templates want it beside calls
-        turns.append(turn)
-    return turns
+    return [{**{key: value for key, value in message.items() if value is not None},
+             "role": NEW_ROLES.get(message["role"], message["role"]),
+             "content": text_of(message["content"]) if "content" in message else None}
+            for message in messages]
 
 
-def text_of(content: str | list[dict]) -> str:
-    """A message's content, its parts joined: texts by a newline, what stands for another part in
-    place as it is."""
-    if isinstance(content, str):
-        return content
-    text = ""
-    for before, part in zip([None, *content], content):
-        is_text = part["type"] in TEXTS and (before is None or before["type"] in TEXTS)
-        text += "\n" * (before is not None and is_text)
-        text += part["text"] or part["refusal"]
-    return text
+def text_of(content: str | list[dict] | None) -> str:
+    """A message's content: texts joined by newlines, what stands for another part as it is."""
+    if not isinstance(content, list):
+        return content or ""
+    runs = itertools.groupby(content, key=lambda part: part["type"] == "text")
+    return "".join(("\n" * is_text).join(part["text"] for part in run) for is_text, run in runs)
 
 
 # ==== 10. The handler: reads a request, finds what answers it, writes =====================
@@ -1474,7 +1332,7 @@ class Handler(Connection):
         choices, prompts = wanted.choices, wanted.choices[:: wanted.n_each]
         self.tally.prompt = sum(choice.n_prompt for choice in prompts)
         try:
-            with engine_errors(wanted.constrained_by):
+            with engine_errors():
                 self.loaded.submit(choices)
                 chunks = wanted.chunks(self.events(choices))
                 if write:
@@ -1527,16 +1385,14 @@ def read_json(body: bytes) -> dict:
 
 
 @contextlib.contextmanager
-def engine_errors(grammar_from: str | None = None):
-    """The engine's refusals and faults as ApiErrors; grammar_from: the field of the grammar."""
+def engine_errors():
+    """The engine's refusals and faults as ApiErrors."""
     try:
         yield
     except engine.QueueFull as error:
         raise unavailable(str(error), "queue_full") from None
     except engine.EngineClosed as error:
         raise unavailable(str(error), "shutting_down") from None
-    except engine.GrammarError as error:
-        raise invalid(grammar_from, f"{grammar_from}: the grammar is refused: {error}") from None
     except engine.EngineFault as error:
         raise ApiError(500, str(error), code="engine_error") from None
 

@@ -15,8 +15,10 @@ import secrets
 import string
 from collections.abc import Callable, Generator
 
+import server
 from features.keywords import KNOWN
-from features.reasoning import ReplyParser, Thinking
+from features.reasoning import ReplyParser
+from features.thinking import Thinking
 
 # In a literal these stand for a function's name, an argument's key, a call's id and its number.
 NAME, KEY, ID, NUMBER = "\ue000\ue001\ue002\ue003"
@@ -174,15 +176,17 @@ class CallParser(ReplyParser):
         self._schemas = {each["name"]: each.get("parameters") or {} for each in functions}
 
     def finish_reason(self, reason: str) -> str:
-        """As TextParser.finish_reason. A call cut off stays incomplete, and is none."""
+        """As ReplyParser.finish_reason. A call cut off stays incomplete, and is none."""
         if reason != "stop" or not 0 < self.n_calls == self.n_whole:
             return reason
         return "function_call" if self._old_style else "tool_calls"
 
     def whole(self, message: dict) -> dict:
-        """As TextParser.whole: content beside calls may be null."""
+        """As ReplyParser.whole: content beside calls may be null."""
         if message.get("tool_calls") or message.get("function_call"):
             message["content"] = message["content"] or None
+        if parts := message.get("tool_calls"):
+            message["tool_calls"] = joined(parts)
         return message
 
     def _answer(self, strip: str) -> Generator:
@@ -340,6 +344,17 @@ class CallParser(ReplyParser):
             self._say("function_call", part["function"])
         else:
             self._say("tool_calls", [{"index": self.n_calls - 1, **head, **part}])
+
+
+def joined(parts: list[dict]) -> list[dict]:
+    """The calls that the parts of a stream's deltas make, put together."""
+    found: list[dict] = []
+    for part in parts:
+        if part["index"] == len(found):
+            found.append({})
+        server.merge(found[part["index"]], {
+            name: value for name, value in part.items() if name != "index"})
+    return found
 
 
 DIGITS = re.compile("[0-9]*")

@@ -4,16 +4,19 @@ What for: clients that send all that OpenAI's reference has, those that llama-se
 taught more fields, and monitors that read llama-server's `timings`. How it works: fields that
 change nothing here are taken without a word; those for what this server does not do are a 400 that
 says so, unless they ask for nothing; the others change a chat before its prompt is made. It costs
-nothing. It reads those fields, and sends `timings` with the end of each reply.
+nothing. It reads those fields, and the `refusal` of messages, and sends `timings` with the end of
+each reply.
 """
 
 import dataclasses
 import functools
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import engine
 import server
+from features.thinking import lead_of
 
 
 def refused(reason: str, *harmless):
@@ -75,7 +78,7 @@ def begun(last: server.Message) -> bool:
     names = ("tool_calls", "function_call", "reasoning_content")
     calls_or_thinks = [bool(getattr(last, name, None)) for name in names]
     return not any(calls_or_thinks[:2]) and (
-        bool(last.content or last.refusal) or not calls_or_thinks[2])
+        bool(last.content) or not calls_or_thinks[2])
 
 
 TEMPLATE_NAMES = {"messages", "tools", "functions", "function_call", "tool_choice", "bos_token",
@@ -88,7 +91,6 @@ class GenerationFields:
     limit of tokens, and for a random seed."""
 
     max_tokens: int | None = server.option(low=-1)
-    ignore_eos: bool = False
     cache_prompt: bool = True
 
     def check(self, _at: str) -> None:
@@ -97,22 +99,29 @@ class GenerationFields:
         for name in ("max_tokens", "max_completion_tokens"):
             if getattr(self, name, None) == 0 and isinstance(self, server.ChatBody):
                 raise server.invalid(name, f"{name} must be at least 1, or -1 for no limit, got 0")
+            if getattr(self, name, None) == -1:
+                setattr(self, name, server.INT32_MAX)
 
-    def reply_limit(self) -> int | None:
-        """As GenerationBody has it."""
-        limit = super().reply_limit()
-        return server.INT32_MAX if limit == -1 else limit
+
+@dataclasses.dataclass
+class CompletionFields:
+    """The limit again: a completion's has another default."""
+
+    max_tokens: int | None = server.option(server.LEGACY_MAX_TOKENS, low=-1)
 
 
 @dataclasses.dataclass
 class MessageFields:
-    """The other fields of a message."""
+    """The other fields of a message. A refusal is what an assistant said."""
 
+    refusal: str | None = None
     audio: Any = refused("only text and images are supported")
 
     def check(self, at: str) -> None:
-        """Refuse what asks for something that is not served."""
+        """Refuse what asks for something that is not served, and take a refusal for text."""
         check_refused(self, f"{at}.")
+        self.content = self.refusal if self.refusal and not self.content else self.content
+        self.refusal = self.audio = None  # nothing for templates
 
 
 # llama-server's paths for bases without /v1.
@@ -121,15 +130,33 @@ ROUTES = {
         server.post_chat, "as /v1/chat/completions", server.ChatBody),
     ("POST", "/completions"): server.Route(
         server.post_completion, "as /v1/completions", server.CompletionBody)}
-FIELDS = {"ChatBody": ChatFields, "GenerationBody": GenerationFields, "Message": MessageFields}
+FIELDS = {"ChatBody": ChatFields, "CompletionBody": CompletionFields,
+          "GenerationBody": GenerationFields, "Message": MessageFields}
+
+
+class TimedReply:
+    """A reply that ends with its timings."""
+
+    def chunks(self, events: Iterator[engine.Event]) -> Iterator[dict]:
+        """As Generation.chunks."""
+        unfinished = len(self.choices)
+        for chunk in super().chunks(events):
+            unfinished -= sum(bool(choice["finish_reason"]) for choice in chunk["choices"])
+            is_last = not unfinished and not (self.with_usage and chunk["choices"])
+            yield {**chunk, **timings(self.choices)} if is_last else chunk
+
+    def fold(self, chunks: Iterator[dict]) -> dict:
+        """As Generation.fold."""
+        return {**super().fold(chunks), **timings(self.choices)}
+
+
+METHODS = {"Generation": TimedReply}
 
 
 def join(wanted: server.Generation) -> None:
-    """Let the other fields have their effect, and a reply end with its timings."""
+    """Let the other fields have their effect."""
     body = wanted.body
-    wanted.extras = functools.partial(timings, wanted)
-    wanted.reuses = body.cache_prompt
-    wanted.barred = wanted.model.end_tokens if body.ignore_eos else ()
+    wanted.more["reuses"] = body.cache_prompt
     if isinstance(wanted, server.Chat):
         wanted.options |= body.chat_template_kwargs or {}
         wanted.adds_prompt = body.add_generation_prompt
@@ -142,13 +169,13 @@ def render_begun(chat: server.Chat, render: Callable[[], str]) -> str:
     template makes of it, cut off behind its content. Raises ApiError."""
     *others, last = chat.messages
     thoughts = last.get("reasoning_content") or ""
-    said = server.text_of(last.get("content") or last.get("refusal") or "")
+    said = server.text_of(last["content"])
     first, end, behind = (secrets.token_hex(8) for _ in range(3))  # nobody else can write them
     chat.adds_prompt = False
 
     def rendered(content: str, thoughts: str | None) -> tuple[str, str]:
         """What stands before the content, and the content, as the template writes them."""
-        chat.messages = [*others, {**last, "refusal": None, "content": f"{first}{content}{end}",
+        chat.messages = [*others, {**last, "content": f"{first}{content}{end}",
                                    "reasoning_content": thoughts}]
         prompt, found, _ = render().rpartition(end)
         if not found:
@@ -159,22 +186,22 @@ def render_begun(chat: server.Chat, render: Callable[[], str]) -> str:
 
     before, content = rendered(said, thoughts + behind if thoughts else None)
     before, is_kept = before.replace(behind, ""), behind in before
-    close = "" if (tag := chat.lead(before)) in content else tag
+    close = "" if (tag := lead_of(chat.loaded, before)) in content else tag
     if not close and thoughts and not is_kept and others:
         chat.messages, chat.adds_prompt = others, True
         opening = render()
-        if close := chat.lead(opening):
+        if close := lead_of(chat.loaded, opening):
             before, chat.adds_prompt = opening, False
     if close:  # the template begins to think and leaves it to the reply to end that
         before += f"{rendered(thoughts, None)[1]}\n{close}\n\n"
     return before + content
 
 
-def timings(wanted: server.Generation) -> dict:
+def timings(choices: list[engine.Request]) -> dict:
     """What the first choice's prompt and the slowest reply took, in llama-server's names."""
-    first = wanted.choices[0]
+    first = choices[0]
     n_new = first.n_prompt - first.n_reused
-    slowest = max(wanted.choices, key=lambda choice: choice.last_token - choice.first_token)
+    slowest = max(choices, key=lambda choice: choice.last_token - choice.first_token)
     return {"timings": {
         "cache_n": first.n_reused,
         **timing("prompt", n_new, (first.first_token - first.placed) * 1000),

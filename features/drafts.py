@@ -286,7 +286,17 @@ class DraftCounts(server.Models):
                 "rejected_draft_tokens_total": ("tokens drafted in vain", stats.n_rejected)}
 
 
-METHODS = {"Models": DraftCounts}
+class DraftedReply:
+    """What a reply tells of drafts, too."""
+
+    def usage(self) -> dict:
+        """As Generation.usage, with what became of tokens that were drafted."""
+        return {**super().usage(), "completion_tokens_details": {
+            "accepted_prediction_tokens": sum(choice.n_accepted for choice in self.choices),
+            "rejected_prediction_tokens": sum(choice.n_rejected for choice in self.choices)}}
+
+
+METHODS = {"Models": DraftCounts, "Generation": DraftedReply}
 
 
 def equip(loaded: engine.Engine, settings: server.Config) -> None:

@@ -20,7 +20,7 @@ import re
 import engine
 from features.calls import (
     GENERIC, ID, KEY, NAME, NUMBER, TYPES, CallForm, CallParser, Elements, Style)
-from features.reasoning import Thinking
+from features.thinking import Thinking
 from features.renderings import ANSWER, TOOL, Renderings, answer, common_start, segments, turn_end
 
 NAMES, IDS = ("calleda", "calledb", "calledc"), ("callid0a1", "callid0b2", "callid0c3")

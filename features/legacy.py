@@ -2,7 +2,7 @@
 
 What for: programs that weigh texts (an evaluation harness asks for the log-probability of each
 token of a prompt), editors that fill in what is missing between two texts, and scripts from before
-chats. How it works: a Completion gets other ways to read its prompts and to write its chunks. It
+chats. How it works: a completion has other ways to read its prompts and to write its chunks. It
 costs what its replies cost: `best_of` generates more than it shows, and a prompt whose tokens are
 scored is computed whole, whatever the KV cache holds. It reads the fields `logprobs`, `echo`,
 `suffix` and `best_of` of /v1/completions, and token ids as its prompt, and sends what the reference
@@ -23,8 +23,9 @@ from llama_cpp import llama_cpp as lib
 import engine
 import server
 from features import tokens
+from features.logprobs import LOWEST_LOGPROB
 
-NEEDS = ("tokens",)
+NEEDS = ("tokens", "logprobs")
 
 
 @dataclasses.dataclass
@@ -51,42 +52,44 @@ FIELDS = {"CompletionBody": CompletionFields}
 
 
 class LegacyReply:
-    """What a Completion does in other ways; `join` puts these in place."""
+    """What a completion does in other ways."""
 
-    def __init__(self, wanted: server.Completion):
-        self.wanted, self.body = wanted, wanted.body
-        self.make, self.fold_all = wanted.make_choices, wanted.fold
+    def __init__(self, handler: server.Handler, body: server.CompletionBody):
+        super().__init__(handler, body)
+        self.n_each = body.best_of or body.n
+        if body.logprobs is not None or self.n_each > body.n:  # `fold` weighs by them
+            self.more["n_top_logprobs"] = body.logprobs or 0
         self.scores: dict[int, list[engine.TokenLogprob]] = {}  # of prompts, by the first choice
         # By choice: characters of the text so far, and the decoder of its bytes; log-probabilities.
         self.offsets: collections.Counter[int] = collections.Counter()
         self.decoders = collections.defaultdict(
             lambda: codecs.getincrementaldecoder("utf-8")("replace"))
         self.shown: dict[int, list[float]] = collections.defaultdict(list)
+        self.echoed: set[int] = set()  # choices whose prompt has been told
         self.in_prompt = False
 
-    def read(self):
+    def read(self) -> list[np.ndarray]:
         """As Generation.read: with a suffix, the prompt for what stands before it."""
-        if not self.body.suffix:
-            prompts = tokens.prompts_in(server.given(self.body.prompt, ""))
-            self.wanted.check_count(prompts)
-            start = beginning(self.wanted.model)
-            prompts = [start if prompt == "" else prompt for prompt in prompts]
-            return (tokens.read_prompts(self.wanted.handler, prompts, "prompt"),
-                    self.wanted.constrain(""))
+        body, handler, model = self.body, self.handler, self.model
+        if not body.suffix:
+            prompts = tokens.prompts_in(server.given(body.prompt, ""))
+            self.check_count(prompts, "best_of" if body.best_of else "n")
+            prompts = [beginning(model) if prompt == "" else prompt for prompt in prompts]
+            return tokens.read_prompts(handler, prompts, "prompt")
         for param in ("prompt", "suffix"):
-            self.wanted.handler.check_fewest(getattr(self.body, param), param, 1)
-        prompt = infill(self.wanted.model, self.body.prompt, self.body.suffix)
+            handler.check_fewest(getattr(body, param), param, 1)
+        prompt = infill(model, body.prompt, body.suffix)
         if prompt is None:
             raise server.invalid("suffix", "suffix: this model was not trained to fill in; leave "
                                  "it out, or load one with fill-in-the-middle tokens")
-        self.wanted.handler.check_length(len(prompt), "prompt", 1)
-        return [prompt], self.wanted.constrain("")
+        handler.check_length(len(prompt), "prompt", 1)
+        return [prompt]
 
     def make_choices(self) -> None:
         """As Generation.make_choices. The first choice of each prompt reads it whole for `echo`
         with `logprobs`: its first token has no log-probability."""
-        self.make()
-        for choice in self.wanted.choices[:: self.wanted.n_each]:
+        super().make_choices()
+        for choice in self.choices[:: self.n_each]:
             if self.body.echo and self.body.logprobs is not None:
                 scores = [engine.TokenLogprob(int(choice.prompt[0]), None, ())]
                 self.scores[choice.index] = scores
@@ -95,34 +98,37 @@ class LegacyReply:
     def _score(self, scores: list[engine.TokenLogprob], logits: np.ndarray, token: int) -> None:
         scores.append(engine.token_logprob(logits, token, self.body.logprobs))
 
-    def opening(self, choice: engine.Request) -> Iterator[dict]:
-        """As Generation.opening: with `echo`, the prompt."""
-        if not self.body.echo:
-            return
-        wanted, first = self.wanted, choice.index - choice.index % self.wanted.n_each
-        wanted.unsent[choice.index] = tuple(self.scores.get(first, ()))
-        text = b"".join(wanted.model.piece(int(token), special=True) for token in choice.prompt)
-        self.in_prompt = True
-        yield wanted.chunk(choice, {"text": text.decode("utf-8", "replace")})
+    def parts(self, event: engine.Event) -> Iterator[dict]:
+        """As Generation.parts: with `echo`, the prompt first."""
+        choice = event.request
+        if self.body.echo and choice.index not in self.echoed:
+            self.echoed.add(choice.index)
+            first = choice.index - choice.index % self.n_each
+            self.unsent[choice.index] += self.scores.get(first, ())
+            text = b"".join(self.model.piece(int(token), special=True) for token in choice.prompt)
+            self.in_prompt = True
+            yield {"text": text.decode("utf-8", "replace")}
+        yield from super().parts(event)
 
-    def logprobs(self, index: int, tokens: tuple[engine.TokenLogprob, ...]) -> dict:
-        """As Generation.logprobs; offsets count characters from the start of the choice's text."""
-        lowest, model = server.LOWEST_LOGPROB, self.wanted.model
-        texts, offsets = [token_name(model, entry.token) for entry in tokens], []
+    def logprobs(self, index: int, tokens: list[engine.TokenLogprob]) -> dict | None:
+        """As ScoredReply.logprobs; offsets count characters from the start of the choice's text.
+        None where only `fold` wanted them."""
+        texts, offsets = [token_name(self.model, entry.token) for entry in tokens], []
         for entry in tokens:  # a character may be several tokens, and the text lacks control tokens
             offsets.append(self.offsets[index])
-            piece = self.wanted.model.piece(entry.token, special=self.in_prompt)
+            piece = self.model.piece(entry.token, special=self.in_prompt)
             self.offsets[index] += len(self.decoders[index].decode(piece))
         if not self.in_prompt:  # `fold` weighs the replies, not their prompt
             self.shown[index] += [entry.logprob for entry in tokens]
         self.in_prompt = False
-        return {"tokens": texts, "text_offset": offsets,
-                "token_logprobs": [None if entry.logprob is None else max(entry.logprob, lowest)
-                                   for entry in tokens],
-                "top_logprobs": [None if entry.logprob is None else {
-                    token_name(model, token): max(logprob, lowest)
-                    for token, logprob in (*entry.top, (entry.token, entry.logprob))}
-                    for entry in tokens]}
+        return None if self.body.logprobs is None else {
+            "tokens": texts, "text_offset": offsets,
+            "token_logprobs": [None if entry.logprob is None else max(
+                entry.logprob, LOWEST_LOGPROB) for entry in tokens],
+            "top_logprobs": [None if entry.logprob is None else {
+                token_name(self.model, token): max(logprob, LOWEST_LOGPROB)
+                for token, logprob in (*entry.top, (entry.token, entry.logprob))}
+                for entry in tokens]}
 
     def fold(self, chunks: Iterator[dict]) -> dict:
         """As Generation.fold: of each prompt the n replies whose tokens, as many as the text has,
@@ -131,7 +137,7 @@ class LegacyReply:
             shown = self.shown[choice["index"]]
             return sum(shown) / len(shown) if shown else -math.inf
 
-        reply, n_each = self.fold_all(chunks), self.wanted.n_each
+        reply, n_each = super().fold(chunks), self.n_each
         if n_each > self.body.n:
             groups = [reply["choices"][start : start + n_each]
                       for start in range(0, len(reply["choices"]), n_each)]
@@ -140,21 +146,8 @@ class LegacyReply:
             reply["choices"] = [{**choice, "index": place} for place, choice in enumerate(kept)]
         return reply
 
-    def whole(self, choice: dict) -> dict:
-        """As Generation.whole: log-probabilities that only `fold` wanted are not shown."""
-        return choice if self.body.logprobs is not None else {**choice, "logprobs": None}
 
-
-def join(wanted: server.Generation) -> None:
-    """Let a text completion have what it asks for."""
-    if not isinstance(wanted, server.Completion):
-        return
-    body, reply = wanted.body, LegacyReply(wanted)
-    if body.best_of:
-        wanted.n_each, wanted.n_field = body.best_of, "best_of"
-    wanted.n_top_logprobs = 0 if wanted.n_each > body.n and body.logprobs is None else body.logprobs
-    wanted.read, wanted.make_choices, wanted.opening = reply.read, reply.make_choices, reply.opening
-    wanted.logprobs, wanted.fold, wanted.whole = reply.logprobs, reply.fold, reply.whole
+METHODS = {"Completion": LegacyReply}
 
 
 def token_name(model: engine.Model, token: int) -> str:

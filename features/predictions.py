@@ -47,4 +47,4 @@ def join(wanted: server.Generation) -> None:
         wanted.handler.check_fewest(text, "prediction", 0)
         tokens = wanted.model.tokenize(text, bos=False, special=False)
         wanted.handler.check_length(len(tokens), "prediction", 0)
-        wanted.expected = tokens
+        wanted.more["expected"] = tokens

@@ -139,8 +139,8 @@ def count_tokens(handler: server.Handler, chat: server.ChatBody, places: list[Pl
     """The tokens of a chat's prompt. Raises ApiError."""
     with told_as(places):
         wanted = handler.join(server.Chat, chat)
-        tokens, images = wanted.read_prompt(wanted.render())
-    return len(tokens) + engine.extra_tokens(images)
+        [tokens] = wanted.read()
+    return len(tokens) + engine.extra_tokens(wanted.more.get("images", {}))
 
 
 # ==== 2. Streams =========================================================================

@@ -3,8 +3,9 @@
 What for: clients that show, hide or bound what a model writes between `<think>` and `</think>`, and
 replies of a form, which begins after it. How it works: the chat template is rendered with a message
 that has thought, and what stands around the thought are the model's tags (renderings.py); those
-that a template only opens are known by name. A parser takes the reply apart as it comes, and holds
-back only what may be part of a tag, or white space around one. Where the request wants no reasoning
+that a template only opens are known by name (thinking.py). A parser takes the reply apart as it
+comes, and holds back only what may be part of a tag, or white space around one; tools has another
+parser put in its place, which finds calls, too. Where the request wants no reasoning
 and the template leaves it open, the prompt closes it; a budget closes it by writing the tag, token
 by token. Learning takes some milliseconds when a model is loaded, reading microseconds a token. It
 reads the fields `reasoning_effort`, which goes to the template with `enable_thinking`, and
@@ -15,26 +16,16 @@ reads the fields `reasoning_effort`, which goes to the template with `enable_thi
 import dataclasses
 import functools
 import re
-import typing
-import weakref
 from collections import deque
-from collections.abc import Callable, Generator
-from typing import Literal
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 
 import engine
 import server
-from features.renderings import (
-    ANSWER, LATER, THOUGHT, TOOL, Renderings, answer, common_start, segments, turn_end)
+from features.thinking import (
+    Effort, Thinking, known, learn, show_control_tokens, thinking_of)
 
-REASONING_TAGS = {  # open: close, for templates that open reasoning, and forget it in the history
-    "<think>": "</think>", "[THINK]": "[/THINK]", "<seed:think>": "</seed:think>",
-    "<|START_THINKING|>": "<|END_THINKING|>",
-    "<|open|>think<|sep|>": "<|close|>think<|sep|>",  # for one that writes it in every message
-}
-REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")  # of it in messages, by template
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 MAX_HELD = 96  # characters; the tags are shorter, and more white space than that goes on
 UNBOUNDED = -1  # a reasoning_budget, as llama-server says it
 
@@ -61,150 +52,19 @@ class MessageFields:
 
     reasoning_content: str | None = None
 
-    def is_empty(self) -> bool:
-        """As Message.is_empty."""
-        return super().is_empty() and not self.reasoning_content
+    def check(self, _at: str) -> None:
+        """Let it stand alone."""
+        if self.reasoning_content and self.content is None:
+            self.content = ""
 
 
 FIELDS = {"ChatBody": ChatFields, "Message": MessageFields}
 
 
-# ==== 1. What the template does ==========================================================
+# ==== 1. Replies =========================================================================
 
 
-@dataclasses.dataclass(frozen=True)
-class Thinking:
-    """How a model thinks and answers, as its template writes it."""
-
-    opening: str = ""  # the tags with the white space around them; "" where none were learned
-    closing: str = ""
-    head: str = ""  # what stands before every answer, ...
-    tail: str = ""  # ... and behind it
-    name: str = "reasoning_content"  # of the reasoning in a message
-    is_free: bool = False  # no option tells the model whether to think
-    refused: frozenset[str] = frozenset()  # values of reasoning_effort
-
-    @functools.cached_property
-    def tags(self) -> dict[str, str]:
-        """Each open tag and its close tag."""
-        learned = {self.opening.strip(): self.closing.strip()} if self.opening else {}
-        return {**learned, **REASONING_TAGS}
-
-    def unclosed(self, prompt: str) -> str:
-        """The close tag of the reasoning that the last words of a prompt open, else ""."""
-        return next((close for tag, close in self.tags.items()
-                     if prompt.rstrip().endswith(tag)), "")
-
-    def close(self, tag: str) -> str:
-        """How the template would write a close tag."""
-        return self.closing if tag == self.closing.strip() else f"\n{tag}\n\n"
-
-    def end(self, prompt: str) -> str:
-        """What closes the reasoning that a prompt opens, or keeps the model from opening it."""
-        if tag := self.unclosed(prompt):
-            return self.close(tag)
-        return self.opening + self.closing if self.is_free else ""
-
-
-def learn(model: engine.Model) -> Thinking:
-    """What a model's template writes around thoughts and answers, and what its options change."""
-    render = Renderings(model)
-    prompts = [render(prompt=True, **options) for options in (
-        {}, {"enable_thinking": True}, {"enable_thinking": False})]
-    told, calls = render(answer()), {"tools": [TOOL]}
-    call = {"id": "callcall1", "type": "function",
-            "function": {"name": "called", "arguments": {"part": "text"}}}
-    if prompts[0] is None or not told or ANSWER not in told:
-        return Thinking()
-    name, told_thought, call_thought = "reasoning_content", "", ""
-    for name in REASONING_NAMES:
-        thought = {name: THOUGHT}
-        told_thought = render(answer(**thought)) or ""
-        call_thought = render(answer(content="", tool_calls=[call], **thought), **calls) or ""
-        if THOUGHT in told_thought + call_thought:
-            break
-    else:
-        name = "reasoning_content"
-    opening, closing = _tags(render, prompts, told_thought, call_thought)
-    closes = {closing.strip(), *REASONING_TAGS.values()} - {""}
-    head = _head(told, prompts[0], closes, {opening.strip(), *REASONING_TAGS})
-    between = told_thought.partition(THOUGHT)[2].partition(ANSWER)[0]
-    closing = between.removesuffix(head) if head and closing.startswith(between[:-len(head)]) \
-        and between.endswith(head) else closing
-    after, tail = told.partition(ANSWER)[2], ""
-    called = render(answer(content="", tool_calls=[call]), **calls) if head else None
-    if called:
-        tail = after[:len(after) - len(turn_end([after, called], render.turn_end))]
-    closed = any(prompts[0].rstrip().endswith(tag) for tag in closes)
-    opened = any(prompts[0].rstrip().endswith(tag) for tag in REASONING_TAGS)
-    is_free = bool(opening) and len(set(prompts)) == 1 and not (closed or opened)
-    efforts = typing.get_args(Effort) if "reasoning_effort" in model.template_source else ()
-    return Thinking(opening, closing, head, tail, name, is_free, frozenset(
-        effort for effort in efforts if render(prompt=True, reasoning_effort=effort) is None))
-
-
-def _head(told: str, prompt: str, closes: set[str], opens: set[str]) -> str:
-    """What stands before every answer, behind the prompt and any reasoning. told: an answer as the
-    template writes it."""
-    before = told.partition(ANSWER)[0]
-    shared = common_start([before, prompt])
-    shared = prompt if before.startswith(prompt) else shared
-    head, begun = before[len(shared):], prompt[len(shared):]
-    for tag in closes | opens - {""}:
-        head, begun = head.rpartition(tag)[2], begun.replace(tag, "")
-    return head if head.strip() and not begun.strip() else ""
-
-
-def _tags(render: Renderings, prompts: list[str | None], told: str, call: str) -> tuple[str, str]:
-    """What stands before a thought and behind it; told, call: a message with a thought and an
-    answer, or a call, as the template writes them."""
-    before = (told if THOUGHT in told else call).partition(THOUGHT)[0]
-    ends = [told.partition(THOUGHT)[2].partition(ANSWER)[0]] * (THOUGHT in told)
-    rest = [call.partition(THOUGHT)[2]] * (THOUGHT in call)
-    closing = common_start(ends + rest) if ends else "".join(rest)
-    if not ends:  # up to the end of the first tag: the call comes behind
-        parts = segments(closing)
-        tag = next((i for i, part in enumerate(parts) if len(part) > 1), -1)
-        closing = "".join(parts[:tag + 1])
-    if not closing.strip():
-        return "", ""
-    for tag in REASONING_TAGS:
-        if before.rstrip().endswith(tag):
-            close = REASONING_TAGS[tag]
-            text, found, rest = closing.partition(close)
-            space = rest[:len(rest) - len(rest.lstrip())]
-            return before[before.rindex(tag):], text + found + space if found else closing
-    shorter = [len(prompt) for prompt in prompts if prompt and before.startswith(prompt)]
-    opening = before[min(shorter):] if shorter else ""
-    if not opening.strip():  # the prompt has opened it, or an answer before the last has none
-        longer = [each[len(before):] for each in prompts if each and each.startswith(before)]
-        past = render(answer(), {"role": "user", "content": LATER}) or ""
-        forgotten = past.partition(ANSWER)[0]
-        named = re.search(r"<([^<>/]+)>\s*\Z", before)
-        opening = next((text for text in (
-            named[0] if named and f"</{named[1]}>" in closing else "",
-            before[len(common_start([before, forgotten])):], *longer) if text.strip()), "")
-    return (opening, closing) if opening.strip() else ("", "")
-
-
-_thinking: "weakref.WeakKeyDictionary[engine.Engine, Thinking]" = weakref.WeakKeyDictionary()
-
-
-def thinking_of(loaded: engine.Engine) -> Thinking:
-    """How a loaded model thinks."""
-    return _thinking[loaded]
-
-
-def show_control_tokens(model: engine.Model, *texts: str) -> None:
-    """Let control tokens that stand in these texts show in a reply."""
-    tokens = {token for text in texts if text for token in model.tokenize(text, False).tolist()}
-    model.show(model.piece(token, special=True).decode("utf-8", "replace") for token in tokens)
-
-
-# ==== 2. Replies =========================================================================
-
-
-class ReplyParser(server.TextParser):
+class ReplyParser:
     """Turns a reply that arrives in pieces into OpenAI deltas: reasoning, then content.
 
     Holds back only what may be part of a tag, or white space around one: the work for a piece does
@@ -235,6 +95,14 @@ class ReplyParser(server.TextParser):
         """The reply has ended: return what was held back."""
         self._ended = True
         return self.feed("")
+
+    def finish_reason(self, reason: str) -> str:
+        """Why it ended; `reason` is the engine's."""
+        return reason
+
+    def whole(self, message: dict) -> dict:
+        """The message that the deltas make, put together."""
+        return message
 
     def _reply(self) -> Generator:
         close = self._unclosed or self._tags.get((yield from self._choose(*self._tags)))
@@ -312,7 +180,40 @@ def _beginning(markers: tuple[str, ...], trim: bool) -> re.Pattern:
     return re.compile((r"\s*" if trim else "") + f"(?:{prefixes})?" + r"\Z")
 
 
-# ==== 3. A budget ========================================================================
+class ParsedReply:
+    """What a chat does in other ways, whose replies are taken apart."""
+
+    def parse(self, prompt: str) -> Callable[[], ReplyParser]:
+        """What makes the parser of each choice's text. Another feature may set it anew."""
+        thinking = thinking_of(self.loaded)
+        return functools.partial(ReplyParser, thinking.unclosed(prompt),
+                                 self.config.split_reasoning, thinking)
+
+    def make_choices(self) -> None:
+        """As Generation.make_choices."""
+        super().make_choices()
+        new_parser = self.parse(self.prompt)
+        self.parsers = [new_parser() for _ in self.choices]
+
+    def deltas(self, event: engine.Event) -> list[dict]:
+        """As Chat.deltas: those that are certain now."""
+        parser = self.parsers[event.request.index]
+        return parser.feed(event.text) + (parser.finish() if event.finish_reason else [])
+
+    def chunk(self, choice: engine.Request, part: dict, reason: str | None = None) -> dict:
+        """As Generation.chunk; the parser knows why the reply has ended."""
+        return super().chunk(choice, part, reason and self.parsers[choice.index].finish_reason(
+            reason))
+
+    def fold(self, chunks: Iterator[dict]) -> dict:
+        """As Generation.fold."""
+        reply = super().fold(chunks)
+        for choice, parser in zip(reply["choices"], self.parsers):
+            choice["message"] = parser.whole(choice["message"])
+        return reply
+
+
+# ==== 2. A budget ========================================================================
 
 
 class Budget(engine.Constraint):
@@ -390,7 +291,7 @@ def _ends_whole(data: bytes) -> bool:
     return True
 
 
-def within_budget(chat: "server.Chat", constrain: Callable) -> Callable:
+def within_budget(chat: server.Chat, constrain: Callable) -> Callable:
     """A Chat.constrain that keeps the reasoning within its budget, and the reply to another."""
     n_tokens = server.given(chat.body.reasoning_budget, chat.config.reasoning_budget)
     if n_tokens == UNBOUNDED:
@@ -404,19 +305,21 @@ def within_budget(chat: "server.Chat", constrain: Callable) -> Callable:
     return bounded
 
 
-# ==== 4. Plugging in =====================================================================
+# ==== 3. Plugging in =====================================================================
+
+METHODS = {"Chat": ParsedReply}
 
 
 def equip(loaded: engine.Engine, _settings) -> None:
     """Learn how the model's template makes it think, and let control tokens that are tags show in
     a reply."""
-    _thinking[loaded] = thinking = learn(loaded.model) if loaded.model.generates else Thinking()
+    known[loaded] = thinking = learn(loaded.model) if loaded.model.generates else Thinking()
     show_control_tokens(loaded.model, *thinking.tags, *thinking.tags.values(), thinking.head,
                         thinking.tail)
 
 
-def join(wanted: "server.Generation") -> None:
-    """Tell the template how much to think, and take the reply apart."""
+def join(wanted: server.Generation) -> None:
+    """Tell the template how much to think."""
     if not isinstance(wanted, server.Chat):
         return
     thinking = thinking_of(wanted.loaded)
@@ -429,13 +332,10 @@ def join(wanted: "server.Generation") -> None:
         if message.get("reasoning_content") and not has_both:  # some refuse to render all three
             message[thinking.name] = message["reasoning_content"]
     wanted.render = functools.partial(_render, wanted, thinking, wanted.render)
-    wanted.lead = thinking.unclosed
     wanted.constrain = within_budget(wanted, wanted.constrain)
-    wanted.parse = lambda prompt: functools.partial(
-        ReplyParser, thinking.unclosed(prompt), wanted.config.split_reasoning, thinking)
 
 
-def _render(chat: "server.Chat", thinking: Thinking, render: Callable[[], str]) -> str:
+def _render(chat: server.Chat, thinking: Thinking, render: Callable[[], str]) -> str:
     """The prompt; where no reasoning is wanted, and the template leaves it open, it is closed."""
     prompt = render()
     is_off = chat.adds_prompt and chat.options.get("enable_thinking") is False

@@ -174,7 +174,7 @@ class ResponsesBody(InputBody):
         """As InputBody.own_fields."""
         with_logprobs = bool(self.top_logprobs) or LOGPROBS in (self.include or ())
         return {"max_tokens": self.max_output_tokens, "temperature": self.temperature,
-                "top_p": self.top_p, "stream": self.stream, "logprobs": with_logprobs,
+                "top_p": self.top_p, "stream": self.stream, "logprobs": with_logprobs or None,
                 "top_logprobs": self.top_logprobs if with_logprobs else None}
 
 

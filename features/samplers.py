@@ -1,7 +1,8 @@
 """Samplers: what llama.cpp knows besides temperature, top k, top p, min p and OpenAI's penalties.
 
 What it is for. Replies that don't repeat themselves (repeat penalty, DRY), and other ways to leave
-out tokens (typical p, top n sigma, XTC) or to hold the surprise at a level (Mirostat).
+out tokens (typical p, top n sigma, XTC) or to hold the surprise at a level (Mirostat); tokens that
+come more or less often, or never (`logit_bias`, and `ignore_eos` for those that end a reply).
 
 How it works. All are llama.cpp's own. engine.SamplingParams makes the chain of samplers by which a
 row of logits becomes a token; here its fields and its methods are added to, and each sampler goes
@@ -11,11 +12,13 @@ XTC, temperature. Mirostat stands in place of all but the bias and the temperatu
 What it costs. Nothing where none is asked for. With penalties even greedy replies need the chain,
 0.2 ms a token; DRY looks back over `dry_penalty_last_n` tokens.
 
-What it reads and sends. The fields of SamplerFields, in chats and completions.
+What it reads and sends. The fields of SamplerFields and BiasFields, in chats and completions.
 """
 
 import ctypes
 import dataclasses
+import math
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -54,6 +57,8 @@ class SamplerFields:
     mirostat: int = server.option(0, low=0, high=2)
     mirostat_tau: float = server.option(5.0, low=0, high=100)
     mirostat_eta: float = server.option(0.1, low=0, high=100)
+    # What is added to logits, by token id; of a body it is made by `join`.
+    logit_bias: dict[int, float] = dataclasses.field(default_factory=dict)
 
     def is_argmax(self) -> bool:
         """As SamplingParams has it."""
@@ -111,4 +116,24 @@ def after(prompt: np.ndarray, n_last: int, sampler):
     return sampler
 
 
-FIELDS = {"SamplingParams": SamplerFields}
+@dataclasses.dataclass
+class BiasFields:
+    """What tokens are more or less likely, as it is sent: JSON's keys are strings."""
+
+    logit_bias: dict[str, float] | None = server.option(low=-100, high=100)
+    ignore_eos: bool = False
+
+
+FIELDS = {"SamplingParams": SamplerFields, "GenerationBody": BiasFields}
+
+
+def join(wanted: server.Generation) -> None:
+    """Read the bias by token id; a wrong one must not reach the model. Raises ApiError."""
+    body, model = wanted.body, wanted.model
+    bias = body.logit_bias or {}
+    for token in bias:
+        if not (re.fullmatch("[0-9]{1,11}", token) and int(token) < model.n_vocab):
+            raise server.invalid("logit_bias", f"logit_bias: the key {server.describe(token)} is "
+                                 f"not a token id of this model (0 to {model.n_vocab - 1})")
+    body.logit_bias = {int(token): value for token, value in bias.items()} | dict.fromkeys(
+        model.end_tokens if body.ignore_eos else (), -math.inf)

@@ -26,11 +26,13 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+import engine
 import server
 from features.replies import (  # noqa: F401 (grammars.py says structured.literal, ...)
     GBNF_ITEM, Form, Reply, arguments_of, literal)
 from features.keywords import SchemaError
 from features.schemas import MAX_FORM
+from features.thinking import lead_of
 
 NO_TAGS = "forms inside of tags are not supported; send tools, or a grammar"
 
@@ -237,16 +239,33 @@ def _of_response_format(wanted: ResponseFormat | None) -> Iterator[Asked]:
 AFTER_REASONING = "/[ \\n]{0,3}/ "  # what may stand between the reasoning and the form, in Lark
 
 
-def join(wanted: "server.Generation") -> None:
+class HeldReply:
+    """What a reply that is held to a form does in other ways."""
+
+    constrained_by = ""  # the field of the body that asks for the form
+
+    def chunks(self, events: Iterator[engine.Event]) -> Iterator[dict]:
+        """As Generation.chunks. Raises ApiError where a grammar is refused on the way."""
+        try:
+            yield from super().chunks(events)
+        except engine.GrammarError as error:
+            raise server.invalid(self.constrained_by, f"{self.constrained_by}: the grammar is "
+                                                      f"refused: {error}") from None
+
+
+METHODS = {"Generation": HeldReply}
+
+
+def join(wanted: server.Generation) -> None:
     """Hold the reply to what its body asks for."""
     if asked := asked_of(wanted.body):
         wanted.constrained_by = asked.field
         wanted.constrain = functools.partial(constrain, wanted, asked)
 
 
-def constrain(wanted: "server.Generation", asked: Asked, prompt: str) -> Callable[[], Reply]:
+def constrain(wanted: server.Generation, asked: Asked, prompt: str) -> Callable[[], Reply]:
     """What makes the Reply of each choice. Raises ApiError."""
-    form, after = Form(), wanted.lead(prompt)
+    form, after = Form(), lead_of(wanted.loaded, prompt)
     form.triggers = (after,) if after else ()
     with schema_errors():
         if asked.kind == "gbnf":
@@ -270,7 +289,7 @@ def add_asked(form: Form, asked: Asked) -> str:
     return form.add_schema(asked.value, asked.at)
 
 
-def tell_loosened(handler: "server.Handler", form: Form) -> None:
+def tell_loosened(handler: server.Handler, form: Form) -> None:
     """Name what a reply is not held to, though its schemas ask for it: to the client and in the
     log."""
     if form.loosened:

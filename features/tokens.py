@@ -14,6 +14,7 @@ import numpy as np
 from llama_cpp import llama_cpp as lib
 
 import server
+from features.marks import shown
 
 MAX_INPUTS = 2048  # texts in one request, as the OpenAI reference has it for embeddings
 Prompts = str | list[str] | list[int] | list[list[int]]
@@ -90,7 +91,7 @@ def get_tokenizer(handler) -> None:
 def post_template(handler, body: server.ChatBody) -> None:
     """The prompt that a chat would be. Raises ApiError."""
     chat = handler.join(server.Chat, body)
-    handler.send_json({"prompt": chat.show(chat.render())})
+    handler.send_json({"prompt": shown(chat, chat.render())})
 
 
 def prompts_in(sent: Prompts) -> list[str | list[int]]:

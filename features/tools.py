@@ -27,7 +27,8 @@ import server
 from features import forms, structured
 from features.calls import ID_LENGTH, CallForm, CallParser
 from features.grammars import add_arguments, calls_of, other_than_calls
-from features.reasoning import show_control_tokens, thinking_of, within_budget
+from features.reasoning import within_budget
+from features.thinking import lead_of, show_control_tokens, thinking_of
 
 log = logging.getLogger("tools")
 
@@ -95,19 +96,18 @@ class MessageFields:
     """Calls and their results. The role `function` is the older one for `tool`."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    name: str | None = None  # of the function whose result it is
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     function_call: CalledFunction | None = None
 
-    def is_empty(self) -> bool:
-        """As Message.is_empty."""
-        return super().is_empty() and not (self.tool_calls or self.function_call)
-
     def check(self, at: str) -> None:
-        """Refuse what role and fields together make impossible."""
-        if (self.tool_calls or self.function_call) and self.role != "assistant":
-            raise server.invalid(f"{at}.tool_calls",
-                                 f"{at}: a {self.role} message cannot call tools")
+        """Refuse what role and fields together make impossible; calls may stand alone."""
+        if self.tool_calls or self.function_call:
+            if self.role != "assistant":
+                raise server.invalid(f"{at}.tool_calls",
+                                     f"{at}: a {self.role} message cannot call tools")
+            self.content = server.given(self.content, "")
         for role, needed in (("tool", "tool_call_id"), ("function", "name")):
             if self.role == role and getattr(self, needed) is None:
                 raise server.invalid(f"{at}.{needed}", f"{at}.{needed} is required",
@@ -271,9 +271,9 @@ def _prepare(message: dict, form: CallForm) -> dict:
         fits = not form.short_ids or re.fullmatch(f"[A-Za-z0-9]{{{ID_LENGTH}}}", call_id)
         return call_id if fits else hashlib.sha256(call_id.encode()).hexdigest()[:ID_LENGTH]
 
-    content = server.text_of(message.get("content") or message.get("refusal") or "")
+    content = server.text_of(message.get("content"))
     turn = {key: value for key, value in message.items()
-            if key not in ("tool_calls", "tool_call_id", "function_call")}
+            if key not in ("name", "tool_calls", "tool_call_id", "function_call")}
     turn["role"] = "tool" if message["role"] == "function" else message["role"]
     old = message.get("function_call")
     calls = message.get("tool_calls") or ([{"id": old["name"], "function": old}] if old else [])
@@ -349,7 +349,7 @@ def constrain(chat: "server.Chat", offer: Offer, form: CallForm, prompt: str
               ) -> Callable[[], engine.Constraint]:
     """What makes the Constraint of each choice: a call, or what else the reply may be. Raises
     ApiError."""
-    reply, after = structured.Form(), tuple(filter(None, [chat.lead(prompt)]))
+    reply, after = structured.Form(), tuple(filter(None, [lead_of(chat.loaded, prompt)]))
     thinking, parallel = thinking_of(chat.loaded), offer.is_parallel(form)
     with structured.schema_errors():
         asked = structured.asked_of(chat.body)

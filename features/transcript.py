@@ -32,7 +32,7 @@ def receive(handler: server.Handler, body, target) -> None:
             for text in content if isinstance(content, list) else [content]:
                 if isinstance(text, dict):  # a part; an image would fill the log
                     kind = text.get("type")
-                    text = text.get("text") if kind in server.TEXTS else f"<{kind}>"
+                    text = text.get("text") if kind == "text" else f"<{kind}>"
                 server.log.info("%s %s: %s", handler.tally.id,
                                 server.printable(str(message.get("role"))),
                                 server.describe(text, most=math.inf))

@@ -165,7 +165,7 @@ def parted(turn: dict) -> list[dict]:
 
 def text_of(turn: dict) -> str:
     """What a message says."""
-    return server.text_of(turn.get("content") or turn.get("refusal") or "")
+    return server.text_of(turn.get("content"))
 
 
 # ==== 3. The feature =====================================================================

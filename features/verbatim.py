@@ -25,6 +25,7 @@ from llama_cpp import llama_cpp as lib
 
 import engine
 import server
+from features import marks
 
 # Unicode's noncharacters, which are for a program's own use, then its private ones: white space to
 # nobody, and one \uXXXX each where a template escapes them.
@@ -129,8 +130,8 @@ class Marker:
         self.marks: dict[str, tuple[str, str]] = {}
         self.seam = ""  # the mark where a token may begin in a text and end in the template's
         self.mark = re.compile("(?!)")  # any of these
-        self._render, self._show = chat.render, chat.show
-        chat.render, chat.show, chat.tokenize = self.render, self.show, self.tokenize
+        self._render = chat.render
+        chat.render, chat.tokenize = self.render, self.tokenize
 
     def render(self) -> str:
         """As Chat.render; the prompt has the marks."""
@@ -161,6 +162,7 @@ class Marker:
             found[0] for text in texts for found in self.specials.pattern.finditer(text))
         self.marks = dict(zip(spelled, itertools.cycle(pairs)))
         self.mark = re.compile(f"[{self.seam}{''.join(map(''.join, self.marks.values()))}]")
+        marks.hide(self.chat, self.mark, "")
 
     def _marked_message(self, message: dict) -> dict:
         """A message with what it spells between marks."""
@@ -186,10 +188,6 @@ class Marker:
     def _unescaped(self, found: re.Match) -> str:
         """A mark that the template has escaped; other characters stay as they are."""
         return mark if self.mark.match(mark := unescaped(found)) else found[0]
-
-    def show(self, prompt: str) -> str:
-        """As Chat.show."""
-        return self._show(self.mark.sub("", prompt))
 
     def tokenize(self, text: str, bos: bool = True) -> np.ndarray:
         """As Chat.tokenize, of a text with marks."""
@@ -234,7 +232,7 @@ def told(message: dict) -> dict:
 
 def is_text(part: dict) -> bool:
     """Whether a part of a message's content is text."""
-    return part["type"] in server.TEXTS
+    return part["type"] == "text"
 
 
 def texts_in(value) -> Iterator[str]:

@@ -50,6 +50,7 @@ from llama_cpp import mtmd_cpp as mtmd  # mtmd.h by ctypes, name by name
 
 import engine
 import server
+from features import marks
 from features.files import (
     IMAGE_SECONDS, MAX_IMAGES_MB, ImageError, fetch_image, read_data_uri)
 from features.settings import find_file
@@ -391,14 +392,13 @@ def join(wanted: server.Generation) -> None:
         n_tokens += sum(len(getattr(piece, "rows", piece)) for piece in pieces)
         handler.check_length(n_tokens, at, 1)
     if marked:
-        wanted.read_prompt = functools.partial(read_prompt, wanted, marked)
-        show = wanted.show
-        wanted.show = lambda prompt: re.sub("|".join(marked), "<image>", show(prompt))
+        wanted.read = functools.partial(read, wanted, marked)
+        marks.hide(wanted, re.compile("|".join(marked)), "<image>")
 
 
-def read_prompt(chat: server.Chat, marked: dict[str, Pieces], prompt: str
-                ) -> tuple[np.ndarray, dict[int, engine.Piece]]:
-    """The tokens of a prompt, and the images in it by where they begin. Raises ApiError."""
+def read(chat: server.Chat, marked: dict[str, Pieces]) -> list[np.ndarray]:
+    """As Chat.read; the engine is told of the images. Raises ApiError."""
+    prompt = chat.prompt = chat.render()
     if any(prompt.count(mark) != 1 for mark in marked):
         raise server.invalid("messages", "messages: the model's chat template does not write each "
                                          "image once", "template_error")
@@ -408,7 +408,8 @@ def read_prompt(chat: server.Chat, marked: dict[str, Pieces], prompt: str
     chat.handler.check_length(len(tokens) + engine.extra_tokens(pieces), "messages", 1)
     if tokens[-1] < 0:
         raise server.invalid("messages", "messages: the prompt ends with an image; add text")
-    return tokens, pieces
+    chat.more["images"] = pieces
+    return [tokens]
 
 
 def tokenize(chat: server.Chat, parts: list[str | Pieces]

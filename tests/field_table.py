@@ -77,8 +77,7 @@ NOTES = {
     "with_pieces": "also the text of each token; default: false",
     "tokens": "token ids",
     "n": "choices for each prompt, which share one reading of it; default: 1",
-    "stop": f"a string or a list, each of at most {server.MAX_STOP} characters; the text ends "
-            "before it",
+    "stop": "a string or a list, each of 1 to 1000 characters; the text ends before it",
     "logit_bias": "by token id",
     "ignore_eos": f"{LOCAL}: no end of text",
     "stream": "server-sent events",

@@ -8,11 +8,12 @@ import pytest
 
 import engine
 import templates
-from features import reasoning, tools, turns, verbatim
+from features import reasoning, thinking, tools, turns, verbatim
+from features.marks import shown
 
 OWN_VARIABLES = {"fireworks-ai-llama-3-firefunction-v2"}  # wants `functions` and `datetime` of its caller
 NAMES = [*templates.SMALL, *sorted(templates.REAL.keys() - OWN_VARIABLES)]
-TAGS = {open: close for open, close in reasoning.REASONING_TAGS.items() if close}
+TAGS = {open: close for open, close in thinking.REASONING_TAGS.items() if close}
 BEGUN = "Once upon a "
 
 
@@ -25,7 +26,7 @@ def prompt_of(loaded: templates.Loaded, **last) -> str:
     """The prompt of a chat that goes on with its last message."""
     chat = templates.chat_of(loaded, {"continue_final_message": True, "messages": [
         {"role": "user", "content": "Hi"}, {"role": "assistant", **last}]})
-    return chat.show(chat.render())
+    return shown(chat, chat.render())
 
 
 def is_thinking(prompt: str) -> bool:
@@ -83,3 +84,13 @@ def test_a_message_that_goes_on_may_follow_another_of_its_role(bare):
                 {"role": "assistant", "content": BEGUN}]})
         prompt = chat.render()
         assert prompt.endswith(BEGUN) and prompt.count("Well.") == 1 and not is_thinking(prompt)
+
+
+def test_a_refusal_is_what_the_assistant_said(bare):
+    """As a message or as a part of one; content beside it wins."""
+    loaded = load(bare, templates.SMALL["takes everything"])
+    for last in ({"refusal": "I won't."}, {"refusal": "I won't.", "content": None},
+                 {"refusal": "I won't.", "content": ""}, {"refusal": None, "content": "I won't."},
+                 {"content": "I won't.", "refusal": "No."},
+                 {"content": [{"type": "refusal", "refusal": "I won't."}]}):
+        assert prompt_of(loaded, **last).endswith("<|im_start|>assistant\nI won't.")

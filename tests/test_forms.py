@@ -70,7 +70,7 @@ def chat_of(loaded: engine.Engine, source: str, **body) -> server.Chat:
     handler = types.SimpleNamespace(
         loaded=loaded, server=types.SimpleNamespace(config=config, house=house),
         tokenize=lambda text, param, n_reply=1, read=None: (read or loaded.model.tokenize)(text))
-    chat = server.Chat(handler, server.read_object(
+    chat = house.type_of(server.Chat)(handler, server.read_object(
         house.type_of(server.ChatBody), sent, "", server.Reading(house)))
     for join in house.having("join"):
         join(chat)
@@ -90,6 +90,7 @@ def reply_to(chat: server.Chat) -> tuple[str, dict, str]:
         for delta in parser.feed(event.text) + (parser.finish() if event.finish_reason else []):
             server.merge(message, delta)
         if event.finish_reason:
+            message |= {"tool_calls": calls.joined(message["tool_calls"])} if "tool_calls" in message else {}
             return text, message, parser.finish_reason(event.finish_reason)
 
 
@@ -215,7 +216,7 @@ def read(form: calls.CallForm, offered: list[dict], text: str, step: int) -> lis
         server.merge(message, delta)
     assert parser.n_whole == parser.n_calls
     return [(call["function"]["name"], call["function"]["arguments"])
-            for call in message.get("tool_calls", ())]
+            for call in calls.joined(message.get("tool_calls", []))]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -436,7 +437,7 @@ def test_a_learned_form_streams_as_it_answers(native):
     for line in lines:
         if line.startswith("data: {"):
             server.merge(delta, json.loads(line.removeprefix("data: "))["choices"][0]["delta"])
-    assert [call["function"] for call in delta["tool_calls"]] == [
+    assert [call["function"] for call in calls.joined(delta["tool_calls"])] == [
         call["function"] for call in whole]
 
 

@@ -59,8 +59,11 @@ def test_minus_one_is_no_limit_and_no_seed(http):
         reply = post(http, path, {**body, "max_tokens": -1, "temperature": 0, "stop": ["e", "a", "i", "o"]})
         assert reply["choices"][0]["finish_reason"] == "stop"
     house = conftest.house()
-    body = house.type_of(server.ChatBody)(messages=[], max_tokens=-1)
-    assert body.reply_limit() == server.INT32_MAX
+    for cls, body in ((server.ChatBody, {"messages": HI}), (server.CompletionBody, {"prompt": "Rain"})):
+        for name, number, limit in (("max_tokens", -1, server.INT32_MAX), ("max_tokens", 7, 7), ("max_tokens", None, {
+                server.ChatBody: None, server.CompletionBody: server.LEGACY_MAX_TOKENS}[cls])):
+            read = server.read_object(house.type_of(cls), {**body, name: number}, "", server.Reading(house))
+            assert read.max_tokens == limit
     for name in ("max_tokens", "max_completion_tokens"):
         for number in (0, -2):
             refused(http, CHAT, {"messages": HI, name: number}, name)

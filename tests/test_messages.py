@@ -305,7 +305,7 @@ def test_a_silent_stream_pings(guarded):
 # ==== Reasoning, text and calls in any order ==============================================
 
 
-def story_of(kind, parser: server.TextParser, text: str, size: int, reason: str = "stop", **of_kind):
+def story_of(kind, parser: tools.CallParser, text: str, size: int, reason: str = "stop", **of_kind):
     """The events and the unstreamed reply of a text that arrives in pieces; `kind` makes the story."""
     choice = types.SimpleNamespace(n_prompt=9, n_reused=4, n_generated=500, stopped_by="")
     model = types.SimpleNamespace(name="m", tokenize=lambda text, *_: text.split())

@@ -152,6 +152,32 @@ def test_penalties_end_a_repetition_that_goes_on_without_them(http, options, rep
     assert (complete(http, HA, **options) == complete(http, HA)) is repeats
 
 
+def test_a_token_that_is_barred_does_not_come(http, model):
+    """Nor does the end where that is ignored; what is wished for comes."""
+    first = complete(http, WORD, max_tokens=1)
+    [token] = model.tokenize(first, bos=False).tolist()
+    assert complete(http, WORD, max_tokens=1, logit_bias={str(token): -100}) != first
+    assert complete(http, WORD, max_tokens=1, logit_bias={str(token): -100}, temperature=0.01) != first
+    wished = complete(http, WORD, max_tokens=3, logit_bias={"28": 100})
+    assert wished == model.piece(28).decode() * 3
+    for options in ({}, {"logit_bias": {str(token): 1}}, {"temperature": 0.01}):
+        [choice] = post(http, CHAT, {"messages": HI, "temperature": 0, "max_tokens": 24,
+                                     "ignore_eos": True, **options})["choices"]
+        assert choice["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("bias, param, words", [
+    ({"5": 101}, "logit_bias.5", "between -100 and 100"), ([1], "logit_bias", "an object"),
+    ({"49152": 1}, "logit_bias", '"49152" is not a token id of this model (0 to 49151)'),
+    ({"two": 1}, "logit_bias", '"two" is not a token id'),
+    ({"9" * 5000: 1}, "logit_bias", "is not a token id")])
+def test_a_wrong_bias_is_refused_by_its_key(http, bias, param, words):
+    for path, body in ((CHAT, {"messages": HI}), (COMPLETIONS, {"prompt": HA})):
+        error = post(http, path, {**body, "logit_bias": bias}, 400)["error"]
+        assert error["param"] == param and words in error["message"]
+        assert error["code"] in ("invalid_value", "invalid_type")
+
+
 @pytest.mark.parametrize("name, wrong", [
     ("typical_p", "low"), ("typical_p", -0.1), ("repeat_penalty", -1), ("repeat_penalty", "much"),
     ("mirostat", 3), ("mirostat", "v2"), ("mirostat_tau", -1), ("mirostat_eta", "slow"),
@@ -165,7 +191,7 @@ def test_a_wrong_sampler_is_refused_by_name(http, name, wrong):
 def test_without_the_feature_each_field_names_it():
     """But what asks for nothing is served."""
     with serving(server.load_features([])) as http:
-        for field in dataclasses.fields(samplers.SamplerFields):
+        for field in [*dataclasses.fields(samplers.SamplerFields), *dataclasses.fields(samplers.BiasFields)]:
             value = ["."] if field.name == "dry_sequence_breakers" else 1
             for path, body in ((CHAT, {"messages": HI}), (COMPLETIONS, {"prompt": HA})):
                 said = refused(http, path, {**body, field.name: value}, field.name)

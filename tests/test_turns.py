@@ -12,6 +12,7 @@ import pytest
 import engine
 import templates
 from features import families, reasoning, tools, turns, verbatim
+from features.marks import shown
 
 OWN_VARIABLES = {"fireworks-ai-llama-3-firefunction-v2"}  # wants `functions` and `datetime` of its caller
 NAMES = [*templates.SMALL, *sorted(templates.REAL.keys() - OWN_VARIABLES)]
@@ -39,7 +40,7 @@ def messages_of(roles: str) -> list[dict]:
 def lost(loaded: templates.Loaded, roles: str, **fields) -> list[str]:
     """The words of a conversation that are not in its prompt just once, or why there is none."""
     chat = templates.chat_of(loaded, {"messages": messages_of(roles), **fields})
-    prompt = chat.show(chat.render())
+    prompt = shown(chat, chat.render())
     words = [turns.WORD.format(place) for place, letter in enumerate(roles) if letter != "c"]
     return [word for word in words if prompt.count(word) != 1]
 
@@ -108,7 +109,7 @@ def test_merged_messages_keep_all_that_is_said_and_its_order(bare):
         {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
         {"role": "user", "content": "c"}, {"role": "system", "content": "d"},
         {"role": "user", "content": "e"},
-        {"role": "assistant", "content": None, "refusal": "f", "reasoning_content": "g"},
+        {"role": "assistant", "content": "f", "reasoning_content": "g"},
         {"role": "assistant", "content": "h", "reasoning_content": "i", "tool_calls": [call]},
         {"role": "assistant", "content": None, "tool_calls": [call]}],
         frozenset({turns.USERS, turns.ASSISTANTS, turns.LATE_SYSTEM}))

@@ -18,6 +18,7 @@ import engine
 import server
 import templates
 from features import reasoning, tools, turns, verbatim
+from features.marks import shown
 from test_vision import PRODUCT, RED, user
 
 HARMLESS = "wombat"
@@ -91,9 +92,8 @@ def bodies(spelled: str) -> dict[str, dict]:
 def prompt_of(loaded: templates.Loaded, body: dict) -> tuple[str, list[int]]:
     """The prompt of a chat for people to read, and its tokens."""
     chat = templates.chat_of(loaded, body)
-    prompt = chat.render()
-    tokens, _ = chat.read_prompt(prompt)
-    return chat.show(prompt), tokens.tolist()
+    [tokens] = chat.read()
+    return shown(chat, chat.prompt), tokens.tolist()
 
 
 def check(loaded: templates.Loaded, spelled: str, specials) -> None:
@@ -136,9 +136,9 @@ def test_a_chat_that_spells_no_special_token_is_tokenized_as_before(bare):
     loaded = load(bare, templates.SMALL["takes everything"])
     for body in bodies("<b>x</b> | [0] <|im_en.").values():
         chat = templates.chat_of(loaded, body)
-        prompt = chat.render()
-        assert chat.show(prompt) == prompt
-        assert chat.read_prompt(prompt)[0].tolist() == bare.tokenize(prompt).tolist()
+        [tokens] = chat.read()
+        assert shown(chat, chat.prompt) == chat.prompt
+        assert tokens.tolist() == bare.tokenize(chat.prompt).tolist()
 
 
 def test_the_next_turn_begins_with_the_tokens_of_the_last(bare):
@@ -206,7 +206,7 @@ def test_a_template_sees_the_text(bare):
     chat = templates.chat_of(loaded, {"messages": [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "<think>Hm.</think>Yes."}, {"role": "user", "content": "?"}]})
-    assert "assistant\n<think>\nHm.\n</think>\n\nYes.<|im_end|>" in chat.show(chat.render())
+    assert "assistant\n<think>\nHm.\n</think>\n\nYes.<|im_end|>" in shown(chat, chat.render())
 
 
 # ==== Real templates and vocabularies ======================================================
