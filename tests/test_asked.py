@@ -5,9 +5,18 @@ The small model at temperature 1.5 writes what it is held to, and nothing else.
 
 import json
 import re
+import sys
 
 import pytest
 from jsonschema import Draft202012Validator
+
+import conftest
+from test_samplers import serving
+
+sys.path.insert(0, str(conftest.ROOT))
+import engine  # noqa: E402
+import server  # noqa: E402
+from features import structured  # noqa: E402
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "Say something."}]
@@ -223,3 +232,16 @@ def test_a_reference_that_no_parser_takes_is_400(http, schema):
     ({"type": "text", "value": {}}, "value"), ({"type": "regex", "schema": {}, "value": "a"}, "schema")])
 def test_a_second_form_in_one_format_is_never_only_ignored(http, form, at):
     assert refusal(http, response_format=form)["param"] == f"response_format.{at}"
+
+
+@pytest.mark.parametrize("fields", [{"grammar": 'root ::= "a"+'}, {"guided_regex": "a+", "stream": True}])
+def test_a_grammar_that_is_refused_while_it_is_followed_is_the_clients(fields, monkeypatch):
+    """Some of llguidance's limits show only on the way: a 400 that names the field, and others are served."""
+    def take(self, token):
+        raise engine.GrammarError("too complex")
+
+    monkeypatch.setattr(structured.Reply, "take", take)
+    with serving(server.load_features(["structured"])) as alone:
+        error = refusal(alone, **fields)
+        assert error["param"] == next(iter(fields)) and "the grammar is refused: too complex" in error["message"]
+        assert post(alone, TEXT, max_tokens=2).status_code == 200
