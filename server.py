@@ -54,6 +54,7 @@ import engine
 NAME, VERSION = "twofile", "0.1.0"
 HERE = Path(__file__).resolve().parent
 INT32_MAX = 2**31 - 1  # what fits the C API's int
+MAX_N_CTX = 2**23  # tokens; times 256 slots that fits llama.cpp's 32 bits
 DAY = 86400.0  # seconds
 STARTED = int(time.time())
 log = logging.getLogger("server")
@@ -70,9 +71,6 @@ def setting(section: str, default, **limits):
 def option(default=None, **limits):
     """An optional field of a body, with its limits."""
     return dataclasses.field(default=default, metadata=limits)
-
-
-MAX_N_CTX = 2**23  # tokens; times 256 slots that fits llama.cpp's 32 bits
 
 
 @dataclasses.dataclass
@@ -427,7 +425,6 @@ class StreamOptions:
     """What a stream carries besides the text."""
 
     include_usage: bool = False
-    include_obfuscation: bool = option(False, no_effect=True)
 
 
 @dataclasses.dataclass
@@ -441,7 +438,6 @@ class GenerationBody(engine.SamplingParams):
         "(?s:.{1,1000})", "1 to 1000 characters long"))
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = option(no_effect=True)
 
     def check(self, _at: str) -> None:
         """Refuse what fields together make impossible."""
@@ -461,7 +457,7 @@ class ChatBody(GenerationBody):
         self.max_tokens = given(self.max_completion_tokens, self.max_tokens)
 
 
-MAX_CHOICES = 512  # replies to one request: prompts times n or best_of
+MAX_CHOICES = 512  # replies to one request: prompts times n
 DEFAULTED = ("temperature", "top_p", "top_k", "min_p")  # settings, where a body does not say
 LEGACY_MAX_TOKENS = 16  # the OpenAI reference's default for /v1/completions
 
@@ -470,7 +466,8 @@ LEGACY_MAX_TOKENS = 16  # the OpenAI reference's default for /v1/completions
 class CompletionBody(GenerationBody):
     """POST /v1/completions"""
 
-    prompt: str | list[str] = dataclasses.field(kw_only=True)
+    prompt: str | list[str] = dataclasses.field(kw_only=True, metadata={
+        "min_length": 1, "max_length": MAX_CHOICES})
     max_tokens: int | None = option(LEGACY_MAX_TOKENS, low=0)
 
 
@@ -710,8 +707,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping = threading.Event()  # set by a signal or a fatal error
         self.is_over = False  # what is under way has had its time
         self.keys = [key.encode() for key in config.api_keys if config.auth_enabled is not False]
-        self.public = {path for (_, path), route in self.house.routes.items() if route.is_public
-                       or path == "/metrics" and config.public_metrics}
         # Guards the two below, and is notified when a request has been answered.
         self.changed = threading.Condition()
         self.in_flight = 0
@@ -793,6 +788,8 @@ class Generation:
         is refused here, before the engine hears of it. Raises ApiError."""
         body, loaded = self.body, self.loaded
         prompts = [prompt for prompt in self.read() for _ in range(self.n_each)]
+        if len(prompts) > MAX_CHOICES:
+            raise invalid("n", f"n: {len(prompts)} replies were asked for, more than {MAX_CHOICES}")
         new_constraint = self.constrain(self.prompt)
         new_params = self.handler.server.house.type_of(engine.SamplingParams)
         params = new_params(**{field.name: getattr(body, field.name)
@@ -911,16 +908,7 @@ class Completion(Generation):
     def read(self) -> list[np.ndarray]:
         """As Generation.read."""
         prompts = self.body.prompt if isinstance(self.body.prompt, list) else [self.body.prompt]
-        self.check_count(prompts)
         return [self.handler.tokenize(text, "prompt") for text in prompts]
-
-    def check_count(self, prompts: list, n_field: str = "n") -> None:
-        """400 for no prompts, or too many with so many replies each, which n_field asks for."""
-        at = n_field if prompts and self.n_each > 1 else "prompt"
-        most = MAX_CHOICES // self.n_each
-        if not 0 < len(prompts) <= most:
-            raise invalid(at, f"{at}: {len(prompts)} prompts with {self.n_each} replies each were "
-                              f"asked for; send 1 to {most} prompts")
 
     def parts(self, event: engine.Event) -> Iterable[dict]:
         """As Generation.parts."""
@@ -966,6 +954,8 @@ def text_of(content: str | list[dict] | None) -> str:
 BAD_LINES = (email.errors.MissingHeaderBodySeparatorDefect,  # others are of bodies of e-mails
              email.errors.FirstHeaderLineIsContinuationDefect)
 LINGER_SECONDS = 2.0  # how long a refused upload is still read, so that the refusal arrives
+ENGINE_ERRORS = {engine.QueueFull: (503, "queue_full"), engine.EngineFault: (500, "engine_error"),
+                 engine.EngineClosed: (503, "shutting_down")}  # status and code
 STATUS_CLIENT_GONE = 499  # nginx's name for a client that hung up; only ever in the log
 
 
@@ -983,10 +973,6 @@ class Tally:
     generated: int = 0
     first_token: float | None = None  # seconds after the start
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def shown_ignored(self) -> str:
-        """The ignored fields for a header or the log: printable ASCII, and not too many."""
-        return ", ".join(ascii(name)[1:-1] for name in self.ignored)[:MAX_LINE]
 
     def line(self, method: str, path: str) -> str:
         """The access line: nothing in it can forge or flood the log."""
@@ -1038,6 +1024,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.answer()
         except ApiError as error:
             self.send_api_error(error)
+        except tuple(ENGINE_ERRORS) as error:
+            status, code = ENGINE_ERRORS[type(error)]
+            self.send_api_error(ApiError(status, str(error), code=code, headers=RETRY_SOON))
         except TimeoutError:  # of reading: `write` has its own
             self.send_api_error(ApiError(
                 408, "the rest of the request did not arrive within "
@@ -1046,8 +1035,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.tally.status = STATUS_CLIENT_GONE
             self.close_connection = True
         except RecursionError:  # in what walks a body; what is deeper still ends in json.loads
-            self.send_api_error(ApiError(400, "the request is nested too deeply",
-                                         code="invalid_json"))
+            self.send_api_error(ApiError(400, "the body is nested too deeply", code="invalid_json"))
         except Exception as error:
             log.exception("%s failed", self.tally.id)
             self.send_api_error(ApiError(500, f"internal error: {type(error).__name__}"))
@@ -1134,9 +1122,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
         headers = {"Date": self.date_time_string(), "x-request-id": self.tally.id,
                    **self.answer_headers, **headers}
         if self.tally.ignored:
-            headers["x-ignored-fields"] = self.tally.shown_ignored()
-        if self.close_connection or self.request_version == "HTTP/1.0":
-            headers["Connection"] = "close" if self.close_connection else "keep-alive"
+            shown = ", ".join(ascii(name)[1:-1] for name in self.tally.ignored)[:MAX_LINE]
+            self.tally.notes["ignored"] = headers["x-ignored-fields"] = shown
+        headers["Connection"] = "close" if self.close_connection else "keep-alive"
         lines = [f"HTTP/1.1 {status} {self.responses.get(status, [''])[0]}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         self.connection.settimeout(self.server.config.client_timeout)  # of each write
@@ -1209,7 +1197,7 @@ class Handler(Connection):
             body = self.read_body(size, limit)
         pattern, route, rest = find_route(house.routes, self.command, self.path)
         self.tally.route = f"{self.command} {pattern}"
-        if pattern not in self.server.public:
+        if not (route.is_public or self.server.config.public_metrics and pattern == "/metrics"):
             self.authorise()
         if body is None:
             body = self.read_body(size, limit if route.reads else SMALL_BODY)
@@ -1241,12 +1229,11 @@ class Handler(Connection):
     def check_origin(self, knows_host: bool) -> None:
         """Refuse web pages from elsewhere. knows_host: a page whose origin is this Host comes from
         here."""
-        origin = self.headers.get("origin")
+        origin = self.headers.get("origin", "http://localhost")  # without one, it is no page
         with contextlib.suppress(ValueError):
-            page = urllib.parse.urlsplit(origin or "")
-            if origin is None or page.netloc and (
-                    is_this_machine(page.hostname or "")
-                    or knows_host and page.netloc == self.headers.get("host")):
+            page = urllib.parse.urlsplit(origin)
+            is_here = knows_host and page.netloc == self.headers.get("host")
+            if page.netloc and is_here or is_this_machine(page.hostname or ""):
                 return
         raise ApiError(403, f"pages from {describe(origin)} may not use this server; if they "
                             "should, add the origin to cors_origins", code="origin_not_allowed")
@@ -1264,16 +1251,13 @@ class Handler(Connection):
                            code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
     def read_fields(self, cls: type, sent: dict):
-        """A body as dataclass `cls`; fields that we do not know are named to the client and in the
-        log."""
+        """A body as dataclass `cls`; what nobody knows is named in the head and the access line."""
         if issubclass(cls, GenerationBody):
             sent = {**sent, **{name: getattr(self.server.config, name) for name in DEFAULTED
                                if sent.get(name) is None}}
         reading = Reading(self.server.house)
         request = read_object(reading.house.type_of(cls), sent, "", reading)
         self.tally.ignored += reading.ignored
-        if reading.ignored:
-            log.warning("%s ignored unknown fields: %s", self.tally.id, self.tally.shown_ignored())
         return request
 
     def receive(self, body, target) -> None:
@@ -1287,8 +1271,7 @@ class Handler(Connection):
         """Within this, `loaded` is the engine of a model, which stays loaded. Raises ApiError."""
         self.server.models.check()
         self.loaded = model.engine
-        with engine_errors():
-            yield
+        yield
 
     def tokenize(self, text: str, param: str, n_reply: int = 1, read=None) -> np.ndarray:
         """The tokens of a text, as `read` has them; 400 when there are none, or too many."""
@@ -1332,17 +1315,16 @@ class Handler(Connection):
         choices, prompts = wanted.choices, wanted.choices[:: wanted.n_each]
         self.tally.prompt = sum(choice.n_prompt for choice in prompts)
         try:
-            with engine_errors():
-                self.loaded.submit(choices)
-                chunks = wanted.chunks(self.events(choices))
-                if write:
-                    write(chunks)
-                elif wanted.body.stream:
-                    for chunk in chunks:  # the first one decides the status
-                        self.write_event(chunk)
-                    self.write_event("[DONE]", is_last=True)
-                else:
-                    self.send_json(wanted.fold(chunks))
+            self.loaded.submit(choices)
+            chunks = wanted.chunks(self.events(choices))
+            if write:
+                write(chunks)
+            elif wanted.body.stream:
+                for chunk in chunks:  # the first one decides the status
+                    self.write_event(chunk)
+                self.write_event("[DONE]", is_last=True)
+            else:
+                self.send_json(wanted.fold(chunks))
         finally:
             for choice in choices:
                 choice.cancel()
@@ -1351,14 +1333,12 @@ class Handler(Connection):
 
     def events(self, choices: list[engine.Request]) -> Iterator[engine.Event]:
         """Yield the engine's events until each choice has ended. Raises ConnectionError as soon as
-        the client closes its side, and the engine's own EngineFault, EngineClosed or
-        GrammarError."""
+        the client closes its side, and what the engine says of a choice that failed."""
         unfinished = len(choices)
         while unfinished:
-            try:
+            event = None
+            with contextlib.suppress(queue.Empty):
                 event = choices[0].events.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                event = None
             self.check_connection()
             if event is None:
                 continue
@@ -1369,6 +1349,58 @@ class Handler(Connection):
                 self.tally.first_token = time.monotonic() - self.tally.started
             unfinished -= event.finish_reason is not None
             yield event
+
+    # ---- what the routes answer ---------------------------------------------------------
+
+    def post_chat(self, body: ChatBody, write: Callable | None = None) -> None:
+        self.generate(self.join(Chat, body), write)
+
+    def post_completion(self, body: CompletionBody) -> None:
+        self.generate(self.join(Completion, body))
+
+    def get_models(self) -> None:
+        self.server.models.check()
+        self.send_json({"object": "list", "data": self.server.models.entries(self)})
+
+    def get_model(self, name: str) -> None:
+        self.server.models.check()
+        self.send_json(self.server.models.find(name).entry(name))
+
+    def get_root(self) -> None:
+        self.send_json({"name": NAME, "version": VERSION, "openai_base_url": "/v1", "links": list(
+            dict.fromkeys(path for _, path in self.server.house.routes))})
+
+    def get_health(self) -> None:
+        """200 when requests are served, else 503. Waits for nothing."""
+        body = self.server.models.health()
+        self.send_json(body, *((200,) if body["status"] == "ok" else (503, RETRY_SOON)))
+
+    def get_slots(self) -> None:
+        self.server.models.check()
+        self.send_json([{"model": name, **dataclasses.asdict(slot)}
+                        for name, loaded in self.server.models.engines().items()
+                        for slot in loaded.stats.slots])
+
+    def get_metrics(self) -> None:
+        """The text that Prometheus reads:
+        https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format"""
+        with self.server.changed:
+            answered = sorted(self.server.answered.items())
+        requests = {f'{{route="{route}",status="{status}"}}': n for (route, status), n in answered}
+        rows, lines = self.server.models.samples(), []
+        rows["requests_total"] = "requests by route and status", requests
+        for name, (about, value) in rows.items():
+            kind = "counter" if name.endswith("_total") else "gauge"
+            samples = value if isinstance(value, dict) else {"": value}  # by what follows the name
+            if isinstance(value, engine.Histogram):
+                kind, sums = "histogram", list(itertools.accumulate(value.counts))
+                bounds = zip([*value.bounds, "+Inf"], sums)
+                samples = {f'_bucket{{le="{bound}"}}': n for bound, n in bounds} | {
+                    "_sum": value.total, "_count": sums[-1]}
+            lines += [f"# HELP {NAME}_{name} {about}", f"# TYPE {NAME}_{name} {kind}"]
+            lines += [f"{NAME}_{name}{labels} {sample}" for labels, sample in samples.items()]
+        self.send_body("\n".join([*lines, ""]).encode(),
+                       "text/plain; version=0.0.4; charset=utf-8")
 
 
 def read_json(body: bytes) -> dict:
@@ -1382,19 +1414,6 @@ def read_json(body: bytes) -> dict:
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"bad JSON: {error}", code="invalid_json") from None
     return sent
-
-
-@contextlib.contextmanager
-def engine_errors():
-    """The engine's refusals and faults as ApiErrors."""
-    try:
-        yield
-    except engine.QueueFull as error:
-        raise unavailable(str(error), "queue_full") from None
-    except engine.EngineClosed as error:
-        raise unavailable(str(error), "shutting_down") from None
-    except engine.EngineFault as error:
-        raise ApiError(500, str(error), code="engine_error") from None
 
 
 # ==== 11. Routes: what answers which path =================================================
@@ -1412,72 +1431,15 @@ class Route:
     is_public: bool = False  # without a key, and not counted by the rate limit
 
 
-def post_chat(handler: Handler, body: ChatBody, write: Callable | None = None) -> None:
-    handler.generate(handler.join(Chat, body), write)
-
-
-def post_completion(handler: Handler, body: CompletionBody) -> None:
-    handler.generate(handler.join(Completion, body))
-
-
-def get_models(handler: Handler) -> None:
-    handler.server.models.check()
-    handler.send_json({"object": "list", "data": handler.server.models.entries(handler)})
-
-
-def get_model(handler: Handler, name: str) -> None:
-    handler.server.models.check()
-    handler.send_json(handler.server.models.find(name).entry(name))
-
-
-def get_root(handler: Handler) -> None:
-    handler.send_json({"name": NAME, "version": VERSION, "openai_base_url": "/v1", "links": list(
-        dict.fromkeys(path for _, path in handler.server.house.routes))})
-
-
-def get_health(handler: Handler) -> None:
-    """200 when requests are served, else 503. Waits for nothing."""
-    body = handler.server.models.health()
-    handler.send_json(body, *((200,) if body["status"] == "ok" else (503, RETRY_SOON)))
-
-
-def get_slots(handler: Handler) -> None:
-    handler.server.models.check()
-    handler.send_json([{"model": name, **dataclasses.asdict(slot)}
-                       for name, loaded in handler.server.models.engines().items()
-                       for slot in loaded.stats.slots])
-
-
-def get_metrics(handler: Handler) -> None:
-    """The text that Prometheus reads:
-    https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format"""
-    server, lines = handler.server, []
-    with server.changed:
-        answered = sorted(server.answered.items())
-    requests = {f'{{route="{route}",status="{status}"}}': n for (route, status), n in answered}
-    rows = {"requests_total": ("requests by route and status", requests),
-            **server.models.samples()}
-    for name, (about, value) in rows.items():
-        kind = "counter" if name.endswith("_total") else "gauge"
-        samples = value if isinstance(value, dict) else {"": value}  # by what follows the name
-        if isinstance(value, engine.Histogram):
-            kind, sums = "histogram", list(itertools.accumulate(value.counts))
-            samples = {f'_bucket{{le="{bound}"}}': n for bound, n in zip(value.bounds, sums)} | {
-                '_bucket{le="+Inf"}': sums[-1], "_sum": value.total, "_count": sums[-1]}
-        lines += [f"# HELP {NAME}_{name} {about}", f"# TYPE {NAME}_{name} {kind}"]
-        lines += [f"{NAME}_{name}{labels} {sample}" for labels, sample in samples.items()]
-    handler.send_body("\n".join([*lines, ""]).encode(),
-                      "text/plain; version=0.0.4; charset=utf-8")
-
-
 ROUTES = {
-    ("GET", "/"): Route(get_root, "name, version, paths", is_public=True),
-    ("GET", "/health"): Route(get_health, "whether requests are served", is_public=True),
-    ("GET", "/metrics"): Route(get_metrics, "counts and times, for Prometheus"),
-    ("GET", "/slots"): Route(get_slots, "what each slot does"),
-    ("GET", "/v1/models"): Route(get_models, "all models"),
-    ("GET", "/v1/models/{id}"): Route(get_model, "one model"),
-    ("POST", "/v1/chat/completions"): Route(post_chat, "conversations, streamed or not", ChatBody),
+    ("GET", "/"): Route(Handler.get_root, "name, version, paths", is_public=True),
+    ("GET", "/health"): Route(Handler.get_health, "whether requests are served", is_public=True),
+    ("GET", "/metrics"): Route(Handler.get_metrics, "counts and times, for Prometheus"),
+    ("GET", "/slots"): Route(Handler.get_slots, "what each slot does"),
+    ("GET", "/v1/models"): Route(Handler.get_models, "all models"),
+    ("GET", "/v1/models/{id}"): Route(Handler.get_model, "one model"),
+    ("POST", "/v1/chat/completions"): Route(
+        Handler.post_chat, "conversations, streamed or not", ChatBody),
     ("POST", "/v1/completions"): Route(
         post_completion, "texts, one or a list of them, streamed or not", CompletionBody),
 }
@@ -1485,8 +1447,7 @@ ROUTES = {
 
 def find_route(routes: dict[tuple[str, str], Route], method: str, path: str
                ) -> tuple[str, Route, tuple[str, ...]]:
-    """The pattern and route for a method and path, and what stands at the path's {id}. 404 or
-    405."""
+    """The pattern and route for a path, and what stands at its {id}. Raises 404 or 405."""
     path, found = path.rstrip("/") or "/", {}
     for (route_method, pattern), route in routes.items():
         match = re.fullmatch(re.escape(pattern).replace(re.escape("{id}"), "(.+)"), path, re.S)

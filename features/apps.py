@@ -236,7 +236,7 @@ def answer_app(handler, request: AppBody, sees: bool = False, streams: bool = Fa
     handler.streams = streams
     handler.receive(chat, target)
     with handler.lease(target):
-        server.post_chat(handler, chat, functools.partial(write_app_reply, handler, name, streams))
+        handler.post_chat(chat, functools.partial(write_app_reply, handler, name, streams))
 
 
 def write_app_reply(handler, name: str, streams: bool, chunks: Iterator[dict]) -> None:

@@ -92,6 +92,7 @@ class GenerationFields:
 
     max_tokens: int | None = server.option(low=-1)
     cache_prompt: bool = True
+    user: str | None = server.option(no_effect=True)
 
     def check(self, _at: str) -> None:
         """Refuse a reply of no tokens, where there is none; -1 as a seed is none."""
@@ -101,6 +102,13 @@ class GenerationFields:
                 raise server.invalid(name, f"{name} must be at least 1, or -1 for no limit, got 0")
             if getattr(self, name, None) == -1:
                 setattr(self, name, server.INT32_MAX)
+
+
+@dataclasses.dataclass
+class StreamFields:
+    """The other field of `stream_options`."""
+
+    include_obfuscation: bool = server.option(False, no_effect=True)
 
 
 @dataclasses.dataclass
@@ -127,11 +135,12 @@ class MessageFields:
 # llama-server's paths for bases without /v1.
 ROUTES = {
     ("POST", "/chat/completions"): server.Route(
-        server.post_chat, "as /v1/chat/completions", server.ChatBody),
+        server.Handler.post_chat, "as /v1/chat/completions", server.ChatBody),
     ("POST", "/completions"): server.Route(
-        server.post_completion, "as /v1/completions", server.CompletionBody)}
+        server.Handler.post_completion, "as /v1/completions", server.CompletionBody)}
 FIELDS = {"ChatBody": ChatFields, "CompletionBody": CompletionFields,
-          "GenerationBody": GenerationFields, "Message": MessageFields}
+          "GenerationBody": GenerationFields, "Message": MessageFields,
+          "StreamOptions": StreamFields}
 
 
 class TimedReply:

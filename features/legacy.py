@@ -24,6 +24,7 @@ import engine
 import server
 from features import tokens
 from features.logprobs import LOWEST_LOGPROB
+from server import MAX_CHOICES
 
 NEEDS = ("tokens", "logprobs")
 
@@ -73,7 +74,7 @@ class LegacyReply:
         body, handler, model = self.body, self.handler, self.model
         if not body.suffix:
             prompts = tokens.prompts_in(server.given(body.prompt, ""))
-            self.check_count(prompts, "best_of" if body.best_of else "n")
+            self.check_count(prompts)
             prompts = [beginning(model) if prompt == "" else prompt for prompt in prompts]
             return tokens.read_prompts(handler, prompts, "prompt")
         for param in ("prompt", "suffix"):
@@ -84,6 +85,14 @@ class LegacyReply:
                                  "it out, or load one with fill-in-the-middle tokens")
         handler.check_length(len(prompt), "prompt", 1)
         return [prompt]
+
+    def check_count(self, prompts: list) -> None:
+        """400 for no prompts, or too many with so many replies each."""
+        more = "best_of" if self.body.best_of else "n"
+        at, most = more if prompts and self.n_each > 1 else "prompt", MAX_CHOICES // self.n_each
+        if not 0 < len(prompts) <= most:
+            raise server.invalid(at, f"{at}: {len(prompts)} prompts with {self.n_each} replies "
+                                     f"each were asked for; send 1 to {most} prompts")
 
     def make_choices(self) -> None:
         """As Generation.make_choices. The first choice of each prompt reads it whole for `echo`

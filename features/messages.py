@@ -264,7 +264,7 @@ def post_count(handler: server.Handler, body: CountBody) -> None:
 def get_models(handler: server.Handler, *name: str) -> None:
     """The models, or one, as the client's API has them. Errors are OpenAI's: the path is."""
     if "anthropic-version" not in handler.headers:
-        return (server.get_model if name else server.get_models)(handler, *name)
+        return handler.get_model(*name) if name else handler.get_models()
     models = handler.server.models
     models.check()
     entries = [models.find(each).entry(each) for each in name] or models.entries(handler)

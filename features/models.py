@@ -425,7 +425,7 @@ class WaitingHandler:
                 self.write_sign(f"loading {model.name} {progress:.0%}", {
                     "type": "loading", "model": model.name, "progress": round(progress, 2)})
 
-        with self.server.models.use(model, wait), server.engine_errors():
+        with self.server.models.use(model, wait):
             self.loaded = model.engine
             yield
 

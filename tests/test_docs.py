@@ -124,7 +124,7 @@ def test_metrics_are_listed_by_their_names():
     idle = server.Server(conftest.config(port=0))
     idle.server_close()
     sent: list[bytes] = []
-    server.get_metrics(types.SimpleNamespace(server=idle, send_body=lambda body, _: sent.append(body)))
+    server.Handler.get_metrics(types.SimpleNamespace(server=idle, send_body=lambda body, _: sent.append(body)))
     told = re.findall(rf"^# TYPE {server.NAME}_(\w+) ", sent[0].decode(), re.M)
     text = (ROOT / "docs" / "operate.md").read_text()
     names = [row.split("|")[1] for row in text.partition("| metric |")[2].partition("\n\n")[0]
