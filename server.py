@@ -1,9 +1,8 @@
 """The server: HTTP in, OpenAI JSON checked by dataclasses, tokens out as they come.
 
-This file is all of HTTP. It knows of the model what engine.py lets it ask; engine.py knows nothing
-of HTTP. What not every server needs is a feature: a file in features/, which plugs in at part 4 if
-the settings name it. The parts of the file have the order of a request's way, but for what must be
-known first.
+This file is all of HTTP; engine.py knows nothing of it. What not every server needs is a feature: a
+file in features/, which plugs in at part 4 if the settings name it. The parts have the order of a
+request's way, but for what must be known first.
 
 A chat's way: `Server.process_request` gives its connection a thread, `Handler.answer` reads and
 checks it, `Models.find` names who answers, `LocalModel.answer` makes a ChatBody of it, `Chat` a
@@ -63,8 +62,7 @@ log = logging.getLogger("server")
 
 
 def setting(section: str, default, **limits):
-    """A field of Config or of a feature's Settings: its section in config.yaml, its default, and
-    its limits (part 3). path: it names a file or folder."""
+    """A field of Config or of a feature's Settings. limits: see part 3; path: it names a file."""
     return dataclasses.field(default=default, metadata={"section": section, **limits})
 
 
@@ -75,8 +73,7 @@ def option(default=None, **limits):
 
 @dataclasses.dataclass
 class Config:
-    """Every setting of the two files; config.yaml explains each, features add theirs. A key is
-    unique, so sections are optional; inside its section, `auth_enabled` is just `enabled`."""
+    """Every setting of the two files; features add theirs. Keys are unique, sections optional."""
 
     features: list[str] = setting("features", ())
     host: str = setting("server", "127.0.0.1", like=(r"\S+", "an address, such as 127.0.0.1"))
@@ -220,7 +217,6 @@ def printable(text: str) -> str:
 
 
 # ==== 3. Validation: JSON into dataclasses ==============================================
-#
 # A field's type says what JSON it takes. Its metadata may say:
 #   low, high              inclusive limits of a number, also inside a list or object
 #   min_length, max_length items of a list
@@ -270,8 +266,7 @@ def read_value(hint, value, at: str, limits: Mapping, reading: Reading):
         return value
     if hint is Any or hint is str and isinstance(value, str):
         try:  # JSON's \ud800 escapes can smuggle in half a character
-            text = value if hint is str else json.dumps(
-                value, ensure_ascii=False, allow_nan=False)
+            text = value if hint is str else json.dumps(value, ensure_ascii=False, allow_nan=False)
             text.encode()
         except (ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
             raise invalid(at, f"{at}: is not JSON with valid Unicode: {error}"[:MAX_LINE]) from None
@@ -312,8 +307,7 @@ def read_value(hint, value, at: str, limits: Mapping, reading: Reading):
 
 
 def read_object(cls, value: dict, at: str, reading: Reading):
-    """An instance of dataclass `cls`; fields that nobody knows are added to what was ignored, by
-    name."""
+    """An instance of dataclass `cls`; fields that nobody knows are noted as ignored."""
     prefix, hints, given = f"{at}." if at else "", reading.house.hints(cls), {}
     reading.house.check_unknown(cls, value, prefix)
     for field in dataclasses.fields(cls):
@@ -335,6 +329,7 @@ def read_object(cls, value: dict, at: str, reading: Reading):
 
 
 # ==== 4. Features: files that plug in ====================================================
+
 
 class House:
     """What features add to the two files: here, nothing. features/__init__.py has the one for
@@ -358,17 +353,15 @@ class House:
 
     def read_settings(self, file: Path, content: dict, environ: Mapping[str, str]
                       ) -> dict[str, tuple[str, Any]]:
-        """{key: (where it was set, value)}: here, only in a file, in its section or flat. Raises
-        ConfigError."""
+        """{key: (where it was set, value)}: here, only in a file. Raises ConfigError."""
         sections = {metadata["section"] for metadata in self.settings.values()} - {*self.settings}
         found: dict[str, tuple[str, Any]] = {}
         for key, inner in content.items():
             is_section = key in sections and isinstance(inner, dict | None)
             for name, value in ((inner or {}) if is_section else {key: inner}).items():
-                name = f"{key}_enabled" if name == "enabled" else str(name)
                 if name in found:
                     raise ConfigError(f"{file}: {name} is set twice")
-                found[name] = str(file), self.located(name, value, file)
+                found[str(name)] = str(file), self.located(name, value, file)
         return found
 
     def located(self, name: str, value, file: Path):
@@ -557,8 +550,7 @@ class LocalModel:
             route.answer(handler, request)
 
     def entry(self, name: str) -> dict:
-        """Its entry in the list of models; `max_model_len` is vLLM's name for a request's context,
-        which only a loaded model tells."""
+        """Its entry in the list of models; `max_model_len`, as vLLM has it, once it is loaded."""
         loaded = self.engine  # read once: it may be unloaded right now
         return {"id": name, "object": "model", "created": STARTED, "owned_by": NAME,
                 **({"max_model_len": loaded.n_ctx} if loaded else {})}
@@ -576,8 +568,7 @@ class Models:
         self.fatal_error: str | None = None
 
     def start(self) -> None:
-        """Load the model; return when that has come to an end. Where it fails, `fatal_error` says
-        why, and `stopping` is set."""
+        """Load the model. Where that fails, `fatal_error` says why, and `stopping` is set."""
         try:
             loaded = self.default.load(lambda: not self.stopping.is_set())
             names = [loaded.model.name, *self.config.model_aliases]
@@ -600,8 +591,7 @@ class Models:
         if self.stopping.is_set():
             raise unavailable("the server is shutting down", "shutting_down")
         if self.is_starting:
-            raise unavailable(f"the model is still loading ({self.default.progress or 0:.0%}), try "
-                              "again soon", "loading")
+            raise unavailable(f"the model is loading: {self.default.progress or 0:.0%}", "loading")
 
     def names(self) -> dict[str, Any]:
         """Every name that is known, and what it stands for."""
@@ -615,8 +605,7 @@ class Models:
         """What a name stands for; for None the default. Raises ApiError."""
         target = self.default if name is None else self.named.get(name) or self.named.get(ANY)
         if not target:
-            if not self.named:
-                self.check()  # the model is still loading
+            self.check()  # whose names are known when it has been loaded
             raise ApiError(404, f"the model {describe(name)} does not exist; this server has "
                                 f"{', '.join(self.names()) or 'none'}; with `model_aliases: "
                                 f"[\"{ANY}\"]` any name will do", "model", "model_not_found")
@@ -645,14 +634,15 @@ class Models:
 
     def samples(self) -> dict[str, tuple[str, Any]]:
         """What /metrics has of them: by name, what it is, and a number or an engine.Histogram."""
-        stats, n_waiting = self.stats(), sum(each.n_waiting for each in self.engines().values())
+        stats = self.stats()
         return {
             "prompt_tokens_total": ("tokens of prompts", stats.n_prompt),
             "cached_tokens_total": ("of these, tokens that the KV cache held", stats.n_cached),
             "generated_tokens_total": ("tokens generated", stats.n_generated),
             "steps_total": ("turns of the engine's loop", stats.n_steps),
             "decode_errors_total": ("batches that llama_decode refused", stats.n_decode_errors),
-            "waiting_requests": ("choices that wait for a slot", n_waiting),
+            "waiting_requests": ("choices that wait for a slot", sum(
+                each.n_waiting for each in self.engines().values())),
             "busy_slots": ("slots with a request", stats.n_busy),
             "slots": ("slots", len(stats.slots)),
             "batch_tokens": ("tokens in each batch", stats.batch),
@@ -705,7 +695,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.config = config
         self.house: House = getattr(config, "house", None) or House()
         self.stopping = threading.Event()  # set by a signal or a fatal error
-        self.is_over = False  # what is under way has had its time
         self.keys = [key.encode() for key in config.api_keys if config.auth_enabled is not False]
         # Guards the two below, and is notified when a request has been answered.
         self.changed = threading.Condition()
@@ -718,9 +707,8 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             super().__init__((config.host, config.port), self.house.type_of(Handler))
         except (OSError, ValueError) as error:  # ValueError: a host that cannot be a name
-            reason = getattr(error, "strerror", error)
             raise ConfigError(f"cannot listen on host {config.host!r}, port {config.port}: "
-                              f"{reason} (choose others with --host and --port)") from error
+                              f"{getattr(error, 'strerror', error)} (see --host/--port)") from error
         self.is_local = is_this_machine(self.server_address[0])
 
     def server_bind(self) -> None:
@@ -729,7 +717,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_port = self.server_address[1]
 
     def handle_error(self, request, client_address) -> None:
-        """What breaks around the requests, which answer for themselves, is the connection."""
+        """A connection broke: what fails in a request is answered there."""
         log.debug("connection from %s", client_address[0], exc_info=True)
 
     @property
@@ -743,7 +731,6 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping.set()
         with self.changed:
             self.changed.wait_for(lambda: self.in_flight == 0, timeout=self.config.drain_seconds)
-        self.is_over = True
         closed = self.models.close()
         with self.changed:
             self.changed.wait_for(lambda: self.in_flight == 0, timeout=LAST_WRITES_SECONDS)
@@ -759,9 +746,8 @@ NEW_ROLES = {"developer": "system"}
 
 
 class Generation:
-    """One reply, in the order of its life: its prompts, the choices that the engine gets, and their
-    rendering. It yields chunks; the unstreamed reply is folded from them. In the thread of its
-    request, while its model stays loaded. Before it is read, a feature may set what it has anew."""
+    """One reply: its prompts, the choices that the engine gets, their chunks; the unstreamed one is
+    folded from these. In the thread of its request. Until `read`, features may change all of it."""
 
     id_prefix = stream_object = reply_object = ""  # the API's names for what it sends
     opening: tuple[dict, ...] = ()  # what the first chunks of a choice carry, ...
@@ -784,8 +770,7 @@ class Generation:
         """What makes the Constraint of each choice, if anything. Raises ApiError."""
 
     def make_choices(self) -> None:
-        """Make the requests for the engine: n_each for each prompt. Everything that can be refused
-        is refused here, before the engine hears of it. Raises ApiError."""
+        """Make the requests for the engine; whatever can be refused is, here. Raises ApiError."""
         body, loaded = self.body, self.loaded
         prompts = [prompt for prompt in self.read() for _ in range(self.n_each)]
         if len(prompts) > MAX_CHOICES:
@@ -814,10 +799,9 @@ class Generation:
         begun: set[int] = set()
         for event in events:
             choice = event.request
-            if choice.index not in begun:
-                begun.add(choice.index)
-                for part in self.opening:
-                    yield self.chunk(choice, part)
+            for part in self.opening if choice.index not in begun else ():
+                yield self.chunk(choice, part)
+            begun.add(choice.index)
             for part in self.parts(event):
                 yield self.chunk(choice, part)
             if event.finish_reason:
@@ -961,7 +945,7 @@ STATUS_CLIENT_GONE = 499  # nginx's name for a client that hung up; only ever in
 
 @dataclasses.dataclass
 class Tally:
-    """What is noted about a request while it is answered, for its head and its access line."""
+    """What is noted about a request while it is answered, for its access line."""
 
     id: str = dataclasses.field(default_factory=lambda: f"req_{secrets.token_hex(8)}")
     started: float = dataclasses.field(default_factory=time.monotonic)
@@ -984,8 +968,7 @@ class Tally:
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
-    """One connection, on its own thread: one request after the other, until a side closes it. Bytes
-    become a head and a body; what answers them, Handler.answer, writes a response or a stream."""
+    """One connection, on its own thread: one request after the other, until a side closes it."""
 
     server: Server
     protocol_version = "HTTP/1.1"
@@ -1056,8 +1039,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
             return False
 
     def read_head(self) -> None:
-        """The first line and the headers, as http.server reads them. Raises ApiError, whose message
-        quotes no line: it is logged, and a key may stand in the line."""
+        """The first line and the headers, as http.server reads them. Raises ApiError, which quotes
+        no line: it is logged, and a key may stand there."""
         self.raw_requestline = self.rfile.readline(MAX_TARGET + 1)
         if len(self.raw_requestline) > MAX_TARGET:
             raise ApiError(414, f"the request line is longer than {MAX_TARGET} bytes")
@@ -1069,8 +1052,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if any(isinstance(defect, BAD_LINES) for defect in self.headers.defects) or any(
                 re.search("[\r\n\0]", value) for value in self.headers.values()):
             raise ApiError(400, "a line of the headers is malformed")
-        if "close" in re.split("[ \t,]+", self.headers.get("connection", "").lower()):
-            self.close_connection = True
 
     def send_error(self, code: int, message=None, explain=None) -> None:
         """What http.server finds wrong with a head."""
@@ -1088,8 +1069,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         return int(length.lstrip("0")[:18] or 0)  # what has more digits is too large, too
 
     def read_body(self, size: float, limit: int) -> bytes:
-        """The request body, also where the route ignores it: the next request starts behind it.
-        From here on the request is under way."""
+        """The request body, also where the route ignores it: the next request starts behind it."""
         self.input.allow(self.server.config.client_timeout)
         body = self.receive_body(size, limit)
         self.has_arrived = True  # the end of the server waits for its answer
@@ -1148,15 +1128,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 self.write_piece(self.dialect.error_event(error), True)
         self.close_connection = True
 
-    # Streams are in chunked transfer coding (RFC 9112, 7.1). An HTTP/1.0 client gets them bare, to
-    # the end.
-
     def write_event(self, data: dict | str, is_last: bool = False) -> None:
         """Write an event; the first one starts the stream."""
         self.write_piece(self.dialect.event(data), is_last)
 
     def write_piece(self, piece: bytes, is_last: bool = False) -> None:
-        """Write a piece of a stream; the first one sends the head."""
+        """Write a piece of a stream, as a chunk (RFC 9112, 7.1); the first one sends the head."""
         if not self.tally.status:
             self.start_stream({"Content-Type": f"{self.dialect.content_type}; charset=utf-8"})
         if self.is_chunked:
@@ -1184,11 +1161,9 @@ class Handler(Connection):
     """Answers requests: who may ask, what they ask for, and what all routes need of a model."""
 
     loaded: engine.Engine  # of the model asked for, within `lease`
-    key: str  # the API key that was sent, if it is one
 
     def answer(self) -> None:
-        """Each check stands before what costs more. A large body is read last; who is refused
-        before that loses the connection: the body would be taken for the next request."""
+        """Each check stands before what costs more; a large body is read last."""
         house, limit = self.server.house, int(self.server.config.max_body_mb * 2**20)
         self.dialect = house.dialects.get(self.path.rstrip("/"), OPENAI)
         self.check_origin(self.check_host())
@@ -1211,9 +1186,8 @@ class Handler(Connection):
         target.answer(self, route, sent, body)
 
     def check_host(self) -> bool:
-        """Refuse names that are not ours, on a loopback address or where allowed_hosts says which
-        are: a web page whose name has been pointed here (DNS rebinding, CVE-2024-28224) could read
-        everything. Return whether the name is surely ours."""
+        """On a loopback address, or with allowed_hosts, refuse other names: a page whose name was
+        pointed here (DNS rebinding, CVE-2024-28224) could read all. Return whether it is ours."""
         sent, config = self.headers.get("host"), self.server.config
         match = HOST.fullmatch(sent or "")
         if not match or sent is None and self.request_version != "HTTP/1.0":
@@ -1227,8 +1201,7 @@ class Handler(Connection):
         return is_guarded or read_address(name) is not None  # no DNS server points an address here
 
     def check_origin(self, knows_host: bool) -> None:
-        """Refuse web pages from elsewhere. knows_host: a page whose origin is this Host comes from
-        here."""
+        """Refuse web pages from elsewhere. knows_host: one whose origin is this Host is ours."""
         origin = self.headers.get("origin", "http://localhost")  # without one, it is no page
         with contextlib.suppress(ValueError):
             page = urllib.parse.urlsplit(origin)
@@ -1261,8 +1234,7 @@ class Handler(Connection):
         return request
 
     def receive(self, body, target) -> None:
-        """Let features see a body before its model must be there; one that goes elsewhere is a
-        dict. Raises ApiError."""
+        """Let features see a body before its model must be there. Raises ApiError."""
         for receive in self.server.house.having("receive"):
             receive(self, body, target)
 
@@ -1291,15 +1263,14 @@ class Handler(Connection):
         n_ctx = self.loaded.n_ctx
         if n_tokens > n_ctx - n_reply:
             reply = ", one of them for the reply" * n_reply
-            raise invalid(param, f"{param}: the text has {over}{n_tokens} tokens, but the "
-                                 f"context is {n_ctx} tokens{reply}; shorten the text or raise "
-                                 "n_ctx", "context_length_exceeded")
+            raise invalid(param, f"{param}: the text has {over}{n_tokens} tokens, but the context "
+                                 f"is {n_ctx} tokens{reply}; shorten the text or raise n_ctx",
+                          "context_length_exceeded")
         if n_tokens == 0:
             raise invalid(param, f"{param}: the text is empty; send at least one token")
 
     def join(self, kind: type[Generation], body: GenerationBody) -> Any:
-        """What a body wants, after features have had their say. 400 for a model that makes no
-        text."""
+        """What a body wants, when features have had their say. Raises ApiError."""
         model = self.loaded.model
         if not model.generates:
             raise invalid("model", f"{model.name} makes embeddings, and no text")
@@ -1309,8 +1280,7 @@ class Handler(Connection):
         return wanted
 
     def generate(self, wanted: Generation, write: Callable | None = None) -> None:
-        """Submit the choices, and write their reply. write: takes the chunks, in place of our own
-        ways to send them."""
+        """Submit the choices, and write their reply. write: takes the chunks in place of that."""
         wanted.make_choices()
         choices, prompts = wanted.choices, wanted.choices[:: wanted.n_each]
         self.tally.prompt = sum(choice.n_prompt for choice in prompts)
@@ -1441,7 +1411,7 @@ ROUTES = {
     ("POST", "/v1/chat/completions"): Route(
         Handler.post_chat, "conversations, streamed or not", ChatBody),
     ("POST", "/v1/completions"): Route(
-        post_completion, "texts, one or a list of them, streamed or not", CompletionBody),
+        Handler.post_completion, "texts, one or a list of them, streamed or not", CompletionBody),
 }
 
 

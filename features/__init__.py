@@ -65,7 +65,7 @@ class House(server.House):
             if target == "Config" and environ.get(name.upper()):
                 server.log.warning("warning: environment variable %s is ignored: it needs the "
                                    "feature %s, which is off", name.upper(), feature)
-        settings.check_sections(self, file, content)
+        content = settings.in_sections(self, file, content)
         found = super().read_settings(file, content, environ)
         for name in found:
             if name not in self.settings:
@@ -95,8 +95,12 @@ class House(server.House):
                     "leave it out, or have it named in `features` of the settings", "feature_off")
 
     def unknown_setting(self, name, others: Mapping = types.MappingProxyType({})) -> str:
-        """What to say about a key of the settings that there is not. others: what else is set."""
-        feature = self.feature_of(server.Config, name)[0]
+        """What to say about a key of the settings that there is not, or about a section of a feature
+        that is off. others: what else is set."""
+        inside = others.get(name) if isinstance(others.get(name), dict) else ()
+        names = [name, *(f"{name}_{key}" if key == "enabled" else key for key in inside)]
+        feature = next(filter(None, (self.feature_of(server.Config, each)[0]
+                                     for each in names)), None)
         if not feature:
             return f"unknown key {name!r}{settings.nearest(self, name)}"
         keys = [each for key, inner in others.items()

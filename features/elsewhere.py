@@ -141,6 +141,13 @@ class FarModels(server.Models):
         if config.openai_base_url:
             print(f"models without a name here are looked for at {upstream.base_url}", flush=True)
 
+    is_over = False  # what is under way has had its time
+
+    def close(self) -> bool:
+        """As Models.close."""
+        self.is_over = True
+        return super().close()
+
     def find(self, name: str | None):
         """As Models.find; the engine that has all other names is asked for this one."""
         target = super().find(name)
@@ -237,7 +244,7 @@ def ask(handler, upstream: Upstream, method: str, path: str, body: bytes | None,
 
     def check() -> None:
         handler.check_connection()
-        if handler.server.is_over:
+        if handler.server.models.is_over:
             raise server.unavailable("the server is shutting down", "shutting_down")
         if time.monotonic() > until:
             raise TimeoutError

@@ -24,17 +24,24 @@ def nearest(house: server.House, name) -> str:
     return f"; the nearest is {near[0]!r}" if near else ""
 
 
-def check_sections(house: server.House, file: Path, content: dict) -> None:
-    """Refuse a section that is none, and a key in a section of others. Raises ConfigError."""
+def in_sections(house: server.House, file: Path, content: dict) -> dict:
+    """What a file holds, the `enabled` of a section under its whole name. Refuses a section that is
+    none, and a key in a section of others. Raises ConfigError."""
     homes = {name: metadata["section"] for name, metadata in house.settings.items()}
     for section in (content.keys() & {*homes.values()}) - homes.keys():
         if not isinstance(content[section], dict | None):
             raise server.ConfigError(f"{file}: section {section} holds `key: value` lines, nothing "
                                      "else")
-        for name in content[section] or ():
+        keys = {f"{section}_enabled" if name == "enabled" and f"{section}_enabled" in homes else
+                name: value for name, value in (content[section] or {}).items()}
+        if len(keys) < len(content[section] or ()):
+            raise server.ConfigError(f"{file}: {section}_enabled is set twice")
+        for name in keys:
             if homes.get(name, section) != section:
                 raise server.ConfigError(f"{file}: {name} belongs in section {homes[name]}, not "
                                          f"{section}")
+        content = {**content, section: keys}
+    return content
 
 
 def with_paths(house: server.House, name: str, value: dict, file: Path) -> dict:

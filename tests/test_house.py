@@ -30,7 +30,7 @@ from test_models import running_process
 CORE = ("server.py", "engine.py")
 ALL = [*CORE, *(f"features/{file.name}" for file in sorted((ROOT / "features").glob("*.py")))]
 # Lines at most; what is larger than it should be is held where it is.
-LIMITS = {"server.py": 1880, "engine.py": 1500}
+LIMITS = {"server.py": 1500, "engine.py": 1500}
 MAX_FEATURE, MAX_CLASS, MAX_FUNCTION, MAX_COLUMNS = 450, 400, 60, 100
 
 
