@@ -804,7 +804,7 @@ def test_greedy_is_the_same_alone_in_a_batch_of_eight_and_from_the_cache(live, c
     """Company and caching are invisible."""
     prompts = [f"Name {i} things you can find in a {place}." for i, place in enumerate(
         ["kitchen", "garden", "library", "harbour", "forest", "garage", "school", "cave"], 2)]
-    options = dict(max_tokens=24, logprobs=True, top_logprobs=2)
+    options = dict(max_tokens=12, logprobs=True, top_logprobs=2)
     alone = [chat(client, prompt, **options) for prompt in prompts]
     together = [None] * 8
     threads = [threading.Thread(target=lambda i=i: together.__setitem__(
@@ -1220,7 +1220,7 @@ def test_a_signal_lets_running_requests_finish_and_exits_0(number, tmp_path):
     process = start("--config", str(settings))
     url = wait_until_ready(process)
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
-    stream = chat(client, "Tell me a long story.", stream=True, max_tokens=60, model=None,
+    stream = chat(client, "Tell me a long story.", stream=True, max_tokens=24, model=None,
                   extra_body={"model": None})
     next(stream)
     process.send_signal(number)

@@ -284,7 +284,7 @@ def test_unloading_does_not_wait_for_a_loading_after_it(gate):
 
 def test_the_end_does_not_wait_for_an_unloading(gguf):
     """Who asked for it is told."""
-    with listening({"a": gguf}, drain_seconds=0.5) as running, streaming(running, "a", 200), \
+    with listening({"a": gguf}, drain_seconds=0.5) as running, streaming(running, "a", 60), \
             ThreadPoolExecutor() as threads:
         unloading = threads.submit(post, running, "/models/unload", 3, model_key="a")
         wait_for(lambda: running.models.default.is_leaving)
