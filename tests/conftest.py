@@ -33,7 +33,8 @@ SETTINGS = {"N_CTX": "1024", "PARALLEL": "4", "DRAIN_SECONDS": "2",
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     n_workers, processors = int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), sorted(os.sched_getaffinity(0))
     if n_workers <= len(processors):
-        os.sched_setaffinity(0, processors[int(worker.removeprefix("gw"))::n_workers])
+        number = int(worker.removeprefix("gw")) % n_workers  # one that replaces a dead one counts on
+        os.sched_setaffinity(0, processors[number::n_workers])
 
 # httpx reads all certificates, for 30 ms, for each request that has no client of its own. One context
 # does for all of them: what the tests talk to has no certificate.
@@ -46,7 +47,9 @@ collect_ignore += [] if importlib.util.find_spec("ray") else ["test_ray.py"]
 
 # The files that take longest, longest first: with `--dist loadfile` a worker takes the next file when
 # it has done one, and so both end at about the same time.
-LONGEST = ("test_house", "test_contract", "test_structured", "test_vision")
+LONGEST = ("test_contract", "test_house", "test_vision", "test_models", "test_structured", "test_drafts",
+           "test_forms", "test_limits", "test_elsewhere", "test_responses", "test_messages",
+           "test_verbatim")
 
 
 def blocks_of(language: str, files: list[Path] = DOCS) -> list[str]:
