@@ -1454,7 +1454,8 @@ def load(server: Server) -> None:
 
 def serve(server: Server) -> int:
     """Serve until something stops the server, then drain it. Returns the exit code."""
-    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(POLL_SECONDS,), name="accept",
+                     daemon=True).start()
     print(f"{NAME} {VERSION} listens on {server.url}", flush=True)
     if not server.is_local and not server.keys:
         log.warning("warning: %s can be reached from the network, and asks for no key; set "

@@ -1204,7 +1204,7 @@ def test_a_signal_lets_running_requests_finish_and_exits_0(number, tmp_path):
     process = start("--config", str(settings))
     url = wait_until_ready(process)
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
-    stream = chat(client, "Tell me a long story.", stream=True, max_tokens=60, model=None,
+    stream = chat(client, "Tell me a long story.", stream=True, max_tokens=24, model=None,
                   extra_body={"model": None})
     next(stream)
     process.send_signal(number)

@@ -15,6 +15,7 @@ import time
 import server
 
 ACCEPT_PAUSE_SECONDS = 0.1  # when the process has no file descriptor left for a connection
+POLL_SECONDS = 0.1  # between two looks at whether to end: the server's own end waits for one
 
 
 class SecondSocket(socketserver.TCPServer):
@@ -63,7 +64,8 @@ def start(running: server.Server) -> None:
             return  # a server of another kind, which listens nowhere
         with contextlib.suppress(OSError):
             second.append(SecondSocket(running))
-            threading.Thread(target=second[0].serve_forever, name="accept ::1", daemon=True).start()
+            threading.Thread(target=second[0].serve_forever, args=(POLL_SECONDS,),
+                             name="accept ::1", daemon=True).start()
 
     def close_both() -> None:
         for each in second:

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+import ssl
 import subprocess
 import sys
 import threading
@@ -32,12 +33,23 @@ SETTINGS = {"N_CTX": "1024", "PARALLEL": "4", "DRAIN_SECONDS": "2",
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     n_workers, processors = int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), sorted(os.sched_getaffinity(0))
     if n_workers <= len(processors):
-        os.sched_setaffinity(0, processors[int(worker.removeprefix("gw"))::n_workers])
+        number = int(worker.removeprefix("gw")) % n_workers  # one that replaces a dead one counts on
+        os.sched_setaffinity(0, processors[number::n_workers])
+
+# httpx reads all certificates, for 30 ms, for each request that has no client of its own. One context
+# does for all of them: what the tests talk to has no certificate.
+ssl.create_default_context = functools.cache(ssl.create_default_context)
 
 # The heavy clients' tests belong to the environment of requirements-clients.txt.
 collect_ignore = [] if importlib.util.find_spec("langchain_openai") else ["test_clients.py"]
 # So do Ray's, in that of requirements-ray.txt.
 collect_ignore += [] if importlib.util.find_spec("ray") else ["test_ray.py"]
+
+# The files that take longest, longest first: with `--dist loadfile` a worker takes the next file when
+# it has done one, and so both end at about the same time.
+LONGEST = ("test_contract", "test_house", "test_vision", "test_models", "test_structured", "test_drafts",
+           "test_forms", "test_limits", "test_elsewhere", "test_responses", "test_messages",
+           "test_verbatim")
 
 
 def blocks_of(language: str, files: list[Path] = DOCS) -> list[str]:
@@ -54,10 +66,12 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: runs with --slow only, as in .ci/run")
+    config.option.loadscopereorder = False  # xdist's own order is by the number of tests
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what takes very long, unless it is asked for."""
+    """Leave out what takes very long, unless it is asked for; the longest files first."""
+    items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
     for item in items:
         if "slow" in item.keywords and not (config.getoption("--slow") or config.getoption("--long")):
             item.add_marker(pytest.mark.skip(reason="needs --slow"))
@@ -91,6 +105,8 @@ def house():
     """All features that config.yaml names."""
     sys.path.insert(0, str(ROOT))
     import server  # not in the environments of other clients
+    from features import loopback
+    loopback.POLL_SECONDS = 0.02  # as the servers in this process, of which hundreds end
     return server.load_features(FEATURES)
 
 

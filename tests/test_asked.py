@@ -172,7 +172,8 @@ def test_a_tool_without_strict_is_loosened_just_there(http):
     [call] = response.json()["choices"][0]["message"]["tool_calls"]
     tags = json.loads(call["function"]["arguments"])["tags"]
     assert 1 <= len(tags) <= 2 and set(tags) <= {"a", "b"}
-    response = post(http, CHAT, tools=[tool(NEW)], tool_choice="required", parallel_tool_calls=False, stream=True)
+    response = post(http, CHAT, tools=[tool(NEW)], tool_choice="required", parallel_tool_calls=False, stream=True,
+                    max_tokens=4)
     assert response.headers["x-loosened-schema"] == \
         r"tools[0].function.parameters.properties.x\r\ny: z.contains" and "y" not in response.headers
 
@@ -196,7 +197,7 @@ def test_a_reply_follows_tools_or_a_grammar(http, fields):
 def test_json_by_another_name_may_stand_beside_tools(http):
     text = write(http, CHAT, tools=[tool(ANIMAL)], tool_choice="none", guided_json=NUMBER)
     assert 1 <= int(text) <= 12
-    response = post(http, CHAT, tools=[tool(NUMBER | {"type": "object"})], guided_json=ANIMAL, n=4)
+    response = post(http, CHAT, tools=[tool(NUMBER | {"type": "object"})], guided_json=ANIMAL, n=4, max_tokens=100)
     for choice in response.json()["choices"]:
         message = choice["message"]
         if not message.get("tool_calls") and choice["finish_reason"] == "stop":

@@ -248,6 +248,7 @@ WEATHER = tool("get_weather", city={"type": "string", "maxLength": 12},
                unit={"enum": ["celsius", "fahrenheit"]})
 CLOCK = tool("get_time", zone={"enum": ["UTC", "CET"]})
 TOOLS = {"tools": [WEATHER, CLOCK], "max_tokens": 120}
+FREE = {**TOOLS, "max_tokens": 24}  # where a text may come, of which the beginning tells enough
 QUESTION = "What is the weather in Paris?"
 
 
@@ -263,15 +264,15 @@ def calls_of(choice, *tools) -> list[tuple[str, dict]]:
 
 
 def test_tool_choice_none_never_calls(http):
-    for choice in (ask(http, QUESTION, **TOOLS, tool_choice="none"),
-                   ask_streamed(http, QUESTION, **TOOLS, tool_choice="none")):
+    for choice in (ask(http, QUESTION, **FREE, tool_choice="none"),
+                   ask_streamed(http, QUESTION, **FREE, tool_choice="none")):
         assert "tool_calls" not in choice["message"] and choice["message"]["content"]
 
 
 def test_tool_choice_auto_leaves_it_to_the_model(http):
     """Text, or calls that validate; `auto` is the default when there are tools."""
     for extra in ({}, {"tool_choice": "auto"}):
-        choice = ask(http, QUESTION, **TOOLS, **extra)
+        choice = ask(http, QUESTION, **FREE, **extra)
         assert choice["message"]["content"] or calls_of(choice, WEATHER, CLOCK)
 
 
@@ -317,7 +318,7 @@ def test_allowed_tools_narrow_the_choice(http):
         "type": "allowed_tools",
         "allowed_tools": {"mode": "required", "tools": [named("get_time")]}})
     assert [name for name, _ in calls_of(choice, CLOCK)] == ["get_time"]
-    either = ask(http, QUESTION, **TOOLS, tool_choice={
+    either = ask(http, QUESTION, **FREE, tool_choice={
         "type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named("get_time")]}})
     assert either["message"]["content"] or calls_of(either, CLOCK)
 
@@ -427,8 +428,9 @@ def test_the_deprecated_functions_answer_in_their_own_shape(http):
 
 
 def test_function_call_none_and_auto(http):
-    assert ask(http, QUESTION, **FUNCTIONS, function_call="none")["message"]["content"]
-    message = ask(http, QUESTION, **FUNCTIONS, function_call="auto")["message"]
+    few = {**FUNCTIONS, "max_tokens": 24}
+    assert ask(http, QUESTION, **few, function_call="none")["message"]["content"]
+    message = ask(http, QUESTION, **few, function_call="auto")["message"]
     assert message["content"] or message["function_call"]["name"] in ("get_weather", "get_time")
     refused(http, CHAT, {"messages": HI, **FUNCTIONS, "function_call": {"name": "get_moon"}},
             "function_call")
@@ -472,15 +474,16 @@ def test_a_whole_tool_conversation_is_history(http, turns):
 
 def test_the_reply_of_one_turn_is_the_history_of_the_next(client):
     """The message object goes back unchanged, null fields and all, as in OpenAI's examples."""
-    asked = dict(model=MODEL, tools=[WEATHER], max_tokens=120, temperature=0)
+    asked = dict(model=MODEL, tools=[WEATHER], temperature=0)
     messages = [{"role": "user", "content": QUESTION}]
     message = client.chat.completions.create(
-        messages=messages, tool_choice="required", parallel_tool_calls=False,
+        messages=messages, tool_choice="required", parallel_tool_calls=False, max_tokens=120,
         **asked).choices[0].message
     [made] = message.tool_calls
     assert "city" in json.loads(made.function.arguments)
     messages += [message, {"role": "tool", "tool_call_id": made.id, "content": "Rain."}]
-    final = client.chat.completions.create(messages=messages, tool_choice="none", **asked)
+    final = client.chat.completions.create(messages=messages, tool_choice="none", max_tokens=24,
+                                           **asked)
     assert final.choices[0].message.content
 
 

@@ -164,6 +164,7 @@ def image(tmp_path_factory):
     return built
 
 
+@pytest.mark.slow
 def test_a_container_starts_gets_healthy_serves_and_stops(image):
     """The life of a container: unhealthy until the model is loaded, healthy then, with a key or
     without; requests need the key; `docker stop` ends it with code 0."""
@@ -194,6 +195,7 @@ def test_a_container_starts_gets_healthy_serves_and_stops(image):
     assert not image.healthy(PORT=port)
 
 
+@pytest.mark.slow
 def test_the_final_stage_has_the_libraries_that_llama_cpp_needs(image):
     """What was compiled in the first stage finds in the second all that it loads. (Wheels that
     come compiled, like numpy's, bring along what a bare system lacks.)"""

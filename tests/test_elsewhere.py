@@ -24,7 +24,7 @@ from test_limits import HI, listening, wait_for
 KEY, KEY_THERE = "sk-of-our-client", "sk-for-the-engine-there"
 THERE = "org/there"  # what the second server's model is called, too
 MODEL = str(conftest.ROOT / "models" / downloads.DEFAULT_MODEL)
-SMALL = {"n_ctx": 512, "parallel": 2, "n_threads": 2}
+SMALL = {"n_ctx": 512, "parallel": 2, "n_threads": 1}
 CHAT = {"messages": HI, "max_tokens": 8, "temperature": 0}
 APP = {"messages": HI, "config": {"temperature": 0, "maxTokens": 8}}
 SYSTEM = [{"role": "system", "content": "You are a pirate."}, *HI,
@@ -157,7 +157,7 @@ def cpp():
         port = probe.getsockname()[1]
     process = subprocess.Popen(
         [sys.executable, "-m", "llama_cpp.server", "--model", MODEL, "--port", str(port),
-         "--n_ctx", "512", "--n_threads", "2", "--n_threads_batch", "2", "--embedding", "true",
+         "--n_ctx", "512", "--n_threads", "1", "--n_threads_batch", "1", "--embedding", "true",
          "--api_key", KEY_THERE, "--model_alias", "org/smol", "--interrupt_requests", "false"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

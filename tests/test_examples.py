@@ -24,7 +24,7 @@ SHELL = "set -euo pipefail\ncurl() { command curl --fail-with-body -sS \"$@\"; e
 @pytest.fixture(scope="module")
 def url():
     """A server whose default model sees."""
-    with serve(MMPROJ=str(PRODUCT), TEMPERATURE="0") as address:
+    with serve(MMPROJ=str(PRODUCT), TEMPERATURE="0", MAX_TOKENS="64") as address:
         yield address
 
 

@@ -27,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 import conftest  # noqa: E402
 import engine  # noqa: E402
 import server  # noqa: E402
-from features import calls, forms, grammars, reasoning, structured, tools, turns, verbatim  # noqa: E402
+from features import (  # noqa: E402
+    calls, forms, grammars, reasoning, renderings, structured, tools, turns, verbatim)
 from features.calls import ID, KEY, NAME, NUMBER  # noqa: E402
 from small_templates import (  # noqa: E402
     FORMS, NAMES, PUBLISHED, TEMPLATES, learned, model_of, template, thinking_of)
@@ -131,7 +132,9 @@ def test_what_is_learned_is_what_stands_between_the_words():
     ("{{ messages[0].content }}", forms.NO_TOOLS),
     ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
      + TEMPLATES["hermes"], forms.TOO_SLOW)])
-def test_a_template_that_cannot_be_learned_has_the_generic_form_and_says_why(source, why):
+def test_a_template_that_cannot_be_learned_has_the_generic_form_and_says_why(source, why, monkeypatch):
+    monkeypatch.setattr(engine, "MAX_TEMPLATE_SECONDS", 0.5)
+    monkeypatch.setattr(renderings, "MAX_SECONDS", 0.1)  # of the processor
     assert learned(source) == (calls.GENERIC, why)
 
 

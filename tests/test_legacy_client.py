@@ -122,14 +122,15 @@ def test_functions_are_called_and_answered(openai):
         "type": "object", "properties": {"zone": {"enum": ["UTC", "CET"]}}, "required": ["zone"],
         "additionalProperties": False}}]
     messages = [{"role": "user", "content": "What time is it?"}]
-    options = dict(model=MODEL, functions=functions, temperature=0, max_tokens=60)
+    options = dict(model=MODEL, functions=functions, temperature=0)
     answer = openai.ChatCompletion.create(messages=messages, function_call={"name": "get_time"},
-                                          **options)
+                                          max_tokens=60, **options)
     message = answer["choices"][0]["message"]
     assert message["content"] is None
     assert json.loads(message["function_call"]["arguments"])["zone"] in ("UTC", "CET")
     messages += [plain(message), {"role": "function", "name": "get_time", "content": "12:00"}]
-    final = openai.ChatCompletion.create(messages=messages, function_call="none", **options)
+    final = openai.ChatCompletion.create(messages=messages, function_call="none", max_tokens=12,
+                                         **options)
     assert final["choices"][0]["message"]["content"]
 
 

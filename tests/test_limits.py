@@ -543,10 +543,10 @@ def test_who_does_not_read_the_answers_makes_room_too():
 def test_a_silent_stream_gets_comments_and_openais_client_does_not_mind(start_server):
     """A long prefill is silent for seconds; some clients give up on a silent stream."""
     def body(word):
-        return {"messages": [{"role": "user", "content": f"{word} " * 300}], "stream": True,
+        return {"messages": [{"role": "user", "content": f"{word} " * 100}], "stream": True,
                 "max_tokens": 2}
 
-    for interval, pings in (("0.1", True), ("0", False)):
+    for interval, pings in (("0.02", True), ("0", False)):
         http_client = start_server(PING_INTERVAL=interval)
         with httpx.stream("POST", f"{http_client.base_url}/v1/chat/completions",
                           json=body("word"), timeout=5 if pings else 60) as reply:  # of each read
@@ -589,7 +589,7 @@ def test_metrics_add_up_and_are_told_during_a_prefill(start_server):
         "cached_tokens_total",] + 12
     assert grown["decode_errors_total",] == after["waiting_requests",] == after["busy_slots",] == 0
     long = threading.Thread(target=lambda: [http_client.post(
-        "/v1/completions", json={"prompt": "word " * 900, "max_tokens": 1})])
+        "/v1/completions", json={"prompt": "word " * 450, "max_tokens": 1})])
     long.start()
     wait_for(lambda: http_client.get("/slots").json()[0]["state"] == "prefilling"
              or http_client.get("/slots").json()[1]["state"] == "prefilling")

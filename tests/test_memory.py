@@ -467,7 +467,7 @@ def restored(running) -> int:
 
 # With at most 32 rows in a batch and fewer than 256 tokens of context, llama.cpp's results do not
 # depend on the batch's shape, so greedy replies don't depend on what was cached.
-SMALL = {"n_ctx": 512, "parallel": 2, "n_batch": 32, "n_threads": 2, "draft": None}
+SMALL = {"n_ctx": 512, "parallel": 2, "n_batch": 32, "n_threads": 1, "draft": None}
 
 
 @pytest.fixture(scope="module")

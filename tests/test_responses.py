@@ -437,7 +437,7 @@ def thinking(tmp_path_factory):
 
 
 def test_reasoning_and_silence_over_the_wire(thinking):
-    text = "\n".join(f"Line {i} of a long list of things." for i in range(20))
+    text = "\n".join(f"Line {i} of a long list of things." for i in range(10))
     response = httpx.post(f"{thinking}/v1/responses", timeout=60, json={
         "input": text, "stream": True, "reasoning": {"summary": "auto", "effort": "low"}, **GREEDY})
     events, whole = check_stream(response.text)

@@ -771,10 +771,17 @@ def may_come(model, reply) -> list[int]:
     return np.flatnonzero(np.isfinite(logits)).tolist()
 
 
+@functools.cache
+def pieces_of(model) -> list[bytes]:
+    """Each token's bytes, once: at each step of a walk most of them are looked at."""
+    return [model.piece(token) for token in range(model.n_vocab)]
+
+
 def walk(model, new_reply, rng: random.Random, n_free: int = 12, n_most: int = 60) -> str | None:
     """Write at random what a schema allows; None if that does not end. After n_free tokens those
     are preferred that close something."""
     reply, utf8, text = new_reply(), codecs.getincrementaldecoder("utf-8")(), ""
+    pieces = pieces_of(model)
     for n in range(n_most):
         allowed = may_come(model, reply)
         assert allowed, f"nothing may follow {text!r}"
@@ -784,13 +791,12 @@ def walk(model, new_reply, rng: random.Random, n_free: int = 12, n_most: int = 6
             return text + utf8.decode(b"", final=True)
         allowed = [token for token in allowed if token not in model.end_tokens]
         if n > n_free and rng.random() < 0.8:
-            closing = [token for token in allowed if model.piece(token)[:1] in (b'"', b"]", b"}")
-                       and len(model.piece(token)) == 1]
+            closing = [token for token in allowed if pieces[token] in (b'"', b"]", b"}")]
             allowed = closing or allowed
         elif rng.random() < 0.5:  # else most are long words
-            allowed = [token for token in allowed if len(model.piece(token)) < 3] or allowed
+            allowed = [token for token in allowed if len(pieces[token]) < 3] or allowed
         token = rng.choice(allowed)
-        text += utf8.decode(model.piece(token))  # raises where it is no UTF-8
+        text += utf8.decode(pieces[token])  # raises where it is no UTF-8
         assert reply.take(token)
     return None
 
