@@ -717,8 +717,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_port = self.server_address[1]
 
     def handle_error(self, request, client_address) -> None:
-        """A connection broke: what fails in a request is answered there."""
-        log.debug("connection from %s", client_address[0], exc_info=True)
+        """What fails around requests; that the client has gone is nothing to tell."""
+        has_gone = isinstance(sys.exc_info()[1], OSError)
+        log.log(logging.DEBUG if has_gone else logging.ERROR, "connection from %s",
+                client_address[0], exc_info=True)
 
     @property
     def url(self) -> str:
@@ -1255,8 +1257,7 @@ class Handler(Connection):
     def check_fewest(self, text: str, param: str, n_reply: int) -> None:
         """400 for a text that surely has too many tokens."""
         if len(text) > self.loaded.n_ctx:  # characters: it may or may not fit
-            fewest = self.loaded.model.fewest_tokens(text) or 1
-            self.check_length(fewest, param, n_reply, "over ")
+            self.check_length(self.loaded.model.fewest_tokens(text) or 1, param, n_reply, "over ")
 
     def check_length(self, n_tokens: int, param: str, n_reply: int, over: str = "") -> None:
         """400 for no tokens, or more than the context holds."""
