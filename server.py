@@ -559,6 +559,8 @@ class LocalModel:
 class Models:
     """The models that requests may name: here one, which is loaded at the start and stays."""
 
+    is_starting = True  # until the default model has been loaded
+
     def __init__(self, config: Config, house: House, stopping: threading.Event):
         """stopping: ends everything; set here where the model cannot be loaded."""
         self.config, self.house, self.stopping = config, house, stopping
@@ -573,7 +575,7 @@ class Models:
             loaded = self.default.load(lambda: not self.stopping.is_set())
             names = [loaded.model.name, *self.config.model_aliases]
             self.named = dict.fromkeys(names, self.default)
-            self.default.engine = loaded
+            self.default.engine, self.is_starting = loaded, False
         except Exception as error:
             if not self.stopping.is_set():  # else that interrupted the loading
                 if not isinstance(error, engine.ModelError):
@@ -581,17 +583,13 @@ class Models:
                 self.fatal_error = str(error)
                 self.stopping.set()
 
-    @property
-    def is_starting(self) -> bool:
-        """Whether the default model has not been loaded yet."""
-        return self.default.engine is None
-
     def check(self) -> None:
         """Raise ApiError when everything stops, or before the default model has been loaded."""
         if self.stopping.is_set():
             raise unavailable("the server is shutting down", "shutting_down")
         if self.is_starting:
-            raise unavailable(f"the model is loading: {self.default.progress or 0:.0%}", "loading")
+            raise unavailable(f"the model is still loading ({self.default.progress or 0:.0%}), try "
+                              "again soon", "loading")
 
     def names(self) -> dict[str, Any]:
         """Every name that is known, and what it stands for."""
@@ -605,7 +603,8 @@ class Models:
         """What a name stands for; for None the default. Raises ApiError."""
         target = self.default if name is None else self.named.get(name) or self.named.get(ANY)
         if not target:
-            self.check()  # whose names are known when it has been loaded
+            if not self.named:
+                self.check()  # the model is still loading
             raise ApiError(404, f"the model {describe(name)} does not exist; this server has "
                                 f"{', '.join(self.names()) or 'none'}; with `model_aliases: "
                                 f"[\"{ANY}\"]` any name will do", "model", "model_not_found")

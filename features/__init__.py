@@ -95,7 +95,7 @@ class House(server.House):
                     "leave it out, or have it named in `features` of the settings", "feature_off")
 
     def unknown_setting(self, name, others: Mapping = types.MappingProxyType({})) -> str:
-        """What to say about a key of the settings that there is not, or about a section of a feature
+        """What to say about a key of the settings that there is not, or the section of a feature
         that is off. others: what else is set."""
         inside = others.get(name) if isinstance(others.get(name), dict) else ()
         names = [name, *(f"{name}_{key}" if key == "enabled" else key for key in inside)]
