@@ -1,12 +1,13 @@
 """The server: HTTP in, OpenAI JSON checked by dataclasses, tokens out as they come.
 
 This file is all of HTTP; engine.py knows nothing of it. What not every server needs is a feature: a
-file in features/, which plugs in at part 4 if the settings name it. The parts have the order of a
-request's way, but for what must be known first.
+file in features/, which plugs in at part 4 if the settings name it. Parts 1 to 9 are what must be
+known first; a request begins in part 10.
 
-A chat's way: `Server.process_request` gives its connection a thread, `Handler.answer` reads and
-checks it, `Models.find` names who answers, `LocalModel.answer` makes a ChatBody of it, `Chat` a
-prompt; `Handler.generate` submits that, and writes what `Handler.events` and `Chat.chunks` yield.
+A chat's way: the Server gives its connection a thread, `Connection.handle_one_request` reads its
+head, `Handler.answer` its body, and checks it; `Models.find` names who answers, `LocalModel.answer`
+makes a ChatBody of it, `Chat` a prompt; `Handler.generate` submits that, and writes what
+`Handler.events` and `Chat.chunks` yield.
 
 Threads: the main thread waits for the end; others load the model and wait for new connections; each
 connection has one that handles its requests, and each engine has its own.
@@ -221,7 +222,6 @@ def printable(text: str) -> str:
 #   low, high              inclusive limits of a number, also inside a list or object
 #   min_length, max_length items of a list
 #   like                   a pattern that strings follow, and in words what does
-#   no_effect              accepted for compatibility; changes nothing here
 #   secret                 no message shows a value
 
 KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
@@ -265,7 +265,7 @@ def read_value(hint, value, at: str, limits: Mapping, reading: Reading):
     if hint in (bool, types.NoneType) and isinstance(value, hint):
         return value
     if hint is Any or hint is str and isinstance(value, str):
-        try:  # JSON's \ud800 escapes can smuggle in half a character
+        try:  # a text, or for features anything; JSON's \ud800 can smuggle in half a character
             text = value if hint is str else json.dumps(value, ensure_ascii=False, allow_nan=False)
             text.encode()
         except (ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
@@ -308,7 +308,7 @@ def read_value(hint, value, at: str, limits: Mapping, reading: Reading):
 
 def read_object(cls, value: dict, at: str, reading: Reading):
     """An instance of dataclass `cls`; fields that nobody knows are noted as ignored."""
-    prefix, hints, given = f"{at}." if at else "", reading.house.hints(cls), {}
+    prefix, hints, fields = f"{at}." if at else "", reading.house.hints(cls), {}
     reading.house.check_unknown(cls, value, prefix)
     for field in dataclasses.fields(cls):
         name, sent = prefix + field.name, value.get(field.name)
@@ -316,12 +316,12 @@ def read_object(cls, value: dict, at: str, reading: Reading):
         if required and field.name not in value:
             raise invalid(name, f"{name} is required", "missing_field")
         if sent is not None or required:
-            given[field.name] = read_value(hints[field.name], sent, name, field.metadata, reading)
+            fields[field.name] = read_value(hints[field.name], sent, name, field.metadata, reading)
         elif field.name in value and "section" in field.metadata and type(None) in typing.get_args(
                 hints[field.name]):  # null means "not given"; in the settings also "none"
-            given[field.name] = None
+            fields[field.name] = None
     reading.ignored += [f"{prefix}{name}" for name in value if name not in hints]
-    whole = cls(**given)
+    whole = cls(**fields)
     for each in cls.__mro__:  # what no single field can tell
         if "check" in vars(each):
             each.check(whole, at)
@@ -370,7 +370,7 @@ class House:
         return str(file.parent / os.path.expanduser(value)) if is_path else value
 
     def check_unknown(self, cls: type, sent: dict, prefix: str) -> None:
-        """400 for a field that a feature would honour, but is off."""
+        """400 for a field that a feature would honour, but is off; here none is known."""
 
 
 def load_features(names, environ: Mapping[str, str] = types.MappingProxyType({})) -> House:
@@ -446,7 +446,7 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = option(low=1)
 
     def check(self, _at: str) -> None:
-        """Take the newer name for the older one."""
+        """The newer name wins over the older one."""
         self.max_tokens = given(self.max_completion_tokens, self.max_tokens)
 
 
@@ -464,7 +464,7 @@ class CompletionBody(GenerationBody):
     max_tokens: int | None = option(LEGACY_MAX_TOKENS, low=0)
 
 
-# ==== 6. Limits: deadlines and addresses ================================================
+# ==== 6. Sockets and addresses ===========================================================
 
 MAX_TARGET = 65536  # bytes of a request line, and of each header (http.server's own limit)
 SMALL_BODY = 65536  # bytes; read also where the request is refused, to keep the connection
@@ -473,24 +473,25 @@ HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^][:/?#@\s]*)(:[0-9]*)?")
 
 class DeadlineReader(io.RawIOBase):
     """The bytes from a socket, until a deadline: a client that sends one byte a second must not
-    hold its thread for hours. Raises TimeoutError."""
+    hold its thread for hours. Raises ApiError 408."""
 
     def __init__(self, connection: socket.socket):
         self.connection = connection
 
     def allow(self, seconds: float) -> None:
         """So long it may take from now on."""
-        self.deadline = time.monotonic() + seconds
+        self.seconds, self.deadline = seconds, time.monotonic() + seconds
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self.connection.settimeout(left)
-        return self.connection.recv_into(buffer)
+        with contextlib.suppress(TimeoutError):
+            if (left := self.deadline - time.monotonic()) > 0:
+                self.connection.settimeout(left)
+                return self.connection.recv_into(buffer)
+        raise ApiError(408, f"the rest of the request did not arrive within {self.seconds:g} "
+                            "seconds", code="request_timeout")
 
 
 def read_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -574,7 +575,7 @@ class Models:
         try:
             loaded = self.default.load(lambda: not self.stopping.is_set())
             names = [loaded.model.name, *self.config.model_aliases]
-            self.named = dict.fromkeys(names, self.default)
+            self.named |= dict.fromkeys(names, self.default)
             self.default.engine, self.is_starting = loaded, False
         except Exception as error:
             if not self.stopping.is_set():  # else that interrupted the loading
@@ -603,8 +604,8 @@ class Models:
         """What a name stands for; for None the default. Raises ApiError."""
         target = self.default if name is None else self.named.get(name) or self.named.get(ANY)
         if not target:
-            if not self.named:
-                self.check()  # the model is still loading
+            if not self.names():
+                self.check()  # the names are known once the model has been loaded
             raise ApiError(404, f"the model {describe(name)} does not exist; this server has "
                                 f"{', '.join(self.names()) or 'none'}; with `model_aliases: "
                                 f"[\"{ANY}\"]` any name will do", "model", "model_not_found")
@@ -624,7 +625,7 @@ class Models:
         if self.is_starting and not self.stopping.is_set():
             return {"status": "loading", "progress": round(self.default.progress or 0.0, 2)}
         engines = list(self.engines().values())
-        stats = sum((each.stats for each in engines), engine.Stats())  # takes no lock
+        stats = sum((each.stats for each in engines), engine.Stats())  # self.stats() may wait
         is_stalled = any(each.seconds_in_step() > self.config.stall_seconds for each in engines)
         status = "draining" if self.stopping.is_set() else "stalled" if is_stalled else "ok"
         about = {"model": engines[0].model.name, "busy": stats.n_busy, "slots": len(stats.slots),
@@ -653,7 +654,7 @@ class Models:
         return all([loaded.close(0) for loaded in self.engines().values()])
 
 
-# ==== 8. The server: connections, and what they share =====================================
+# ==== 8. The server: what handlers share ==================================================
 
 LAST_WRITES_SECONDS = 5.0  # for handlers to write their last event when the engine has stopped
 
@@ -768,7 +769,7 @@ class Generation:
         raise NotImplementedError
 
     def constrain(self, prompt: str) -> Callable[[], engine.Constraint] | None:
-        """What makes the Constraint of each choice, if anything. Raises ApiError."""
+        """What makes the Constraint of each choice; here, nothing does. Raises ApiError."""
 
     def make_choices(self) -> None:
         """Make the requests for the engine; whatever can be refused is, here. Raises ApiError."""
@@ -800,9 +801,9 @@ class Generation:
         begun: set[int] = set()
         for event in events:
             choice = event.request
-            for part in self.opening if choice.index not in begun else ():
-                yield self.chunk(choice, part)
-            begun.add(choice.index)
+            if choice.index not in begun:
+                begun.add(choice.index)
+                yield from (self.chunk(choice, part) for part in self.opening)
             for part in self.parts(event):
                 yield self.chunk(choice, part)
             if event.finish_reason:
@@ -923,7 +924,7 @@ def prepare_messages(messages: list[dict]) -> list[dict]:
     return [{**{key: value for key, value in message.items() if value is not None},
              "role": NEW_ROLES.get(message["role"], message["role"]),
              "content": text_of(message["content"]) if "content" in message else None}
-            for message in messages]
+            for message in messages]  # None: as some templates want it beside calls
 
 
 def text_of(content: str | list[dict] | None) -> str:
@@ -939,14 +940,12 @@ def text_of(content: str | list[dict] | None) -> str:
 BAD_LINES = (email.errors.MissingHeaderBodySeparatorDefect,  # others are of bodies of e-mails
              email.errors.FirstHeaderLineIsContinuationDefect)
 LINGER_SECONDS = 2.0  # how long a refused upload is still read, so that the refusal arrives
-ENGINE_ERRORS = {engine.QueueFull: (503, "queue_full"), engine.EngineFault: (500, "engine_error"),
-                 engine.EngineClosed: (503, "shutting_down")}  # status and code
 STATUS_CLIENT_GONE = 499  # nginx's name for a client that hung up; only ever in the log
 
 
 @dataclasses.dataclass
 class Tally:
-    """What is noted about a request while it is answered, for its access line."""
+    """What is noted about a request while it is answered, for its head and its access line."""
 
     id: str = dataclasses.field(default_factory=lambda: f"req_{secrets.token_hex(8)}")
     started: float = dataclasses.field(default_factory=time.monotonic)
@@ -986,7 +985,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def finish(self) -> None:
         """Close. After a refused upload, read on for a moment: closing with unread bytes would
         reset the connection, and the client would never see why."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ApiError):
             self.connection.shutdown(socket.SHUT_WR)
             self.input.allow(LINGER_SECONDS)
             while not self.has_arrived and self.rfile.read1():
@@ -1008,13 +1007,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.answer()
         except ApiError as error:
             self.send_api_error(error)
-        except tuple(ENGINE_ERRORS) as error:
-            status, code = ENGINE_ERRORS[type(error)]
-            self.send_api_error(ApiError(status, str(error), code=code, headers=RETRY_SOON))
-        except TimeoutError:  # of reading: `write` has its own
-            self.send_api_error(ApiError(
-                408, "the rest of the request did not arrive within "
-                     f"{self.server.config.client_timeout:g} seconds", code="request_timeout"))
+        except engine.QueueFull as error:
+            self.send_api_error(unavailable(str(error), "queue_full"))
+        except engine.EngineClosed as error:
+            self.send_api_error(unavailable(str(error), "shutting_down"))
+        except engine.EngineFault as error:
+            self.send_api_error(ApiError(500, str(error), code="engine_error"))
         except ConnectionError:  # the client hung up, or does not read
             self.tally.status = STATUS_CLIENT_GONE
             self.close_connection = True
@@ -1025,7 +1023,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.send_api_error(ApiError(500, f"internal error: {type(error).__name__}"))
         finally:
             with self.server.changed:
-                self.server.in_flight -= self.has_arrived
+                self.server.in_flight -= self.has_arrived  # as read_body has counted it
                 self.server.answered[self.tally.route, self.tally.status] += 1
                 self.server.changed.notify_all()
             log.info("%s", self.tally.line(self.command, self.path))
@@ -1036,7 +1034,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.patience = self.server.config.keep_alive_timeout
         try:
             return bool(self.rfile.peek(1))
-        except OSError:  # too late, or gone
+        except (OSError, ApiError):  # gone, or too late
             return False
 
     def read_head(self) -> None:
@@ -1059,7 +1057,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         raise ApiError(code, f"the head of the request is refused: {self.responses[code][1]}")
 
     def body_size(self) -> float:
-        """Bytes of the body. Raises ApiError."""
+        """Bytes of the body; a feature may read to its end (infinite). Raises ApiError."""
         length = self.headers.get("content-length", None if self.command == "POST" else "0")
         if "transfer-encoding" in self.headers:
             raise ApiError(501, "a body with Transfer-Encoding was sent; send a Content-Length")
@@ -1171,7 +1169,12 @@ class Handler(Connection):
         size, body = self.body_size(), None
         if size <= min(SMALL_BODY, limit):
             body = self.read_body(size, limit)
-        pattern, route, rest = find_route(house.routes, self.command, self.path)
+        found = self.routes_here()
+        if self.command not in found:
+            methods = ", ".join(sorted(found))
+            raise ApiError(405, f"{describe(self.path)} does not take {self.command}, but "
+                                f"{methods}", None, "method_not_allowed", {"Allow": methods})
+        pattern, route, rest = found[self.command]
         self.tally.route = f"{self.command} {pattern}"
         if not (route.is_public or self.server.config.public_metrics and pattern == "/metrics"):
             self.authorise()
@@ -1185,6 +1188,18 @@ class Handler(Connection):
         name = sent.get("model")
         target = self.server.models.find(name if isinstance(name, str) and name else None)
         target.answer(self, route, sent, body)
+
+    def routes_here(self) -> dict[str, tuple[str, "Route", tuple[str, ...]]]:
+        """By method, the pattern and route of the path, and what stands at its {id}. Raises 404."""
+        path, found = self.path.rstrip("/") or "/", {}
+        for (method, pattern), route in self.server.house.routes.items():
+            match = (path == pattern or "{id}" in pattern) and re.fullmatch(
+                re.escape(pattern).replace(re.escape("{id}"), "(.+)"), path, re.S)
+            if match:
+                found[method] = pattern, route, match.groups()
+        if not found:
+            raise ApiError(404, f"unknown path {describe(path)}; GET / lists all", code="not_found")
+        return found | ({"HEAD": found["GET"]} if "GET" in found else {})
 
     def check_host(self) -> bool:
         """On a loopback address, or with allowed_hosts, refuse other names: a page whose name was
@@ -1209,8 +1224,8 @@ class Handler(Connection):
             is_here = knows_host and page.netloc == self.headers.get("host")
             if page.netloc and is_here or is_this_machine(page.hostname or ""):
                 return
-        raise ApiError(403, f"pages from {describe(origin)} may not use this server; if they "
-                            "should, add the origin to cors_origins", code="origin_not_allowed")
+        raise ApiError(403, f"pages from {describe(origin)} may not use this server",
+                       code="origin_not_allowed")
 
     def authorise(self) -> None:
         """Check the key. Raises 401."""
@@ -1247,7 +1262,7 @@ class Handler(Connection):
         yield
 
     def tokenize(self, text: str, param: str, n_reply: int = 1, read=None) -> np.ndarray:
-        """The tokens of a text, as `read` has them; 400 when there are none, or too many."""
+        """The tokens of a text, as `read` has them; 400 for none, or no room for `n_reply` more."""
         self.check_fewest(text, param, n_reply)
         tokens = (read or self.loaded.model.tokenize)(text)
         self.check_length(len(tokens), param, n_reply)
@@ -1280,7 +1295,7 @@ class Handler(Connection):
         return wanted
 
     def generate(self, wanted: Generation, write: Callable | None = None) -> None:
-        """Submit the choices, and write their reply. write: takes the chunks in place of that."""
+        """Submit the choices, and write the reply; write: does that, as another API wants it."""
         wanted.make_choices()
         choices, prompts = wanted.choices, wanted.choices[:: wanted.n_each]
         self.tally.prompt = sum(choice.n_prompt for choice in prompts)
@@ -1398,7 +1413,7 @@ class Route:
     reads: type | None = None  # the body's dataclass
     needs_model: bool = True  # the body names a model, which must be there to answer it
     dialect: Dialect = OPENAI
-    is_public: bool = False  # without a key, and not counted by the rate limit
+    is_public: bool = False  # without a key
 
 
 ROUTES = {
@@ -1413,24 +1428,6 @@ ROUTES = {
     ("POST", "/v1/completions"): Route(
         Handler.post_completion, "texts, one or a list of them, streamed or not", CompletionBody),
 }
-
-
-def find_route(routes: dict[tuple[str, str], Route], method: str, path: str
-               ) -> tuple[str, Route, tuple[str, ...]]:
-    """The pattern and route for a path, and what stands at its {id}. Raises 404 or 405."""
-    path, found = path.rstrip("/") or "/", {}
-    for (route_method, pattern), route in routes.items():
-        match = re.fullmatch(re.escape(pattern).replace(re.escape("{id}"), "(.+)"), path, re.S)
-        if match:
-            found[route_method] = pattern, route, match.groups()
-    found |= {"HEAD": found["GET"]} if "GET" in found else {}
-    if method in found:
-        return found[method]
-    if not found:
-        raise ApiError(404, f"unknown path {describe(path)}; GET / lists all", code="not_found")
-    methods = ", ".join(sorted(found))
-    raise ApiError(405, f"{describe(path)} does not take {method}, but {methods}",
-                   code="method_not_allowed", headers={"Allow": methods})
 
 
 # ==== 12. Main: start, signals, drain ====================================================
@@ -1470,7 +1467,7 @@ def serve(server: Server) -> int:
         return EXIT_UNUSABLE
     log.info("shutting down: running requests have %g seconds", server.config.drain_seconds)
     server.stopping.set()  # interrupts the loading
-    loading.join(server.config.drain_seconds)
+    loading.join(server.config.drain_seconds + LAST_WRITES_SECONDS)
     if loading.is_alive() or not server.drain():
         log.error("the engine is stuck in a step, or in loading: ending without it")
         os._exit(EXIT_OK)

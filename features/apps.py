@@ -12,6 +12,7 @@ import functools
 from collections.abc import Iterator
 from typing import Literal
 
+import engine
 import server
 from features import elsewhere, vision
 
@@ -218,6 +219,8 @@ def post_app_chat(handler, request: AppBody, **how) -> None:
         if error.status == 503:
             error.message = f"Chat service unavailable: {error.message}"
         raise
+    except (engine.QueueFull, engine.EngineClosed) as error:
+        raise server.unavailable(f"Chat service unavailable: {error}", "unavailable") from None
 
 
 def answer_app(handler, request: AppBody, sees: bool = False, streams: bool = False) -> None:

@@ -33,40 +33,36 @@ class CorsHandler:
         if origin is None:
             return
         if not (origin in allowed or "*" in allowed):
-            super().check_origin(knows_host)
+            try:
+                super().check_origin(knows_host)
+            except server.ApiError as error:
+                error.message += "; if they should, add the origin to cors_origins"
+                raise
         self.answer_headers |= {"Access-Control-Allow-Origin": "*" if "*" in allowed else origin,
                                 "Access-Control-Expose-Headers": "*", "Vary": "Origin"}
 
-    def answer(self) -> None:
-        """As Handler.answer; also OPTIONS: what a path takes, and to a browser, that a page may
-        send it."""
-        if self.command != "OPTIONS":
-            return super().answer()
-        self.tally.route = self.command
-        self.check_origin(self.check_host())
-        self.read_body(self.body_size(), server.SMALL_BODY)
-        methods, asked = ", ".join([*self.methods_of_path(), self.command]), self.headers
-        headers = {"Allow": methods}
-        if "origin" in asked and "access-control-request-method" in asked:
-            headers |= {"Access-Control-Allow-Methods": methods,
-                        "Access-Control-Max-Age": str(PREFLIGHT_SECONDS),
-                        "Access-Control-Allow-Headers":
-                            asked.get("access-control-request-headers", "Authorization")}
-            if "access-control-request-private-network" in asked:
-                headers["Access-Control-Allow-Private-Network"] = "true"
-        self.send_head(204, headers)
-
-    def methods_of_path(self) -> list[str]:
-        """The methods that the path takes. Raises ApiError 404."""
-        routes = self.server.house.routes
-        if self.path == "*":
-            return sorted({method for method, _ in routes})
-        try:
-            server.find_route(routes, self.command, self.path)
-        except server.ApiError as error:
-            if error.status != 405:
-                raise
-            return error.headers["Allow"].split(", ")
+    def routes_here(self) -> dict:
+        """As Handler.routes_here; every path takes OPTIONS, and `*`, which is all of them, only
+        that."""
+        found = {} if self.path == "*" else super().routes_here()
+        pattern = next((pattern for pattern, _, _ in found.values()), "*")
+        taken = found or {"HEAD", *(method for method, _ in self.server.house.routes)}
+        methods = ", ".join(sorted({*taken, "OPTIONS"}))
+        return found | {"OPTIONS": (pattern, OPTIONS, (methods,))}
 
 
+def options(handler: server.Handler, methods: str) -> None:
+    """What a path takes; to a browser, that a page may send it (a preflight)."""
+    asked, headers = handler.headers, {"Allow": methods}
+    if "origin" in asked and "access-control-request-method" in asked:
+        headers |= {"Access-Control-Allow-Methods": methods,
+                    "Access-Control-Max-Age": str(PREFLIGHT_SECONDS),
+                    "Access-Control-Allow-Headers":
+                        asked.get("access-control-request-headers", "Authorization")}
+        if "access-control-request-private-network" in asked:
+            headers["Access-Control-Allow-Private-Network"] = "true"
+    handler.send_head(204, headers)
+
+
+OPTIONS = server.Route(options, "what a path takes", is_public=True)
 METHODS = {"Handler": CorsHandler}

@@ -3,7 +3,8 @@
 What for: a server that others reach: clients that dawdle keep nobody out. How it works: at
 `max_connections` the one that has kept the server waiting for longest, with its request or by not
 reading an answer, makes room; if there is none, the newcomer is told why it is refused. It costs
-microseconds a request, and a thread for each who is told. It reads no SET
+microseconds a request, and a thread for each who is told. It reads the setting `max_connections`,
+and sends that refusal, a 503.
 """
 
 import contextlib
@@ -11,7 +12,6 @@ import dataclasses
 import select
 import socket
 import time
-import weakref
 
 import server
 
@@ -90,52 +90,48 @@ class PatientHandler:
 
     def setup(self) -> None:
         super().setup()
+        self.crowd = self.server.models.crowd
         self.room = select.poll()  # in the kernel's buffer, for what is written
         self.room.register(self.connection, select.POLLOUT)
 
     def await_request(self) -> bool:
         """As Connection.await_request."""
-        crowds[self.server].note(self.connection, True)
+        self.crowd.note(self.connection, True)
         return super().await_request()
 
-    def body_size(self) -> float:
-        """As Connection.body_size; but who is refused is told so. A small body is read, so that
+    def check_origin(self, knows_host: bool) -> None:
+        """As Handler.check_origin; then, who is refused is told so. A small body is read, so that
         closing does not reset the connection."""
-        size = super().body_size()
-        if self.connection in crowds[self.server].refused:
-            if size <= server.SMALL_BODY:
+        super().check_origin(knows_host)
+        if self.connection in self.crowd.refused:
+            if (size := self.body_size()) <= server.SMALL_BODY:
                 self.read_body(size, server.SMALL_BODY)
             self.close_connection = True
             raise server.unavailable(
                 f"{self.server.config.max_connections} connections are open, which is the limit "
                 "(max_connections)", "too_many_connections")
-        return size
 
     def read_body(self, size: float, limit: int) -> bytes:
         """As Connection.read_body."""
         body = super().read_body(size, limit)
-        crowds[self.server].note(self.connection, False)
+        self.crowd.note(self.connection, False)
         return body
 
     def write(self, data: bytes) -> None:
         """As Connection.write. A large answer, or one that the kernel has no room for, waits."""
         waits = len(data) > server.SMALL_BODY or not self.room.poll(0)
         if waits:
-            crowds[self.server].note(self.connection, True)
+            self.crowd.note(self.connection, True)
         super().write(data)
         if waits:
-            crowds[self.server].note(self.connection, False)
-
-
-crowds: "weakref.WeakKeyDictionary[server.Server, Crowd]" = weakref.WeakKeyDictionary()
+            self.crowd.note(self.connection, False)
 
 
 def start(running: server.Server) -> None:
     """Have the crowd decide who is let in."""
-    crowd = crowds[running] = Crowd(running)
+    crowd = running.models.crowd = Crowd(running)
     running.process_request, running.get_request = crowd.process_request, crowd.get_request
     running.shutdown_request = crowd.shutdown_request
-    running.models.crowd = crowd
 
 
 class CountedModels:

@@ -139,7 +139,8 @@ class FarModels(server.Models):
                 server.log.warning("warning: the address of %s has no path; most servers want /v1 "
                                    "behind it", upstream.name)
         if config.openai_base_url:
-            print(f"models without a name here are looked for at {upstream.base_url}", flush=True)
+            print("models without a name here are looked for at "
+                  f"{self.named[server.ANY].base_url}", flush=True)
 
     is_over = False  # what is under way has had its time
 

@@ -67,7 +67,7 @@ class LegacyReply:
             lambda: codecs.getincrementaldecoder("utf-8")("replace"))
         self.shown: dict[int, list[float]] = collections.defaultdict(list)
         self.echoed: set[int] = set()  # choices whose prompt has been told
-        self.in_prompt = False
+        self.in_prompt = False  # whether the next chunk is the echoed prompt
 
     def read(self) -> list[np.ndarray]:
         """As Generation.read: with a suffix, the prompt for what stands before it."""

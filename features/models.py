@@ -5,7 +5,7 @@ name. How it works: a request for a model that is not there waits while one that
 or has had its turn, gives its memory back; `max_loaded` of them stay. It costs a loading time at
 each change. It reads the settings `models`, `models_dir`, `max_loaded`, `turn_seconds` and
 `default_regular_model`; an entry of `models` may set anew for its model what the section `model`
-sets for all.
+sets for all. A stream that waits for its model is told so: `: loading NAME 5%`.
 """
 
 import contextlib
@@ -430,5 +430,5 @@ class WaitingHandler:
             yield
 
 
-NEEDS = "pings"
+NEEDS = ("pings",)
 METHODS = {"Models": Pool, "Handler": WaitingHandler}

@@ -55,8 +55,8 @@ class LivelyHandler:
             self.write_sign("ping")
 
     def write_sign(self, text: str, data: dict | None = None) -> None:
-        """Write a sign of life: what the dialect's `sign` makes of a text, or of data, if it has
-        one and that is anything; else a comment."""
+        """Write a sign of life: what the dialect's `sign` makes of a text and data, if anything; a
+        comment where the dialect has none."""
         sign = getattr(self.dialect, "sign", None)
         if piece := sign(text, data) if sign else comment(text):
             self.write_piece(piece)

@@ -75,7 +75,7 @@ class CountingHandler:
             super().authorise()
         finally:  # a 429 goes before a 401
             if limiter := limiters.get(self.server):
-                client = self.key or client_of(self.client_address[0])
+                client = f"key {self.key}" if self.key else client_of(self.client_address[0])
                 self.answer_headers |= limiter.take(client)
 
 

@@ -1,9 +1,10 @@
 """Settings: what is said of a wrong key, and what else than a path may name a file.
 
-What for: who mistypes a key is told the nearest one; and any setting for a model's file, also one
-in an entry of `models`, may have a name (hf:...) for which a feature that exports `fetch` gets the
-file. How it works: the House of features/__init__.py asks it, and the methods of FoundModel stand
-in front of those of each model. It is no feature by itself, costs nothing, and sends nothing.
+What for: who mistypes a key is told the nearest one; in a section, its `enabled` has no need of the
+section's name; and any setting for a model's file, also one in an entry of `models`, may have a
+name (hf:...) for which a feature that exports `fetch` gets the file. How it works: the House of
+features/__init__.py asks it, and the methods of FoundModel stand in front of those of each model.
+It is no feature by itself, costs nothing, and sends nothing.
 """
 
 import difflib

@@ -4,8 +4,8 @@ What for: a server that stands behind a proxy, or in the open: what two servers 
 differently is refused (a bare CR or LF, a folded line, a blank in front of a colon, a header that
 was sent twice), so that nobody smuggles a request in; and for clients that send bodies in chunks.
 How it works: its methods stand in front of those of server.Handler, which reads heads as Python's
-http.server does. It costs some microseconds a request. It reads heads and bodies, and sends nothing
-of its own.
+http.server does. It costs some microseconds a request. It reads heads and bodies, and sends `100
+Continue`.
 """
 
 import http.client

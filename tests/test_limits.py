@@ -2,6 +2,7 @@
 and what it tells of itself. Most tests need no model: a server without one answers 503."""
 
 import contextlib
+import gc
 import http.client
 import json
 import logging
@@ -14,6 +15,8 @@ import subprocess
 import sys
 import threading
 import time
+import types
+import weakref
 
 import httpx
 import openai
@@ -23,7 +26,7 @@ from prometheus_client import parser as prometheus
 import conftest
 import engine
 import server
-from features import crowds, rates
+from features import apps, crowds, rates
 
 KEY = "sk-a-secret-key"
 HI = [{"role": "user", "content": "Say hello."}]
@@ -173,6 +176,13 @@ def test_a_bucket_fills_evenly_and_the_memory_is_bounded(monkeypatch):
     assert len(limiter.buckets) == 10 and "99" in limiter.buckets
 
 
+def test_a_key_that_looks_like_an_address_is_not_the_address():
+    """Who guesses keys uses up what the address may ask, and no key's."""
+    with listening(api_keys=["127.0.0.1"], rate_limiting_enabled=True, requests_per_minute=1) as running:
+        assert [ask(running, x_api_key="guess").status_code for _ in range(2)] == [401, 429]
+        assert ask(running, x_api_key="127.0.0.1").status_code == 503  # no model, but no 429
+
+
 def test_an_ipv6_client_is_its_network():
     """Who owns a /64 has 2**64 addresses to come from."""
     assert rates.client_of("2001:db8::1") == rates.client_of("2001:db8::ffff:2")
@@ -249,6 +259,10 @@ def test_a_preflight_passes_without_a_key():
                    access_control_request_method="POST").status_code == 403
         assert ask(running, "/health", "OPTIONS").headers["allow"] == "GET, HEAD, OPTIONS"
         assert ask(running, "/nowhere", "OPTIONS").status_code == 404
+        refused = ask(running, "/health", "DELETE")  # the same methods
+        assert (refused.status_code, refused.headers["allow"]) == (405, "GET, HEAD, OPTIONS")
+        every = send_raw(running, b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert re.search(rb"\nAllow: DELETE, GET, HEAD, OPTIONS, POST\r", every)
 
 
 def test_an_open_door_is_warned_of():
@@ -368,7 +382,7 @@ def test_a_half_sent_head_does_not_delay_the_end():
     with listening() as running:
         raw = socket.create_connection(("127.0.0.1", running.server_port))
         raw.sendall(b"GET / HT")
-        wait_for(lambda: crowds.crowds[running].unready)
+        wait_for(lambda: running.models.crowd.unready)
         started = time.monotonic()
     assert time.monotonic() - started < 2
     raw.close()
@@ -425,7 +439,7 @@ def test_who_dawdles_is_timed_out_however_regularly_bytes_come(pieces, words):
         answer = send_raw(running, *pieces, pause=0.15)
         assert answer.startswith(b"HTTP/1.1 " + words) if words else not answer
         assert time.monotonic() - started < 5
-        wait_for(lambda: not crowds.crowds[running].connections)
+        wait_for(lambda: not running.models.crowd.connections)
 
 
 def test_at_the_limit_idle_connections_make_room_and_busy_ones_are_not_disturbed(monkeypatch):
@@ -437,7 +451,7 @@ def test_at_the_limit_idle_connections_make_room_and_busy_ones_are_not_disturbed
     with listening(max_connections=4) as running:
         idle = [socket.create_connection(("127.0.0.1", running.server_port)) for _ in range(20)]
         assert ask(running, "/").status_code == 200
-        wait_for(lambda: len(crowds.crowds[running].connections) <= 4)
+        wait_for(lambda: len(running.models.crowd.connections) <= 4)
         answers = []
         busy = [threading.Thread(target=lambda: answers.append(ask(running, "/slow").json()))
                 for _ in range(4)]
@@ -470,13 +484,36 @@ def test_who_is_to_be_refused_takes_nobody_s_place(monkeypatch):
             connection.sendall(GET.replace(b"/health", b"/slow") + b"\r\n")
         wait_for(lambda: running.in_flight == 2)
         silent = stack.enter_context(socket.create_connection(("127.0.0.1", running.server_port)))
-        wait_for(lambda: crowds.crowds[running].refused)
+        wait_for(lambda: running.models.crowd.refused)
         finish.set()
         assert all(connection.recv(65536).startswith(b"HTTP/1.1 200") for connection in busy)
-        wait_for(lambda: len(crowds.crowds[running].unready) == 2)
+        wait_for(lambda: len(running.models.crowd.unready) == 2)
         assert ask(running, "/").status_code == 200
         silent.sendall(GET + b"\r\n")
         assert silent.recv(65536).startswith(b"HTTP/1.1 503")
+
+
+def test_a_body_in_chunks_does_not_get_past_the_limit_of_connections(monkeypatch):
+    """Whatever the body is like, who is refused is told so before it is looked at."""
+    finish = threading.Event()
+    monkeypatch.setitem(conftest.house().routes, ("GET", "/slow"),
+                        server.Route(lambda handler: finish.wait(20) and handler.send_json({}), "takes a while"))
+    with listening(max_connections=1) as running, \
+            socket.create_connection(("127.0.0.1", running.server_port)) as busy:
+        busy.sendall(GET.replace(b"/health", b"/slow") + b"\r\n")
+        wait_for(lambda: running.in_flight == 1)
+        answer = send_raw(running, GET + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 503") and b"too_many_connections" in answer
+        finish.set()
+
+
+def test_a_server_that_is_over_is_forgotten():
+    """No feature keeps it for ever."""
+    with listening(rate_limiting_enabled=True) as running:
+        forgotten = weakref.ref(running)
+    del running
+    gc.collect()
+    assert forgotten() is None
 
 
 def test_who_does_not_read_a_stream_makes_room_too(monkeypatch):
@@ -490,7 +527,7 @@ def test_who_does_not_read_a_stream_makes_room_too(monkeypatch):
         for _ in range(2):
             raw = stack.enter_context(socket.create_connection(("127.0.0.1", running.server_port)))
             raw.sendall(GET.replace(b"/health", b"/flood") + b"\r\n")
-        wait_for(lambda: len(crowds.crowds[running].unready) == 2)
+        wait_for(lambda: len(running.models.crowd.unready) == 2)
         assert ask(running, "/").status_code == 200
 
 
@@ -498,7 +535,7 @@ def test_half_a_request_does_not_hold_up_the_end():
     with listening(drain_seconds=20) as running:
         with socket.create_connection(("127.0.0.1", running.server_port)) as raw:
             raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
-            wait_for(lambda: crowds.crowds[running].unready)
+            wait_for(lambda: running.models.crowd.unready)
             began = time.monotonic()
             running.stopping.set()
             with running.changed:
@@ -615,6 +652,44 @@ def test_slots_tell_what_they_do(start_server):
     wait_for(lambda: {slot["state"] for slot in http_client.get("/slots").json()} == {"idle"})
     http_client.post("/v1/completions", json={**body, "stream": False, "max_tokens": 1})
     assert sum(slot["tokens"] for slot in http_client.get("/slots").json()) > 4  # kept as a prefix
+
+
+@pytest.mark.parametrize("error, status, code, retries", [
+    (engine.QueueFull("1 waits"), 503, "queue_full", True), (engine.EngineClosed("over"), 503, "shutting_down", True),
+    (engine.EngineFault("broken"), 500, "engine_error", False),
+    (type("Worse", (engine.EngineFault,), {})("broken"), 500, "engine_error", False),
+    (TimeoutError("a disk"), 500, None, False)])
+def test_what_fails_under_a_request_is_told_for_what_it_is(error, status, code, retries, monkeypatch, caplog):
+    """A timeout that is not the client's is not called that; local apps are told in their own words."""
+    def fail(*_args, **_how):
+        raise error
+
+    monkeypatch.setitem(conftest.house().routes, ("GET", "/fails"), server.Route(fail, "fails"))
+    monkeypatch.setattr(apps, "answer_app", fail)
+    with listening() as running:
+        answer = ask(running, "/fails")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+        assert ("retry-after" in answer.headers) == retries
+        assert ("Traceback" in caplog.text) == (code is None)
+        told = ask(running, "/chat", "POST", json.dumps({"messages": HI})).json()["detail"]
+        assert told.startswith("Chat service unavailable: ") == retries, told
+
+
+def test_what_fails_around_requests_is_told(monkeypatch, caplog):
+    """Nobody but the log hears of a mistake in what a feature does there."""
+    monkeypatch.setattr(crowds.PatientHandler, "await_request", lambda _: 1 / 0)
+    with listening() as running:
+        with pytest.raises(httpx.RemoteProtocolError):
+            ask(running, "/")
+        wait_for(lambda: "ZeroDivisionError" in caplog.text)
+
+
+def test_names_that_features_give_stay_when_the_model_has_been_loaded():
+    models = server.Models(server.Config(model_aliases=["alias"]), server.House(), threading.Event())
+    models.named["echo"] = echo = object()
+    models.default.load = lambda _go_on: types.SimpleNamespace(model=types.SimpleNamespace(name="own"))
+    models.start()
+    assert models.find("echo") is echo and models.find("alias") is models.find("own") is models.default
 
 
 def test_health_says_stalled_and_draining():
