@@ -1026,7 +1026,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 self.server.in_flight -= self.has_arrived  # as read_body has counted it
                 self.server.answered[self.tally.route, self.tally.status] += 1
                 self.server.changed.notify_all()
-            log.info("%s", self.tally.line(self.command, self.path))
+            log.info("%s", self.tally.line(self.command or "-", self.path))
 
     def await_request(self) -> bool:
         """Whether the first byte of a request comes."""
