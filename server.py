@@ -361,6 +361,8 @@ class House:
             for name, value in ((inner or {}) if is_section else {key: inner}).items():
                 if name in found:
                     raise ConfigError(f"{file}: {name} is set twice")
+                if is_section and self.settings.get(name, {"section": key})["section"] != key:
+                    raise ConfigError(f"{file}: {name} does not belong in section {key}")
                 found[str(name)] = str(file), self.located(name, value, file)
         return found
 

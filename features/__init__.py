@@ -97,10 +97,9 @@ class House(server.House):
     def unknown_setting(self, name, others: Mapping = types.MappingProxyType({})) -> str:
         """What to say about a key of the settings that there is not, or the section of a feature
         that is off. others: what else is set."""
-        inside = others.get(name) if isinstance(others.get(name), dict) else ()
-        names = [name, *(f"{name}_{key}" if key == "enabled" else key for key in inside)]
-        feature = next(filter(None, (self.feature_of(server.Config, each)[0]
-                                     for each in names)), None)
+        feature = self.feature_of(server.Config, name)[0] or next((
+            feature for (target, _), (feature, section) in self.off.items()
+            if target == "Config" and section == name), None)
         if not feature:
             return f"unknown key {name!r}{settings.nearest(self, name)}"
         keys = [each for key, inner in others.items()

@@ -31,6 +31,7 @@ def test_settings_come_from_file_environment_and_flags_in_this_order(tmp_path):
     ("server: [5]", "section server holds `key: value` lines, nothing else"),
     ("auth:\n  enabled: true\n  auth_enabled: true", "auth_enabled is set twice"),
     ("rate_limiting:\n  enabled: true", "unknown key 'rate_limiting': it needs the feature rates (see `features`)"),
+    ("rate_limiting:", "unknown key 'rate_limiting': it needs the feature rates (see `features`)"),
     ("serve:\n  port: 5", "unknown key 'serve'; the nearest is 'server'")])
 def test_a_wrong_key_is_told_what_may_be_meant(tmp_path, text, words):
     """What the two files alone call an unknown key."""

@@ -131,6 +131,19 @@ def test_the_two_files_serve_alone(alone):
         assert reply.headers["x-ignored-fields"] == "grammar"
 
 
+def test_alone_a_key_in_the_wrong_section_is_not_swallowed(tmp_path):
+    """Least of all the list of features."""
+    for name in CORE:
+        shutil.copy(ROOT / name, tmp_path)
+    for text, words in (("server: {features: [rates]}", "features does not belong in section server"),
+                        ("model: {port: 5}", "port does not belong in section model"),
+                        ("auth: {enabled: true}", "unknown key 'enabled'"), ("server: [5]", "unknown key 'server'")):
+        (tmp_path / "config.yaml").write_text(text)
+        done = subprocess.run([sys.executable, "server.py"], cwd=tmp_path, text=True, capture_output=True,
+                              timeout=60)
+        assert done.returncode == 2 and done.stderr == f"error: {tmp_path}/config.yaml: {words}\n"
+
+
 def test_alone_and_without_a_model_it_says_what_to_set(tmp_path):
     """Nothing is fetched; a name of the hub means nothing."""
     for name in CORE:
