@@ -380,7 +380,7 @@ def load_features(names, environ: Mapping[str, str] = types.MappingProxyType({})
     if (HERE / "features" / "__init__.py").is_file():
         return importlib.import_module("features").load(names, environ)
     if names:
-        raise ConfigError(f"features: {describe(names)}: there is no folder {HERE / 'features'}")
+        raise ConfigError(f"features: {describe(names)}: there is no {HERE}/features/__init__.py")
     return House()
 
 

@@ -12,6 +12,7 @@ import ast
 import dataclasses
 import difflib
 import importlib
+import inspect
 import re
 import types
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,7 @@ from features import environment, settings
 
 FOLDER = Path(__file__).resolve().parent
 EXPORTS = ("Settings", "ROUTES", "FIELDS", "METHODS", "equip", "receive", "join", "start", "fetch")
+CALLED = {"equip": 2, "receive": 3, "join": 1, "start": 1, "fetch": 3, "files_of": 1}  # arguments
 EXTENDED = ("Handler", "Models", "LocalModel", "Generation", "Chat", "Completion")  # by METHODS
 
 
@@ -102,7 +104,7 @@ class House(server.House):
             if target == "Config" and section == name), None)
         if not feature:
             return f"unknown key {name!r}{settings.nearest(self, name)}"
-        keys = [each for key, inner in others.items()
+        keys = [f"{key}_{each}" if each == "enabled" else each for key, inner in others.items()
                 for each in (inner if isinstance(inner, dict) else [key])]
         more = [f"{each} ({found})" for each in keys
                 if each != name and (found := self.feature_of(server.Config, each)[0])]
@@ -124,7 +126,16 @@ def load(names, environ: Mapping[str, str]) -> House:
             if (added := module.__name__.removeprefix("features.")) not in names:
                 server.log.info("features: %s is on, too: %s needs it", added, name)
     _check_claims(modules)
+    if not modules:
+        server.log.info("features: none is on, as `features` of the settings names none")
     return House(modules, fields_of_others({module.__name__ for module in modules}))
+
+
+def _is_feature(file: Path) -> bool:
+    """Whether a file looks like a feature, and not like a part of others."""
+    exports = "|".join(EXPORTS).encode()
+    return file.is_file() and bool(re.search(
+        rb"(?m)^((%b)\b|(def|class) (%b)\b)" % (exports, exports), file.read_bytes()))
 
 
 def _add(modules: list[types.ModuleType], name, wanted_by: tuple[str, ...]) -> None:
@@ -133,7 +144,7 @@ def _add(modules: list[types.ModuleType], name, wanted_by: tuple[str, ...]) -> N
         raise server.ConfigError(f"features: {name} needs itself, by way of {', '.join(wanted_by)}")
     if not isinstance(name, str) or not name.isidentifier() \
             or not (FOLDER / f"{name}.py").is_file():
-        there = sorted(file.stem for file in FOLDER.glob("[!_]*.py"))
+        there = sorted(file.stem for file in FOLDER.glob("[!_]*.py") if _is_feature(file))
         near = difflib.get_close_matches(str(name), there, n=1)
         raise server.ConfigError(
             f"features: {server.describe(name)} is not in the folder features, "
@@ -182,12 +193,20 @@ def _check_kinds(module: types.ModuleType, known: set[str]) -> None:
     for field in dataclasses.fields(added["Config"]) if "Config" in added else ():
         if "section" not in field.metadata:
             raise server.ConfigError(f"{said} the setting {field.name} must be a server.setting")
+    for name, n_arguments in CALLED.items():
+        try:
+            if hasattr(module, name):
+                inspect.signature(getattr(module, name)).bind(*range(n_arguments))
+        except TypeError as error:
+            raise server.ConfigError(f"{said} {name} is called with {n_arguments} arguments: "
+                                     f"{error}") from None
 
 
 def _check_claims(modules: list[types.ModuleType]) -> None:
     """A path, and a field or setting of a feature, is its own; a field that the two files declare
     may be widened."""
-    paths, fields = set(server.ROUTES), set()
+    paths = set(server.ROUTES)
+    fields = {("Config", field.name) for field in dataclasses.fields(server.Config)}
     texts = [file.read_bytes() for file in FOLDER.glob("*.py") if file.is_file()]
     known = {*vars(server), *vars(engine)} | {  # one may extend a feature that is off
         name.decode() for text in texts for name in re.findall(rb"(?m)^class (\w+)", text)}
@@ -201,7 +220,7 @@ def _check_claims(modules: list[types.ModuleType]) -> None:
                    for name in getattr(extension, "__annotations__", ())}
         for target, name in sorted(fields & claimed):
             raise server.ConfigError(f"features: {module.__name__} claims the field {name} of "
-                                     f"{target}, which another feature has")
+                                     f"{target}, which is there already")
         paths |= routes
         fields |= claimed
 

@@ -7,6 +7,7 @@ asks it, as the features themselves may be named there (`FEATURES`). It costs no
 variables of all settings, and those that features export as `ALIASES`, and sends nothing.
 """
 
+import difflib
 import functools
 import re
 import typing
@@ -18,6 +19,7 @@ import yaml
 
 import server
 
+ALMOST = 0.85  # how like a setting's a name is that is probably meant for it: API_KEY, N_CTXX
 ENV_LINE = re.compile(
     r"""\s*(?:export\s+)?(\w+)\s*=\s*("[^"]*"|'[^']*'|(?!["']).*?)\s*(?:(?<=[\s"'])#.*)?""")
 
@@ -40,6 +42,11 @@ def settings(house: server.House, environ: Mapping[str, str]) -> dict[str, tuple
             told_by[name], is_secret = variable, house.settings[name].get("secret", False)
             found[name] = (f"environment variable {variable}",
                            read_variable(variable, hints[name], environ, is_secret))
+    variables = [*aliases, *map(str.upper, hints)]
+    for variable in read_env_file(server.HERE / ".env").keys() - {*variables}:
+        if near := difflib.get_close_matches(variable.upper(), variables, n=1, cutoff=ALMOST):
+            server.log.warning("warning: %s in .env is no setting; the nearest is %s", variable,
+                               near[0])
     return found
 
 

@@ -30,7 +30,8 @@ def test_settings_come_from_file_environment_and_flags_in_this_order(tmp_path):
     ("server:\n  n_ctx: 5", "n_ctx belongs in section model, not server"),
     ("server: [5]", "section server holds `key: value` lines, nothing else"),
     ("auth:\n  enabled: true\n  auth_enabled: true", "auth_enabled is set twice"),
-    ("rate_limiting:\n  enabled: true", "unknown key 'rate_limiting': it needs the feature rates (see `features`)"),
+    ("rate_limiting:\n  enabled: true", "unknown key 'rate_limiting': it needs the feature rates (see `features`); "
+     "take it out, and likewise rate_limiting_enabled (rates)"),
     ("rate_limiting:", "unknown key 'rate_limiting': it needs the feature rates (see `features`)"),
     ("serve:\n  port: 5", "unknown key 'serve'; the nearest is 'server'")])
 def test_a_wrong_key_is_told_what_may_be_meant(tmp_path, text, words):
@@ -84,6 +85,16 @@ def test_a_dotenv_file(tmp_path):
         with pytest.raises(server.ConfigError) as caught:
             environment.read_env_file(file)
         assert f"{file}: line 2" in str(caught.value) and KEY not in str(caught.value)
+
+
+def test_a_name_in_a_dotenv_file_that_is_almost_a_setting_s_is_told(tmp_path, monkeypatch, caplog):
+    """Nobody believes in a key that is none; other programs' variables are their own business."""
+    monkeypatch.setattr(server, "HERE", tmp_path)
+    (tmp_path / ".env").write_text("API_KEY=secret\nN_CTXX=5\nPORT=5\nPOSTGRES_PORT=5432\n")
+    environment.settings(server.load_features([]), {})
+    assert [record.getMessage() for record in caplog.records if "nearest" in record.getMessage()] == [
+        f"warning: {name} in .env is no setting; the nearest is {near}"
+        for name, near in (("API_KEY", "API_KEYS"), ("N_CTXX", "N_CTX"))]
 
 
 def test_a_dotenv_file_beside_the_server_is_used(tmp_path, gguf):

@@ -179,13 +179,22 @@ def test_a_setting_of_a_feature_that_is_off_names_it(tmp_path):
     with pytest.raises(server.ConfigError, match="unknown key 'cache_ram_mib': it needs the feature memory"):
         load(tmp_path, "cache_ram_mib: 5")
     assert load(tmp_path, "features: [memory]\ncache_ram_mib: 5").cache_ram_mib == 5
-    with pytest.raises(server.ConfigError, match=r"take it out, and likewise draft \(drafts\), mmproj \(vision\)$"):
-        load(tmp_path, "cache_ram_mib: 5\nport: 0\nmodel:\n  draft: null\n  mmproj: null")
+    with pytest.raises(server.ConfigError, match=r"take it out, and likewise rate_limiting_enabled \(rates\), "
+                       r"draft \(drafts\), mmproj \(vision\)$"):
+        load(tmp_path, "cache_ram_mib: 5\nport: 0\nrate_limiting:\n  enabled: true\n"
+             "model:\n  draft: null\n  mmproj: null")
 
 
 def test_a_variable_of_a_feature_that_is_off_is_told(caplog):
     server.load_config(["--config", os.devnull], {"CACHE_RAM_MIB": "5"})
     assert "CACHE_RAM_MIB is ignored: it needs the feature memory" in caplog.text
+
+
+def test_a_server_without_features_says_so(caplog):
+    """A settings file of one's own that names none is easily written by mistake."""
+    caplog.set_level(logging.INFO, "server")
+    server.load_features([])
+    assert "features: none is on" in caplog.text
 
 
 def test_what_is_switched_on_for_another_feature_is_told(caplog):
@@ -233,6 +242,8 @@ def test_a_field_of_a_feature_that_is_off_may_ask_for_nothing_only():
     ("ROUTES = {('GET', '/x'): print}", "must be a server.Route"),
     ("class A: pass\nMETHODS = {'ChatBody': A}", "METHODS must have classes for Handler, "),
     ("METHODS = {'Handler': 5}", "METHODS must have classes for Handler, "),
+    ("def join(): pass", "join is called with 1 arguments: too many positional arguments"),
+    ("def equip(loaded, settings, more): pass", "equip is called with 2 arguments: missing a required"),
     ("import sys; sys.exit(3)", "cannot be imported: SystemExit")])
 def test_a_feature_that_exports_something_else_is_one_sentence(text, words, monkeypatch, tmp_path):
     folder = tmp_path / "features"
@@ -265,7 +276,8 @@ def test_a_file_that_is_off_cannot_stop_the_start(text, monkeypatch, tmp_path):
 @pytest.mark.parametrize("features, words", [
     (["schemas"], "schemas is a part of other features"), (["ring"], "ring needs itself"),
     (["structurd"], '"structurd" is not in the folder features, but structured is'),
-    (["nope"], '"nope" is not in the folder features, which has '),
+    (["nope"], '"nope" is not in the folder features, which has again, apps, broken, browsers, compat, '),
+    (["ours"], "features.ours claims the field n_ctx of Config, which is there already"),
     (["../server"], "is not in the folder"), ([7], "is not in the folder"),
     (["broken"], "broken cannot be imported: SyntaxError"),
     (["raising"], "raising cannot be imported: ZeroDivisionError"),
@@ -276,7 +288,9 @@ def test_a_feature_that_cannot_be_is_one_sentence(features, words, monkeypatch, 
     folder = tmp_path / "features"
     shutil.copytree(ROOT / "features", folder)
     route = "import server\nROUTES = {('POST', '%s'): server.Route(print, '')}\n"
-    (folder / "broken.py").write_text("def")
+    (folder / "ours.py").write_text("import dataclasses, server\n@dataclasses.dataclass\nclass Settings:\n"
+                                    "    n_ctx: bool = server.setting('generation', False)\n")
+    (folder / "broken.py").write_text("def join(")
     (folder / "ring.py").write_text("NEEDS = ('rung',)\nROUTES = {}\n")
     (folder / "rung.py").write_text("NEEDS = ('ring',)\nROUTES = {}\n")
     (folder / "raising.py").write_text("1 / 0")
