@@ -1158,7 +1158,7 @@ class Engine:
     def _check_open(self, most: float = math.inf) -> None:
         if self._deadline is not None:
             raise EngineClosed("the server is shutting down")
-        if len(self._waiting) >= most + len(self.stats.slots) - self.stats.n_busy:
+        if len(self._waiting) >= most:
             raise QueueFull(f"{len(self._waiting)} of at most {most} are waiting for a slot")
 
     @property

@@ -43,8 +43,9 @@ def settings(house: server.House, environ: Mapping[str, str]) -> dict[str, tuple
             found[name] = (f"environment variable {variable}",
                            read_variable(variable, hints[name], environ, is_secret))
     variables = [*aliases, *map(str.upper, hints)]
-    for variable in read_env_file(server.HERE / ".env").keys() - {*variables}:
-        if near := difflib.get_close_matches(variable.upper(), variables, n=1, cutoff=ALMOST):
+    for variable in read_env_file(server.HERE / ".env"):
+        near = difflib.get_close_matches(variable.upper(), variables, n=1, cutoff=ALMOST)
+        if near and variable not in variables:
             server.log.warning("warning: %s in .env is no setting; the nearest is %s", variable,
                                near[0])
     return found
