@@ -87,6 +87,7 @@ def hub(gguf, tmp_path):
         serving.shutdown()
 
 
+@pytest.mark.slow
 def test_a_model_of_the_hub_is_fetched_and_served(hub, tmp_path):
     """And kept: the second start asks for no more."""
     started = [conftest.ROOT / "server.py", "--model", "hf:o/r/sub/f.gguf"]

@@ -36,6 +36,7 @@ def picture(tmp_path):
     return tmp_path / "picture.png"
 
 
+@pytest.mark.slow
 def test_every_curl_line_of_the_docs_works_and_every_route_has_one(url, picture):
     """In their order, in a shell, beside a picture.png. None stands outside of a block that is
     run."""
@@ -75,6 +76,7 @@ def test_a_client_made_for_lm_studio_finds_its_way(url):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream).strip()
 
 
+@pytest.mark.slow
 def test_the_example_client_shows_all_that_it_names(url, picture):
     """Each example prints its name, and something the server said."""
     command = [sys.executable, str(ROOT / "examples" / "api_client.py")]

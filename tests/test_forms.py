@@ -429,6 +429,7 @@ def test_a_call_that_must_come_in_a_generic_form_comes_once(http):
     assert len(choice["message"]["tool_calls"]) == 1 and choice["finish_reason"] == "tool_calls"
 
 
+@pytest.mark.slow
 def test_a_learned_form_streams_as_it_answers(native):
     asked = {"tools": [WEATHER], "tool_choice": {"type": "function",
                                                  "function": {"name": "get_weather"}}}

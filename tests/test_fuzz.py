@@ -275,6 +275,7 @@ def test_each_trick_of_request_smuggling_gets_the_one_answer_that_is_safe(live):
         assert {one: statuses for one, statuses in zip(sent, got) if statuses != [*allowed]} == {}
 
 
+@pytest.mark.slow
 def test_a_request_that_ends_anywhere_leaves_nothing_behind(live, scale):
     """A client that hangs up is let go at once, one that falls silent after client_timeout."""
     cut = [base[:end] for base in BASES[-2 * scale:] for end in range(len(base))]
@@ -288,6 +289,7 @@ def test_broken_requests_never_put_the_answers_out_of_step(live, scale):
     check_all(live, drawn(mutations(), 480 * scale) + drawn(noise, 40 * scale))
 
 
+@pytest.mark.slow
 def test_no_body_breaks_a_route_or_the_connection(live, scale):
     """Each answer is the route's or an error in the OpenAI shape; then the marker's comes."""
     check_all(live, drawn(json_requests(), 480 * scale))

@@ -478,6 +478,7 @@ def plain_turns():
     return turns
 
 
+@pytest.mark.slow
 def test_six_conversations_on_two_slots_keep_their_prefixes(plain_turns):
     """From the second turn on each has the whole prompt of the turn before; the replies are those
     of a server that stores nothing."""

@@ -192,6 +192,7 @@ def test_only_one_model_leaves_for_another(gguf):
         assert {*listed(running, "loaded")} == {"b", "c"}
 
 
+@pytest.mark.slow
 def test_two_busy_clients_do_not_make_the_models_change_places_all_the_time(gguf):
     """Each model has its turn: all are served, in few loads, and nobody waits for long."""
     with listening({"a": gguf, "b": gguf}, turn_seconds=2.0) as running:

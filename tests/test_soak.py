@@ -243,6 +243,7 @@ class Judge:
 N_IDLE = 200  # connections
 
 
+@pytest.mark.slow
 def test_two_hundred_idle_connections_cost_a_chat_nothing(tmp_path):
     """Each had an answer and may ask again; meanwhile a chat's first token comes as soon as
     without them. When they leave, none is counted any more."""

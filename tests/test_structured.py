@@ -1205,6 +1205,7 @@ def test_what_the_model_writes_at_temperature_1_validates(start_server):
     assert len(whole) == N_WHOLE
 
 
+@pytest.mark.slow
 def test_streams_go_on_while_a_hostile_schema_is_tried_out(http):
     """The longest gap of a stream beside two of them; each is refused within its time."""
     body = {"messages": [{"role": "user", "content": "Count."}], "temperature": 0, "max_tokens": 90,

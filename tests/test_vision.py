@@ -160,6 +160,7 @@ def test_nine_of_ten_new_pictures_are_named_right(client):
     assert len(wrong) <= 0.1 * N_PICTURES, wrong
 
 
+@pytest.mark.slow
 def test_apps_show_their_pictures_as_bare_base64_or_data_uris(web):
     """/chat/vision finds the model that sees."""
     def look(number: int) -> str:
@@ -237,6 +238,7 @@ def test_streams_choices_and_schemas_see_too(client, web):
     assert json.loads(content) == {"color": "blue"}
 
 
+@pytest.mark.slow
 def test_other_streams_go_on_while_images_are_read(running, web):
     """The longest gap in a text stream beside requests with five new images each."""
     times = []
